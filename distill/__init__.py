@@ -1,0 +1,18 @@
+"""distill: one-step and few-step generators from diffusion, flow and autoregressive image models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from distill.models.generator import Generator
+
+__version__ = "0.1.0"
+
+
+def load(path: str | Path, *, device: str = "cpu") -> Generator:
+    """Read an exported student (or any model folder of a run): `distill.load("runs/instaflow/export").sample(8, label=3)`."""
+    from distill.models.native import load_model  # torch is imported only when a model is wanted
+
+    return load_model(path, device=device)

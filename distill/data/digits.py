@@ -1,0 +1,38 @@
+"""The embedded data set: 1,797 handwritten digits of 8x8 pixels in 10 classes (UCI optdigits, shipped inside scikit-learn)."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor
+
+from distill.data.batch import Batch
+from distill.data.cond import Cond
+
+
+class Digits:
+    """All 1,797 digits as `images` [n,1,8,8] float32 in [-1, 1] (pixel / 8 - 1) with `labels` [n] int64 in 0..9."""
+
+    name = "digits"
+    num_classes = 10
+    sample_shape = (1, 8, 8)
+
+    def __init__(self) -> None:
+        data = load_digits()
+        self.images: Tensor = torch.from_numpy(data.images).to(torch.float32).div_(8.0).sub_(1.0).unsqueeze(1).contiguous()
+        self.labels: Tensor = torch.from_numpy(data.target).to(torch.int64)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def fetch(self, rows: Tensor, index: Tensor) -> Batch:
+        """Images and labels at `rows`; the id of a sample is its row."""
+        return Batch(ids=rows, index=index, cond=Cond.of_labels(self.labels[rows]), x0=self.images[rows])
+
+    def fingerprint(self) -> str:
+        """sha256 over the pixels and the labels."""
+        digest = hashlib.sha256(self.images.numpy().tobytes())
+        digest.update(self.labels.numpy().tobytes())
+        return digest.hexdigest()

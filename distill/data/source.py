@@ -1,0 +1,55 @@
+"""What training asks of data: rows by number, and a fingerprint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from distill.data.batch import Batch
+from distill.data.order import Order
+
+
+class Source(Protocol):
+    """Samples that can be fetched by row number in any order."""
+
+    sample_shape: tuple[int, ...]
+
+    def __len__(self) -> int: ...
+
+    def fetch(self, rows: Tensor, index: Tensor) -> Batch:
+        """The samples at `rows` [B] (0 .. len-1); `index` [B] are their positions in the global batch."""
+
+    def fingerprint(self) -> str:
+        """A digest of everything that the samples depend on."""
+
+
+class StepLoader:
+    """Yields, for every iteration from `start` to `stop`, this process's micro batches: a list of `accumulate` batches.
+
+    The global batch of iteration i is the order's positions [i * batch_size, (i + 1) * batch_size), cut into
+    `accumulate` micro batches and each of these into `world` equal parts, so the same samples make a step however the work is split.
+    """
+
+    def __init__(
+        self, source: Source, batch_size: int, seed: int, *, stream: str, start: int, stop: int,
+        accumulate: int = 1, rank: int = 0, world: int = 1,
+    ) -> None:  # fmt: skip
+        if batch_size % (accumulate * world):
+            raise ValueError(
+                f"batch_size: {batch_size} samples a step cannot be split into accumulate={accumulate} micro batches "
+                f"on {world} processes; expected a multiple of {accumulate * world}"
+            )
+        self.source, self.batch_size, self.order = source, batch_size, Order(len(source), seed, f"{stream}/order")
+        self.start, self.stop, self.accumulate, self.rank, self.world = start, stop, accumulate, rank, world
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        index = torch.arange(self.batch_size).view(self.accumulate, self.world, -1)[:, self.rank]
+        for iteration in range(self.start, self.stop):
+            rows = self.order.at(iteration * self.batch_size, self.batch_size)
+            yield [self.source.fetch(rows[part], part) for part in index]

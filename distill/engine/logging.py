@@ -1,0 +1,72 @@
+"""Where numbers of a running training go. A logger gets plain floats a few times a second at most."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from distill.files import write_text
+
+
+class Logger(Protocol):
+    """`resume` is called once before training with the step to continue from, `log` with entries that hold "step" and "images"."""
+
+    def resume(self, step: int) -> None: ...
+
+    def log(self, entry: Mapping[str, float]) -> None: ...
+
+
+class Jsonl:
+    """One JSON object a line in `folder/metrics.jsonl`; on resume, entries after the checkpoint are dropped, so no step is twice."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "metrics.jsonl"
+
+    def resume(self, step: int) -> None:
+        """Keep the entries up to `step`. A last line cut off by a kill is dropped."""
+        kept = []
+        if self.path.is_file():
+            for line in self.path.read_text().splitlines():
+                try:
+                    entry = json.loads(line)
+                except json.JSONDecodeError:
+                    continue
+                if entry["step"] <= step:
+                    kept.append(line + "\n")
+        write_text(self.path, "".join(kept))
+
+    def log(self, entry: Mapping[str, float]) -> None:
+        """Append one entry."""
+        with self.path.open("a") as handle:
+            handle.write(json.dumps(dict(entry)) + "\n")
+
+
+class Wandb:
+    """Weights & Biases, joined by a run id that is written to the stage folder before the first step: a requeued job continues the
+    same curve. Offline unless WANDB_API_KEY or WANDB_MODE is set, so that a batch job never waits for a prompt."""
+
+    def __init__(self, folder: Path, *, project: str = "distill", config: Mapping[str, Any] | None = None) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ImportError("logger=wandb needs the extra: pip install 'distill[wandb]'") from error
+        import os
+
+        identity = folder / "wandb_id"
+        if not identity.is_file():
+            write_text(identity, wandb.util.generate_id())
+        online = "WANDB_API_KEY" in os.environ or "WANDB_MODE" in os.environ
+        self.run = wandb.init(
+            project=project, id=identity.read_text().strip(), resume="allow", dir=str(folder),
+            mode=None if online else "offline", config=dict(config or {}),
+        )  # fmt: skip
+        self.run.define_metric("*", step_metric="images")
+
+    def resume(self, step: int) -> None:
+        """Entries carry their own step and image counts; nothing to rewind."""
+
+    def log(self, entry: Mapping[str, float]) -> None:
+        """Send one entry."""
+        self.run.log(dict(entry))

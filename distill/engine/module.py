@@ -1,0 +1,177 @@
+"""The base of every method: a LightningModule that runs the updates a method declares.
+
+Manual optimization, because a method may have several optimizers in one iteration. Counting, clipping, accumulation, freezing,
+learning rates and averages live here and nowhere else; Lightning's own step counter (which counts every optimizer) is never read.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from distill.data.batch import Batch
+from distill.data.rng import Draws
+from distill.engine.ema import decay_at, shadow, update_ema
+from distill.engine.progress import Progress
+from distill.engine.update import Optim, Step, Update
+from distill.models.denoiser import Denoiser
+from distill.models.spec import SamplerSpec
+
+STUDENT = "student"
+
+
+class DistillModule(L.LightningModule):
+    """Subclasses build their networks in `__init__` (whose signature is their config schema), say what is trained in `updates` and
+    how the student is sampled in `spec`. The trained student is always called "student"."""
+
+    # What the student is afterwards; see models.denoiser.Denoiser.
+    coupling = "independent"
+
+    def __init__(self, student: Denoiser) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.student = student
+        self.frozen: dict[str, nn.Module] = {}
+        self.progress = Progress()
+        self.seed, self.stream = 0, "train"
+        self.on_step: Callable[[DistillModule, Mapping[str, Tensor]], None] | None = None
+
+    # --- what a method declares -------------------------------------------------------------------------------------
+
+    def updates(self) -> Sequence[Update]:
+        """The updates of one iteration, in the order in which they run."""
+        raise NotImplementedError(f"{type(self).__name__} declares no updates")
+
+    def spec(self) -> SamplerSpec:
+        """How the trained student is to be sampled."""
+        raise NotImplementedError(f"{type(self).__name__} declares no sampler")
+
+    def freeze(self, role: str, network: nn.Module) -> nn.Module:
+        """Keep a network that is never trained: moved to the device with the others, but neither registered nor saved."""
+        self.frozen[role] = network.requires_grad_(False).eval()
+        return network
+
+    # --- set up -----------------------------------------------------------------------------------------------------
+
+    def prepare(self, optim: Mapping[str, Mapping[str, Any] | Optim], *, seed: int, stream: str = "train") -> None:
+        """Derive optimizers and averages from the updates. `optim` has one entry (an `Optim` or its fields) an update."""
+        self.seed, self.stream = seed, stream
+        self.plan = list(self.updates())
+        names = [update.name for update in self.plan]
+        if len(set(names)) != len(names):
+            raise ValueError(f"updates: names must differ, found {names}")
+        if not any(STUDENT in update.trains for update in self.plan):
+            raise ValueError(f"updates: none of {names} trains the network {STUDENT!r}")
+        wanted = sorted({update.optim_key for update in self.plan})
+        if wanted != sorted(optim):
+            raise ValueError(f"optim: found settings for {sorted(optim)}, this method's updates need {wanted}")
+        self.optim = {key: v if isinstance(v, Optim) else Optim(**v) for key, v in optim.items()}
+        self.networks: dict[str, nn.Module] = {}
+        self.ema = nn.ModuleDict()
+        for update in self.plan:
+            for role, network in update.trains.items():
+                self.networks[role] = network
+                if self.optim[update.optim_key].ema is not None and role not in self.ema:
+                    self.ema[role] = shadow(network)
+        self.parameters_of = {
+            update.name: [p for network in update.trains.values() for p in network.parameters()] for update in self.plan
+        }
+        self.student_update = next(update for update in self.plan if STUDENT in update.trains)
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        """One optimizer an optim key, in sorted order, over the networks of the updates that share it."""
+        self.optimizers_by_key: dict[str, torch.optim.Optimizer] = {}
+        for key, settings in sorted(self.optim.items()):
+            parameters: dict[int, nn.Parameter] = {}
+            for update in self.plan:
+                if update.optim_key == key:
+                    parameters |= {id(p): p for p in self.parameters_of[update.name]}
+            self.optimizers_by_key[key] = settings.optimizer(list(parameters.values()))
+        self.base_lr = {
+            key: [group["lr"] for group in optimizer.param_groups] for key, optimizer in self.optimizers_by_key.items()
+        }
+        return list(self.optimizers_by_key.values())
+
+    def on_fit_start(self) -> None:
+        """Frozen networks are not submodules: move them by hand. Nothing requires a gradient until its update runs."""
+        for network in self.frozen.values():
+            network.to(self.device)
+        for network in self.networks.values():
+            network.requires_grad_(False).train()
+        self._clock = time.perf_counter()
+
+    def transfer_batch_to_device(self, batch: list[Batch], device: torch.device, dataloader_idx: int) -> list[Batch]:
+        """Micro batches know how to move themselves."""
+        return [micro.to(device) for micro in batch]
+
+    # --- one iteration ----------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: list[Batch], batch_idx: int) -> None:
+        """Run every update whose turn it is on all micro batches."""
+        iteration = self.progress.iteration
+        shared: list[dict[str, Tensor]] = [{} for _ in batch]
+        logs: dict[str, Tensor] = {}
+        for update in self.plan:
+            if update.runs_at(iteration):
+                logs |= self._run(update, batch, shared, iteration)
+        self.progress.iteration += 1
+        now = time.perf_counter()
+        self.progress.seconds, self._clock = self.progress.seconds + now - self._clock, now
+        if self.on_step is not None:
+            self.on_step(self, logs)
+
+    def _run(
+        self, update: Update, batch: list[Batch], shared: list[dict[str, Tensor]], iteration: int
+    ) -> dict[str, Tensor]:
+        """One optimizer step: losses of all micro batches, clip, step, average. Returns what to log, still on the device."""
+        settings, optimizer = self.optim[update.optim_key], self.optimizers_by_key[update.optim_key]
+        parameters, logs = self.parameters_of[update.name], {}
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        for micro, scratch in zip(batch, shared, strict=True):
+            draws = Draws(self.seed, f"{self.stream}/{update.name}", iteration, micro.index)
+            loss = update.loss(micro, Step(iteration, draws, scratch))
+            total = loss.total / len(batch)
+            (update.backward or self.manual_backward)(total)
+            for name, value in {"loss": loss.total, **loss.logs}.items():
+                key = f"{update.name}/{name}"
+                logs[key] = logs.get(key, 0.0) + value.detach() / len(batch)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if settings.clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, settings.clip, norm)
+        step = self._step_of(update, iteration)
+        factor = settings.schedule(step)
+        for group, base in zip(optimizer.param_groups, self.base_lr[update.optim_key], strict=True):
+            group["lr"] = base * factor
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        if settings.ema is not None:
+            for role, network in update.trains.items():
+                update_ema(self.ema[role], network, decay_at(step, settings.ema, settings.ema_ramp))
+        if update is self.student_update:
+            self.progress.step += 1
+            self.progress.images += sum(len(micro) for micro in batch) * self.world_size
+        return logs | {f"{update.name}/grad_norm": norm, f"{update.name}/lr": torch.tensor(optimizer.param_groups[0]["lr"])}
+
+    @staticmethod
+    def _step_of(update: Update, iteration: int) -> int:
+        """How often this update has run before `iteration`."""
+        return (iteration - update.start) // update.every
+
+    @property
+    def world_size(self) -> int:
+        """Processes that share the batch."""
+        return self.trainer.world_size if self._trainer is not None else 1
+
+    # --- results ----------------------------------------------------------------------------------------------------
+
+    def best(self, role: str = STUDENT) -> nn.Module:
+        """The weights to use afterwards: the average where there is one, else the raw network."""
+        return self.ema[role] if role in self.ema else self.networks[role]

@@ -1,0 +1,101 @@
+"""What a method declares: a few updates. Optimizers, freezing, clipping, checkpoint keys and log names are derived from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from distill.data.batch import Batch
+from distill.data.rng import Draws
+
+
+class Loss(NamedTuple):
+    """A scalar to descend and scalars to log (detached or not; read only when logged)."""
+
+    total: Tensor
+    logs: Mapping[str, Tensor] = {}
+
+
+@dataclass
+class Step:
+    """One micro batch of one iteration, as a loss sees it.
+
+    `draws` gives this update's randomness for the micro batch; `shared` is a scratch space that all updates of the iteration
+    see for the same micro batch (DMD2's fake update reuses the generator's detached images)."""
+
+    iteration: int
+    draws: Draws
+    shared: dict[str, Tensor] = field(default_factory=dict)
+
+
+LossFunction = Callable[[Batch, Step], Loss]
+
+
+@dataclass(frozen=True)
+class Update:
+    """One optimizer's turn.
+
+    Attributes:
+        name: names the update in logs and, unless `optim` says otherwise, its entry in the `optim` config.
+        trains: the networks that receive gradients, by role name; every other network is frozen during this update.
+        loss: (micro batch, step) -> Loss.
+        every, start: the update runs at iterations start, start + every, start + 2 every, ...
+        optim: key of the optimizer settings.
+        backward: replaces `loss.total.backward()` where a method needs its own (two-pass gradients); it gets the loss's total,
+            already divided by the number of micro batches.
+    """
+
+    name: str
+    trains: Mapping[str, nn.Module]
+    loss: LossFunction
+    every: int = 1
+    start: int = 0
+    optim: str = ""
+    backward: Callable[[Tensor], None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.start < 0:
+            raise ValueError(f"update {self.name!r}: every >= 1 and start >= 0 expected, found {self.every}, {self.start}")
+        if not self.trains:
+            raise ValueError(f"update {self.name!r}: trains no network")
+
+    @property
+    def optim_key(self) -> str:
+        """Entry of the optim config that this update uses."""
+        return self.optim or self.name
+
+    def runs_at(self, iteration: int) -> bool:
+        """Whether the update runs at this iteration."""
+        return iteration >= self.start and (iteration - self.start) % self.every == 0
+
+    def iterations_for(self, steps: int) -> int:
+        """Iterations after which this update has run `steps` times."""
+        return 0 if steps == 0 else self.start + (steps - 1) * self.every + 1
+
+
+@dataclass(frozen=True)
+class Optim:
+    """Settings of one optimizer.
+
+    Attributes:
+        optimizer: parameters -> torch optimizer (a partial of, say, torch.optim.AdamW with fused=True).
+        schedule: step (from 0) -> factor on the learning rate.
+        clip: largest gradient norm over all parameters of the update, or None.
+        ema: decay of the exponential moving average of the trained weights, or None for no average.
+        ema_ramp: use min(ema, (1 + n) / (10 + n)) at step n, so that the average forgets the start.
+    """
+
+    optimizer: Callable[[Any], Any]
+    schedule: Callable[[int], float]
+    clip: float | None = 1.0
+    ema: float | None = 0.999
+    ema_ramp: bool = True
+
+    def __post_init__(self) -> None:
+        if self.clip is not None and self.clip <= 0:
+            raise ValueError(f"optim.clip: expected a positive norm or null, found {self.clip}")
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise ValueError(f"optim.ema: expected a decay in [0, 1) or null, found {self.ema}")

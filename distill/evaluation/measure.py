@@ -1,0 +1,191 @@
+"""One row of numbers for one set of samples, against a reference whose half of the work is done once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from distill.evaluation.checks import as_rows, check_labels
+from distill.evaluation.diversity import class_std, nn_train, pixel_std
+from distill.evaluation.frechet import frechet_distance, moments
+from distill.evaluation.kid import kid, self_similarity
+from distill.evaluation.precision import manifold, squared_radii
+from distill.evaluation.protocol import Protocol, real_floor, stratified_split
+from distill.evaluation.sliced import quantile_distance, sorted_projections
+from distill.models.features import FeatureExtractor
+
+HELDOUT_SPLITS = 5
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """Float64 features [N, D] and, where the extractor classifies, its predicted classes [N]."""
+
+    features: Tensor
+    predicted: Tensor | None
+
+
+@torch.no_grad()
+def extract(extractor: FeatureExtractor, images: Tensor, batch: int = 256) -> Extracted:
+    """Features of images [N, C, H, W] in [-1, 1] that lie on the extractor's device, `batch` at a time."""
+    features, predicted = [], []
+    for part in images.split(batch):
+        found, logits = extractor.features_and_logits(part)
+        features.append(found.to(torch.float64))
+        if logits is not None:
+            predicted.append(logits.argmax(1))
+    return Extracted(torch.cat(features), torch.cat(predicted) if predicted else None)
+
+
+class Reference:
+    """The real set: features, moments, radii and sorted projections, computed once and shared by all rows.
+
+    images [M, C, H, W] in [-1, 1] on the extractor's device, labels [M] integers or None. `heldout` images
+    (default 400, at most a quarter of the set) are set aside for `heldout_nn`: their mean distance to the
+    nearest remaining image, averaged over five stratified splits. It is what an honest sampler reaches;
+    `nn_train` below 0.9 of it says that samples copy training images.
+    The statistics and all later distances live on `device` (float64 is needed, so not on MPS).
+    Raises ValueError for fewer than k + 1 images, labels of another length or non-finite pixels.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor | None,
+        extractor: FeatureExtractor,
+        k: int = 5,
+        projections: int = 256,
+        seed: int = 0,
+        heldout: int = 400,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        rows = as_rows("reference images", images, at_least=max(k + 1, 4))
+        if labels is not None:
+            check_labels("reference", labels, len(images))
+        self.k, self.projections, self.seed = k, projections, seed
+        self.extractor_id = (extractor.name, extractor.sha256)
+        self.device = torch.device(device)
+        self.resolution = tuple(images.shape[1:])
+        self.images = rows.to(self.device)
+        self.labels = None if labels is None else labels.cpu()
+        self.digest = _digest(images, labels)
+        extracted = extract(extractor, images)
+        self.features = extracted.features.to(self.device)
+        self.class_accuracy = _accuracy(extracted.predicted, labels)
+        self.mean, self.cov = moments(self.features, "reference features")
+        self.radii = squared_radii(self.features, k, "reference features")
+        self.similarity = self_similarity(self.features, "reference features")
+        self.sorted = sorted_projections(self.images, projections, seed, "reference images")
+        self.pixel_std = pixel_std(self.images)
+        self.class_std = None if self.labels is None else class_std(self.images, self.labels)
+        self.heldout_nn = self._heldout_distance(min(heldout, len(images) // 4))
+
+    def _heldout_distance(self, size: int) -> float:
+        generator = torch.Generator().manual_seed(self.seed)
+        distances = []
+        for _ in range(HELDOUT_SPLITS):
+            rest, held = stratified_split(self.labels, len(self.images), size, generator)
+            distances.append(nn_train(self.images[held], self.images[rest]))
+        return fmean(distances)
+
+    def floor(self, splits: int = 5) -> dict[str, float]:
+        """`real_floor` of this set."""
+        return real_floor(self.features, self.images, self.labels, splits, self.projections, self.seed)
+
+    def references(self, floor: Mapping[str, float] | None = None) -> dict[str, float]:
+        """Values of the real set that gates may name.
+
+        `heldout_nn`, `pixel_std`, `class_std`, `class_accuracy` (the latter two where defined), and
+        `floor_<metric>` for every entry of `floor`.
+        """
+        values = {
+            "heldout_nn": self.heldout_nn,
+            "pixel_std": self.pixel_std,
+            "class_std": self.class_std,
+            "class_accuracy": self.class_accuracy,
+        }
+        known = {name: value for name, value in values.items() if value is not None}
+        return known | {f"floor_{name}": value for name, value in (floor or {}).items()}
+
+    def protocol(
+        self,
+        count: int,
+        description: str,
+        class_balanced: bool = True,
+        straightness_steps: int | None = None,
+        floor: Mapping[str, float] | None = None,
+    ) -> Protocol:
+        """The protocol of rows of `count` samples against this set; `floor` defaults to `floor()`."""
+        return Protocol(
+            features=self.extractor_id[0],
+            features_sha256=self.extractor_id[1],
+            count=count,
+            class_balanced=class_balanced,
+            reference=description,
+            reference_count=len(self.images),
+            reference_digest=self.digest,
+            resolution=self.resolution,
+            k=self.k,
+            projections=self.projections,
+            seed=self.seed,
+            straightness_steps=straightness_steps,
+            floor=self.floor() if floor is None else floor,
+        )
+
+
+def measure(
+    images: Tensor, labels: Tensor | None, reference: Reference, extractor: FeatureExtractor
+) -> dict[str, float | None]:
+    """The entries of a metrics.json row that follow from the samples alone.
+
+    images [N, C, H, W] in [-1, 1] on the extractor's device, labels [N] (the class asked for) or None. Pixels
+    are taken as they are: the caller clamps. `class_std` is None without labels, `class_accuracy` (a
+    fraction) without labels or without logits. Raises ValueError for fewer than k + 1 samples, another
+    resolution or extractor than the reference's, or non-finite pixels.
+    """
+    if (extractor.name, extractor.sha256) != reference.extractor_id:
+        raise ValueError(
+            f"the reference was made with {reference.extractor_id[0]}, not with {extractor.name}"
+        )
+    if tuple(images.shape[1:]) != reference.resolution:
+        expected, found = list(reference.resolution), list(images.shape[1:])
+        raise ValueError(f"generated images are {found}, the reference images are {expected}")
+    rows = as_rows("generated images", images, at_least=reference.k + 1).to(reference.device)
+    if labels is not None:
+        check_labels("generated", labels, len(images))
+    extracted = extract(extractor, images)
+    features = extracted.features.to(reference.device)
+    balls = manifold(features, reference.features, reference.k, reference.radii)
+    projected = sorted_projections(rows, reference.projections, reference.seed)
+    return {
+        "fd": frechet_distance(*moments(features, "generated features"), reference.mean, reference.cov),
+        "kid": kid(features, reference.features, reference.similarity),
+        "sliced_wasserstein": quantile_distance(projected, reference.sorted),
+        "precision": balls.precision,
+        "recall": balls.recall,
+        "density": balls.density,
+        "coverage": balls.coverage,
+        "class_std": None if labels is None else class_std(rows, labels),
+        "pixel_std": pixel_std(rows),
+        "nn_train": nn_train(rows, reference.images),
+        "class_accuracy": _accuracy(extracted.predicted, labels),
+    }
+
+
+def _accuracy(predicted: Tensor | None, labels: Tensor | None) -> float | None:
+    if predicted is None or labels is None:
+        return None
+    return float((predicted == labels.to(predicted.device)).double().mean())
+
+
+def _digest(images: Tensor, labels: Tensor | None) -> str:
+    """sha256 over float32 pixels and int64 labels, as the data sets' `fingerprint`."""
+    found = hashlib.sha256(images.detach().cpu().float().contiguous().numpy().tobytes())
+    if labels is not None:
+        found.update(labels.cpu().to(torch.int64).contiguous().numpy().tobytes())
+    return found.hexdigest()

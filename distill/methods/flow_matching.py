@@ -1,0 +1,61 @@
+"""Flow matching on data: how the embedded flow teacher is trained (1-rectified flow).
+
+Liu et al. 2022 (arXiv 2209.03003, eq. 1), Lipman et al. 2022 (arXiv 2210.02747). The papers' tau = 1 - t and their velocity is
+data minus noise; here t = 0 is data and the velocity is eps - x0.
+
+Deviations: none; t ~ U[t_min, t_max] and weight 1, as in the public recipes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from distill.data.batch import Batch
+from distill.engine.module import DistillModule
+from distill.engine.update import Loss, Step, Update
+from distill.methods.losses.flow import flow_matching_loss
+from distill.models.denoiser import Denoiser
+from distill.models.spec import SamplerSpec
+from distill.process.times import uniform_times
+
+
+class FlowMatching(DistillModule):
+    """Regress the velocity of independent noise and data.
+
+    Args:
+        student: the net to train; its process must be a flow.
+        null_prob: share of samples whose condition is dropped, so that guidance works afterwards.
+    """
+
+    def __init__(self, student: Denoiser, *, null_prob: float = 0.1) -> None:
+        super().__init__(student)
+        if not 0 <= null_prob < 1:
+            raise ValueError(f"null_prob: expected a probability in [0, 1), found {null_prob}")
+        self.null_prob = null_prob
+        student.guidable = null_prob > 0
+
+    def updates(self) -> Sequence[Update]:
+        """One update: the net itself."""
+        return [Update("student", {"student": self.student}, self.loss)]
+
+    def spec(self) -> SamplerSpec:
+        """Any number of Euler steps; 50 by default."""
+        return SamplerSpec(steps=50, any_steps=True, solver="euler", kind=self.student.kind)
+
+    def loss(self, batch: Batch, step: Step) -> Loss:
+        """E |v(x_t, t) - (eps - x0)|^2 over fresh noise and uniform times."""
+        assert batch.x0 is not None
+        process, draws = self.student.process, step.draws
+        eps = draws.normal("eps", batch.x0.shape[1:])
+        t = uniform_times(draws.uniform("t"), process.t_min, process.t_max)
+        cond = batch.cond.drop(draws.uniform("null") < self.null_prob)
+        velocity = self.student.velocity(process.add_noise(batch.x0, eps, t), t, cond)
+        per_sample = flow_matching_loss(velocity, batch.x0, eps)
+        return Loss(per_sample.mean(), {"loss_noisy_half": _mean_where(per_sample, t > 0.5 * process.t_max)})
+
+
+def _mean_where(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean of the values under a mask, 0 where it is empty; no host sync."""
+    return (values.detach() * mask).sum() / mask.sum().clamp(min=1)

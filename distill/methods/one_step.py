@@ -1,0 +1,58 @@
+"""One-step distillation of a (re)flow: the student jumps from noise to the end of the teacher's ODE in one network call.
+
+Liu et al. 2023, "InstaFlow" (arXiv 2309.06380), stage "distill", and the k-step variant of the rectified-flow code base. The student is
+G(z) = z - v(z, t = 1) (the papers' tau = 0); the loss D(G(z), x0) is the squared L2 distance over stored pairs.
+
+Deviations: the papers end with an LPIPS stage; here the loss is L2 (LPIPS needs images of at least 16 pixels and weights that no package
+ships). tau is exactly 0, as in InstaFlow's inference (`t_eps` = 0); the rectified-flow code uses 1e-3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from distill.data.batch import Batch
+from distill.engine.module import DistillModule
+from distill.engine.update import Loss, Step, Update
+from distill.methods.losses.flow import flow_matching_loss, k_step_times
+from distill.models.denoiser import Denoiser
+from distill.models.spec import SamplerSpec
+
+
+class OneStep(DistillModule):
+    """L2 regression of the teacher's endpoints.
+
+    Args:
+        student: starts from the teacher (a flow).
+        steps: k; the student learns the k left points of the uniform grid and is sampled with k Euler steps. 1: one step.
+        t_eps: training times stay this far below t = 1.
+    """
+
+    coupling = "endpoint"
+
+    def __init__(self, student: Denoiser, *, steps: int = 1, t_eps: float = 0.0) -> None:
+        super().__init__(student)
+        if steps < 1:
+            raise ValueError(f"steps: expected an integer >= 1, found {steps}")
+        if not 0 <= t_eps < 1:
+            raise ValueError(f"t_eps: expected a time in [0, 1), found {t_eps}")
+        self.steps, self.t_eps = steps, t_eps
+        # Conditions are never dropped here, so whatever the teacher knew of the null condition is lost.
+        student.guidable = False
+
+    def updates(self) -> Sequence[Update]:
+        """One update: the student."""
+        return [Update("student", {"student": self.student}, self.loss)]
+
+    def spec(self) -> SamplerSpec:
+        """Exactly the steps that it was trained for."""
+        grid = tuple(1.0 - j / self.steps for j in range(self.steps + 1))
+        return SamplerSpec(steps=self.steps, times={self.steps: grid}, solver="euler", kind=self.student.kind)
+
+    def loss(self, batch: Batch, step: Step) -> Loss:
+        """E |v - (z - x0)|^2 at the sampling times; for one step this is |G(z) - x0|^2."""
+        assert batch.x0 is not None and batch.z is not None
+        index = step.draws.integer("j", self.steps)
+        t = k_step_times(index, self.steps, self.t_eps).to(batch.z.dtype)
+        velocity = self.student.velocity(self.student.process.add_noise(batch.x0, batch.z, t), t, batch.cond)
+        return Loss(flow_matching_loss(velocity, batch.x0, batch.z).mean())

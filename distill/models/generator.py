@@ -1,0 +1,80 @@
+"""The few-step generator: a denoiser together with the sampler that it was made for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from distill.data.cond import Cond
+from distill.data.rng import sample_noise
+from distill.models.denoiser import Denoiser
+from distill.models.spec import SamplerSpec
+
+
+class Generator:
+    """z ~ N(0, I) -> images in [-1, 1], in the few steps that `spec` names."""
+
+    def __init__(self, denoiser: Denoiser, spec: SamplerSpec, *, num_classes: int = 0) -> None:
+        self.denoiser, self.spec, self.num_classes = denoiser, spec, num_classes
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return next(self.denoiser.parameters()).device
+
+    def to(self, device: torch.device | str) -> Generator:
+        """Move the weights to `device` (in place) and return self."""
+        self.denoiser.to(device)
+        return self
+
+    def one_step(self, z: Tensor, cond: Cond) -> Tensor:
+        """[B,*S] noise -> [B,*S] samples with one network call: x0 predicted at t_max."""
+        start = self.denoiser.process.prior(self.spec.start_scale * z)
+        t = torch.full((len(z),), self.denoiser.process.t_max, device=z.device)
+        return self.denoiser.x0(start, t, cond, self.spec.guidance_scale)
+
+    def generate(self, z: Tensor, cond: Cond, steps: int | None = None, *, force: bool = False) -> Tensor:
+        """[B,*S] noise -> [B,*S] samples in `steps` steps (default: the spec's); refuses counts that the model is not valid for.
+
+        Differentiable with respect to z."""
+        grid = self.spec.grid(self.denoiser.process, steps, force=force)
+        return self.denoiser.transport(
+            self.spec.start_scale * z, cond, solver=self.spec.solver, grid=grid, guidance_scale=self.spec.guidance_scale
+        )[0]
+
+    @torch.no_grad()
+    def sample(
+        self, count: int, label: int | Sequence[int] | Tensor | None = None, *, seed: int = 0, stream: str = "sample",
+        steps: int | None = None, force: bool = False, batch_size: int = 500,
+    ) -> Tensor:  # fmt: skip
+        """`count` images [count,*S] in [-1, 1] on the CPU; image i is a function of (seed, stream, i) and its label alone.
+
+        label: one class for all, one a sample, or None: classes 0, 1, 2, ... in turn."""
+        if count < 1:
+            raise ValueError(f"count: expected at least 1, found {count}")
+        labels = self.labels(count, label)
+        self.denoiser.eval()
+        images = []
+        for ids in torch.arange(count).split(batch_size):
+            z = sample_noise(seed, stream, ids, self.denoiser.sample_shape).to(self.device)
+            cond = (Cond.nothing(len(ids)) if labels is None else Cond.of_labels(labels[ids])).to(self.device)
+            images.append(self.generate(z, cond, steps, force=force).clamp(-1, 1).cpu())
+        return torch.cat(images)
+
+    def labels(self, count: int, label: int | Sequence[int] | Tensor | None = None) -> Tensor | None:
+        """[count] int64 labels as `sample` reads them; None for an unconditional model."""
+        if not self.num_classes:
+            if label is not None:
+                raise ValueError(f"label: found {label}, but this model takes no class labels")
+            return None
+        if label is None:
+            return torch.arange(count) % self.num_classes
+        labels = torch.as_tensor(label, dtype=torch.int64)
+        labels = labels.expand(count) if labels.ndim == 0 else labels
+        if labels.shape != (count,):
+            raise ValueError(f"label: expected one label or {count} of them, found {len(labels)}")
+        if int(labels.min()) < 0 or int(labels.max()) >= self.num_classes:
+            raise ValueError(f"label: expected classes 0 .. {self.num_classes - 1}, found {sorted(set(labels.tolist()))}")
+        return labels

@@ -1,0 +1,76 @@
+"""How a model is to be sampled. Saved with every model, so nobody has to guess steps, times or guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.process.base import Process
+from distill.process.times import uniform_grid
+
+
+@dataclass(frozen=True)
+class SamplerSpec:
+    """The sampler that a model was made for.
+
+    Attributes:
+        steps: the default number of steps.
+        times: exact times in the model's process for each step count, descending, `steps + 1` numbers each. If `any_steps`,
+            a count that is not listed uses the uniform grid; otherwise the listed counts are the only valid ones.
+        mode: "ode" (deterministic).
+        solver: "euler", "heun" or "ddim".
+        kind: what the net predicts.
+        start_scale: the net starts from `start_scale * z`, z ~ N(0, I).
+        guidance_scale: the scale to sample with; 1 is none.
+        guidance_baked: the scale that the student has learned from its teacher, for the record.
+    """
+
+    steps: int
+    times: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
+    any_steps: bool = False
+    mode: str = "ode"
+    solver: str = "euler"
+    kind: str = "velocity"
+    start_scale: float = 1.0
+    guidance_scale: float = 1.0
+    guidance_baked: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.mode != "ode":
+            raise ValueError(f"sampler.mode: found {self.mode!r}, expected 'ode'")
+        for steps, times in self.times.items():
+            if len(times) != steps + 1 or any(a <= b for a, b in zip(times, times[1:], strict=False)):
+                raise ValueError(f"sampler.times[{steps}]: expected {steps + 1} descending times, found {list(times)}")
+        if self.steps not in self.times and not self.any_steps:
+            raise ValueError(f"sampler.steps: {self.steps} is not among the valid step counts {sorted(self.times)}")
+
+    def valid(self, steps: int) -> bool:
+        """Whether the model was made for this many steps."""
+        return steps >= 1 and (self.any_steps or steps in self.times)
+
+    def grid(self, process: Process, steps: int | None = None, *, force: bool = False) -> Tensor:
+        """[steps + 1] float64 times to sample at; `force` allows the uniform grid where the model is not valid."""
+        steps = self.steps if steps is None else steps
+        if steps < 1:
+            raise ValueError(f"steps: expected at least 1, found {steps}")
+        if steps in self.times:
+            return torch.tensor(self.times[steps], dtype=torch.float64)
+        if not (self.any_steps or force):
+            raise ValueError(
+                f"steps: this model was distilled for {sorted(self.times)} step(s) and is not valid at {steps}; "
+                "more steps make its images worse, not better (force=true samples all the same)"
+            )
+        return uniform_grid(process, steps)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return asdict(self) | {"times": {str(n): list(t) for n, t in sorted(self.times.items())}}
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> SamplerSpec:
+        """Inverse of `to_dict`."""
+        return cls(**(dict(value) | {"times": {int(n): tuple(t) for n, t in value["times"].items()}}))

@@ -1,0 +1,86 @@
+"""Layers that the nets share. Each has a form of plain operations, since forward-mode derivatives (`torch.func.jvp`, needed by
+continuous-time methods) pass neither fused attention nor the native group norm on channels-last inputs."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation (Wu & He 2018) of [B,C,*]. `plain=True` computes it with elementary operations and reductions."""
+
+    def __init__(self, groups: int, channels: int, *, plain: bool = False, eps: float = 1e-5) -> None:
+        super().__init__()
+        if channels % groups:
+            raise ValueError(f"groups: {channels} channels cannot be split into {groups} groups")
+        self.groups, self.plain, self.eps = groups, plain, eps
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.plain:
+            return F.group_norm(x, self.groups, self.weight, self.bias, self.eps)
+        grouped = x.reshape(x.shape[0], self.groups, -1)
+        centred = grouped - grouped.mean(dim=2, keepdim=True)
+        scale = (centred.square().mean(dim=2, keepdim=True) + self.eps).rsqrt()
+        shape = (1, -1) + (1,) * (x.ndim - 2)
+        return (centred * scale).reshape(x.shape) * self.weight.view(shape) + self.bias.view(shape)
+
+
+class SelfAttention(nn.Module):
+    """Residual multi-head self-attention over the positions of [B,C,H,W]. `math=True` writes the softmax out."""
+
+    def __init__(self, channels: int, *, heads: int = 1, groups: int = 8, math: bool = False, plain_norm: bool = False) -> None:
+        super().__init__()
+        if channels % heads:
+            raise ValueError(f"heads: {channels} channels cannot be split over {heads} heads")
+        self.heads, self.math = heads, math
+        self.norm = GroupNorm(groups, channels, plain=plain_norm)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = nn.Linear(channels, channels)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # [B,HW,C]
+        q, k, v = self.qkv(tokens).view(batch, height * width, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        if self.math:
+            weights = torch.softmax((q @ k.transpose(-1, -2)) / math.sqrt(q.shape[-1]), dim=-1)
+            mixed = weights @ v
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v)
+        mixed = self.out(mixed.transpose(1, 2).reshape(batch, height * width, channels))
+        return x + mixed.transpose(1, 2).reshape(x.shape)
+
+
+class TimeEmbedding(nn.Module):
+    """[B] network times -> [B, dim] sines and cosines (Vaswani et al. 2017) of frequencies from 1 down to 1/max_period."""
+
+    def __init__(self, dim: int, max_period: float = 10_000.0) -> None:
+        super().__init__()
+        if dim % 2:
+            raise ValueError(f"dim: a time embedding needs an even number of features, found {dim}")
+        self.register_buffer(
+            "frequencies", torch.exp(-math.log(max_period) * torch.arange(dim // 2) / (dim // 2)), persistent=False
+        )
+
+    def forward(self, t: Tensor) -> Tensor:
+        angles = t.to(torch.float32)[:, None] * self.frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class ClassEmbedding(nn.Module):
+    """[B] class labels -> [B, dim]; the label -1 (the null condition) has an embedding of its own, the last row."""
+
+    def __init__(self, num_classes: int, dim: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.table = nn.Embedding(num_classes + 1, dim)
+
+    def forward(self, label: Tensor) -> Tensor:
+        return self.table(torch.where(label < 0, self.num_classes, label))

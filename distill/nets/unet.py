@@ -1,0 +1,129 @@
+"""A small convolutional U-Net (Ho et al. 2020, with the scale-shift conditioning of Nichol & Dhariwal 2021) for pixel data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from distill.data.cond import Cond
+from distill.nets.layers import ClassEmbedding, GroupNorm, SelfAttention, TimeEmbedding
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions with a residual path; time and class scale and shift the second normalisation."""
+
+    def __init__(self, channels_in: int, channels: int, embedding: int, groups: int, plain_norm: bool) -> None:
+        super().__init__()
+        self.norm1 = GroupNorm(groups, channels_in, plain=plain_norm)
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, padding=1)
+        self.modulation = nn.Linear(embedding, 2 * channels)
+        self.norm2 = GroupNorm(groups, channels, plain=plain_norm)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.skip = nn.Conv2d(channels_in, channels, 1) if channels_in != channels else nn.Identity()
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
+        hidden = self.conv1(F.silu(self.norm1(x)))
+        hidden = torch.addcmul(shift, self.norm2(hidden), 1 + scale)
+        return self.skip(x) + self.conv2(F.silu(hidden))
+
+
+class UNet(nn.Module):
+    """U-Net for [B,C,H,W] with H and W divisible by 2^(levels - 1).
+
+    Args:
+        channels: C of the data.
+        width: channels of the first level; level i has width * multipliers[i].
+        multipliers: one entry a level; between levels the resolution halves.
+        blocks: residual blocks a level on the way down (and up).
+        num_classes: class labels it is conditioned on; 0 for none.
+        time_scale: network time = time_scale * t. The embedding's fastest frequency is 1, so a flow's t in [0, 1] wants
+            hundreds to a thousand (the 999 and 1000 of the rectified-flow code bases); a discrete VP index wants 1.
+        embedding: width of the time and class embedding.
+        attention: "sdpa" | "math" | "none" for the middle block; "math" allows forward-mode derivatives.
+        plain_norm: group norms of elementary operations, needed by forward-mode derivatives on channels-last inputs.
+        channels_last: memory format of the activations (1.3x faster on CPUs and tensor cores).
+    """
+
+    def __init__(
+        self, *, channels: int = 1, width: int = 16, multipliers: Sequence[int] = (1, 2), blocks: int = 1,
+        num_classes: int = 10, time_scale: float = 1000.0, embedding: int = 64, groups: int = 8, heads: int = 1,
+        attention: str = "sdpa", plain_norm: bool = False, channels_last: bool = True,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if attention not in ("sdpa", "math", "none"):
+            raise ValueError(f"attention: found {attention!r}, expected one of 'sdpa', 'math', 'none'")
+        self.num_classes, self.time_scale = num_classes, time_scale
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.time = TimeEmbedding(embedding)
+        self.embed = nn.Sequential(nn.Linear(embedding, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
+        self.label = ClassEmbedding(num_classes, embedding) if num_classes else None
+
+        def block(channels_in: int, channels_out: int) -> ResBlock:
+            return ResBlock(channels_in, channels_out, embedding, groups, plain_norm)
+
+        widths = [width * m for m in multipliers]
+        self.stem = nn.Conv2d(channels, width, 3, padding=1)
+        self.down, self.shrink = nn.ModuleList(), nn.ModuleList()
+        skips, current = [width], width
+        for level, level_width in enumerate(widths):
+            if level:
+                self.shrink.append(nn.Conv2d(current, current, 3, stride=2, padding=1))
+                skips.append(current)
+            stack = nn.ModuleList()
+            for _ in range(blocks):
+                stack.append(block(current, level_width))
+                current = level_width
+                skips.append(current)
+            self.down.append(stack)
+        self.middle_in = block(current, current)
+        self.attention = (
+            nn.Identity()
+            if attention == "none"
+            else SelfAttention(current, heads=heads, groups=groups, math=attention == "math", plain_norm=plain_norm)
+        )
+        self.middle_out = block(current, current)
+        self.up, self.grow = nn.ModuleList(), nn.ModuleList()
+        for level in reversed(range(len(widths))):
+            stack = nn.ModuleList()
+            for _ in range(blocks + 1):
+                stack.append(block(current + skips.pop(), widths[level]))
+                current = widths[level]
+            self.up.append(stack)
+            if level:
+                self.grow.append(nn.Conv2d(current, current, 3, padding=1))
+        self.out_norm = GroupNorm(groups, current, plain=plain_norm)
+        self.out = nn.Conv2d(current, channels, 3, padding=1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+        self.to(memory_format=self.memory_format)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """[B,C,H,W] at process times t [B] under `cond` -> [B,C,H,W]."""
+        embedding = self.embed(self.time(t * self.time_scale))
+        if self.label is not None:
+            if cond.label is None:
+                raise ValueError(f"cond: this net expects one of {self.num_classes} class labels a sample, found no labels")
+            embedding = embedding + self.label(cond.label)
+        embedding = F.silu(embedding)
+        hidden = self.stem(x.contiguous(memory_format=self.memory_format))
+        skips = [hidden]
+        for level, stack in enumerate(self.down):
+            if level:
+                hidden = self.shrink[level - 1](hidden)
+                skips.append(hidden)
+            for block in stack:
+                hidden = block(hidden, embedding)
+                skips.append(hidden)
+        hidden = self.middle_out(self.attention(self.middle_in(hidden, embedding)), embedding)
+        for level, stack in enumerate(self.up):
+            for block in stack:
+                hidden = block(torch.cat([hidden, skips.pop()], dim=1), embedding)
+            if level < len(self.grow):
+                hidden = self.grow[level](F.interpolate(hidden, scale_factor=2.0, mode="nearest"))
+        return self.out(F.silu(self.out_norm(hidden))).contiguous()

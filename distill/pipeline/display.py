@@ -1,0 +1,34 @@
+"""What a person sees while stages run: one bar a stage, with a counter of stages and the time left."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class Display:
+    """`number` of `total` stages; bars and lines go to standard error, so standard output stays for results."""
+
+    name: str = ""
+    number: int = 1
+    total: int = 1
+
+    @contextmanager
+    def bar(self, total: int, *, initial: int = 0, unit: str = "step") -> Iterator[tqdm]:
+        """A progress bar over `total` units of which `initial` are done."""
+        interactive = sys.stderr.isatty()
+        bar = tqdm(
+            total=total, initial=initial, unit=unit, desc=f"[{self.number}/{self.total}] {self.name}", dynamic_ncols=interactive,
+            mininterval=0.2 if interactive else 10.0, ascii=not interactive, file=sys.stderr,
+        )  # fmt: skip
+        with bar:
+            yield bar
+
+    def line(self, text: str) -> None:
+        """One line that does not break a bar."""
+        tqdm.write(f"[{self.number}/{self.total}] {self.name}: {text}", file=sys.stderr)

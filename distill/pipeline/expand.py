@@ -1,0 +1,119 @@
+"""From a composed recipe to the list of stages that run: repeated rounds, pretrained teachers, profile limits."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+LOAD = "distill.pipeline.stages.Load"
+REFERENCE_KEYS = ("teacher", "init", "data", "student", "evaluate")
+
+
+def expand(recipe: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Stage configs by name, in order, from a composed config's `stages`, `repeat` and `profile` (plain containers)."""
+    stages = {name: copy.deepcopy(dict(config)) for name, config in recipe["stages"].items() if config is not None}
+    for name, config in stages.items():
+        if "_target_" not in config:
+            raise ValueError(f"stages.{name}: has no _target_; expected a stage such as distill.pipeline.stages.Train")
+        if config.get("path"):
+            stages[name] = {"_target_": LOAD, "path": config["path"]}
+    stages = in_order(stages)
+    if recipe.get("repeat"):
+        stages = repeat(stages, recipe["repeat"])
+    limits = {key: value for key, value in (recipe.get("profile") or {}).items() if value is not None}
+    return {name: limit(config, limits) for name, config in stages.items()}
+
+
+def references(config: Mapping[str, Any]) -> list[str]:
+    """Names of the stages that a stage config refers to."""
+    named = [config[key] for key in REFERENCE_KEYS if isinstance(config.get(key), str)]
+    models = config.get("models")
+    return named + ([model["stage"] for model in models.values()] if isinstance(models, Mapping) else [])
+
+
+def in_order(stages: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Stages with every stage after those it refers to, else as written (merging configs does not keep their order)."""
+    ordered: dict[str, dict[str, Any]] = {}
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        if name in path:
+            raise ValueError(f"stages: {' -> '.join([*path[path.index(name) :], name])} refer to each other in a circle")
+        for target in references(stages[name]):
+            if target not in stages:
+                raise ValueError(f"stages.{name}: refers to {target!r}, expected one of {list(stages)}")
+            visit(target, (*path, name))
+        ordered[name] = stages[name]
+
+    for name in stages:
+        visit(name, ())
+    return ordered
+
+
+def repeat(stages: dict[str, dict[str, Any]], block: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Insert rounds 2 .. times of the stages of `block` after their first round.
+
+    block: {stages: [pairs, reflow], times: k, carry: {teacher: reflow}}. In round r > 1 a stage is named `<name>_round<r>`; its
+    references to stages of the block mean this round's, and `carry` says which earlier stage's place the previous round's
+    result takes. Stages after the block refer to the last round; evaluated models of the block get a row set a round.
+    """
+    names, times, carry = list(block["stages"]), int(block["times"]), dict(block.get("carry") or {})
+    if times < 1:
+        raise ValueError(f"rounds: expected at least 1, found {times}")
+    if missing := [name for name in [*names, *carry, *carry.values()] if name not in stages]:
+        raise ValueError(f"repeat: names the stages {missing}, found only {list(stages)}")
+    result: dict[str, dict[str, Any]] = {}
+    order = list(stages)
+    last = max(order.index(name) for name in names)
+    current = {name: name for name in names}
+    for position, name in enumerate(order):
+        config = stages[name]
+        if position > last:
+            config = _redirect(config, current)
+            if isinstance(config.get("models"), Mapping):
+                config["models"] = _rounds_of_models(stages[name]["models"], names, times)
+        result[name] = config
+        if position != last:
+            continue
+        for number in range(2, times + 1):
+            previous, current = current, {n: f"{n}_round{number}" for n in names}
+            mapping = current | {old: previous[new] for old, new in carry.items()}
+            for n in names:
+                copied = _redirect(stages[n], mapping)
+                if "stream" in copied:
+                    copied["stream"] = f"{copied['stream']}_round{number}"
+                result[current[n]] = copied
+    return result
+
+
+def _redirect(config: Mapping[str, Any], mapping: Mapping[str, str]) -> dict[str, Any]:
+    """The same stage with its references to other stages renamed."""
+    return copy.deepcopy(dict(config)) | {
+        key: mapping[value]
+        for key in REFERENCE_KEYS
+        if isinstance(value := config.get(key), str) and value in mapping
+    }
+
+
+def _rounds_of_models(models: Mapping[str, Any], names: list[str], times: int) -> dict[str, Any]:
+    """Evaluated models, with one entry a round for those of the repeated block: reflow, reflow2, ..."""
+    rows: dict[str, Any] = {}
+    for label, model in models.items():
+        rows[label] = dict(model)
+        if model["stage"] in names:
+            for number in range(2, times + 1):
+                rows[f"{label}{number}"] = dict(model) | {"stage": f"{model['stage']}_round{number}"}
+    return rows
+
+
+def limit(config: dict[str, Any], limits: Mapping[str, int]) -> dict[str, Any]:
+    """A stage with the profile's upper limits on its sizes; with any limit, quality gates say nothing and are dropped."""
+    config = copy.deepcopy(config)
+    if not limits:
+        return config
+    for key, cap in limits.items():
+        if isinstance(config.get(key), int):
+            config[key] = min(config[key], cap)
+    if "gates" in config:
+        config["gates"] = []
+    return config

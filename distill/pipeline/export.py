@@ -1,0 +1,63 @@
+"""The Export stage: a folder that needs nothing but itself."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from distill.evaluation.protocol import Protocol
+from distill.exporters.card import card
+from distill.files import read_json, write_atomic, write_json, write_safetensors, write_text
+from distill.models.native import DESCRIPTION, WEIGHTS, load_model, read_description
+from distill.pipeline.stage import Room, Stage
+from distill.pipeline.stages import Load, Train
+
+
+@dataclass
+class Export(Stage):
+    """Weights, sampler, card, picture and table of one model.
+
+    Attributes:
+        student: name of the stage whose model is exported.
+        evaluate: name of the Evaluate stage whose table and picture go into the card, or None.
+    """
+
+    REFERENCES: ClassVar[tuple[str, ...]] = ("student", "evaluate")
+
+    student: str
+    evaluate: str | None = None
+
+    def check(self, stages: Mapping[str, Stage]) -> None:
+        """The student comes from a stage that makes a model."""
+        super().check(stages)
+        if not isinstance(stages[self.student], Train | Load):
+            raise ValueError(f"student: {self.student!r} makes no model")
+
+    def run(self, room: Room) -> dict[str, Any]:
+        """Copy the model, write the card, then load the export and compare its images with the original's."""
+        source = room.inputs["student"]
+        original = load_model(source)
+        write_safetensors(room.folder / WEIGHTS, original.denoiser.net.state_dict())
+        description = read_description(source)
+        write_json(room.folder / DESCRIPTION, description)
+        rows, protocol, picture = [], "", False
+        if "evaluate" in room.inputs:
+            metrics = read_json(room.inputs["evaluate"] / "metrics.json")
+            write_json(room.folder / "metrics.json", metrics)
+            rows = metrics["rows"]
+            protocol = f"Protocol: {Protocol(**metrics['protocol']).describe()}."
+            grid = room.inputs["evaluate"] / "grid.png"
+            picture = grid.is_file()
+            if picture:
+                write_atomic(room.folder / "grid.png", lambda temporary: shutil.copyfile(grid, temporary))
+        write_text(room.folder / "README.md", card(room.recipe, description, rows, protocol, grid=picture))
+        with room.display.bar(1, unit="check") as bar:
+            again = load_model(room.folder)
+            if not torch.equal(original.sample(4), again.sample(4)):
+                raise RuntimeError(f"{room.folder}: the export does not reproduce the images of {source}")
+            bar.update()
+        return {"parameters": sum(p.numel() for p in again.denoiser.parameters())}

@@ -1,0 +1,66 @@
+"""`python -m distill.sample model=runs/instaflow/export count=64 out=grid.png`: a picture of samples, from an export alone."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from distill.evaluation.grid import save_png, tile
+from distill.models.native import load_model
+
+
+@dataclass
+class Options:
+    """model: an export (or any model folder); count, label, seed: what to draw; steps: null is the model's own; force: allow step
+    counts that the model is not valid for; out: the PNG."""
+
+    model: str = MISSING
+    out: str = "grid.png"
+    count: int = 64
+    label: int | None = None
+    seed: int = 0
+    steps: int | None = None
+    force: bool = False
+    columns: int | None = None
+    device: str = "cpu"
+
+
+def parse(arguments: list[str]) -> Options:
+    """key=value arguments -> Options; errors name the key and the nearest valid one."""
+    names = [field.name for field in fields(Options)]
+    for argument in arguments:
+        key = argument.partition("=")[0]
+        if key not in names or "=" not in argument:
+            near = difflib.get_close_matches(key, names, n=1)
+            hint = f"; did you mean {near[0]}=?" if near else ""
+            raise ValueError(f"{argument}: expected key=value with a key among {', '.join(names)}{hint}")
+    options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_dotlist(arguments)))
+    assert isinstance(options, Options)
+    return options
+
+
+def main() -> None:
+    """Draw and save."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(f"{__doc__}\n\n{Options.__doc__}")
+        return
+    try:
+        options = parse(sys.argv[1:])
+        generator = load_model(options.model, device=options.device)
+        images = generator.sample(
+            options.count, options.label, seed=options.seed, steps=options.steps, force=options.force
+        )  # fmt: skip
+    except (ValueError, OSError, OmegaConfBaseException) as error:
+        sys.exit(f"error: {error}")
+    columns = options.columns or min(options.count, generator.num_classes or 10, 16)
+    save_png(tile(images, columns), Path(options.out))
+    print(f"{options.out}: {options.count} samples of {options.model}, {options.steps or generator.spec.steps} step(s)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""The engine: updates derive everything else; a dummy method with two networks and two optimizers shows it."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from distill.data.batch import Batch
+from distill.data.cond import Cond
+from distill.engine import checkpoint
+from distill.engine.ema import decay_at
+from distill.engine.fit import Fit, train
+from distill.engine.module import DistillModule
+from distill.engine.schedule import Constant, Cosine, Linear
+from distill.engine.update import Loss, Optim, Update
+from distill.models.denoiser import Denoiser
+from distill.models.spec import SamplerSpec
+from distill.process.flow import Flow
+
+
+class Affine(nn.Module):
+    """x -> w x + b, elementwise over [B,4]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.b = nn.Parameter(torch.ones(4)), nn.Parameter(torch.zeros(4))
+
+    def forward(self, x, t, cond):
+        return self.w * x + self.b
+
+
+class Two(DistillModule):
+    """A student every second iteration and a fake net every iteration, which sees what the student left in `shared`."""
+
+    def __init__(self, student, teacher):
+        super().__init__(student)
+        self.fake = Denoiser(copy.deepcopy(teacher.net), Flow(), "velocity", (4,))
+        self.teacher = None
+        object.__setattr__(self, "teacher", self.freeze("teacher", teacher))
+        self.seen = []
+
+    def updates(self):
+        return [
+            Update("student", {"student": self.student}, self.student_loss, every=2),
+            Update("fake", {"fake": self.fake}, self.fake_loss),
+        ]
+
+    def spec(self):
+        return SamplerSpec(steps=1, any_steps=True)
+
+    def student_loss(self, batch, step):
+        x = self.student(step.draws.normal("z", (4,)), step.draws.uniform("t"), batch.cond)
+        step.shared["x"] = x.detach()
+        # The gradient flows through the fake net's input while its weights are frozen.
+        return Loss((self.fake(x, x[:, 0], batch.cond) - 0.5 * self.teacher(x, x[:, 0], batch.cond) + batch.x0).square().mean())
+
+    def fake_loss(self, batch, step):
+        self.seen.append((step.iteration, "x" in step.shared, self.student.net.w.requires_grad, self.fake.net.w.requires_grad))
+        z = step.shared.get("x", step.draws.normal("z", (4,)))
+        return Loss((self.fake(z, z[:, 0], batch.cond) - batch.x0).square().mean(), {"mean": z.mean()})
+
+
+class Points:
+    """40 points in 4 dimensions."""
+
+    sample_shape = (4,)
+    data = torch.randn(40, 4, generator=torch.Generator().manual_seed(2))
+
+    def __len__(self):
+        return 40
+
+    def fetch(self, rows, index):
+        return Batch(rows, index, Cond.nothing(len(rows)), x0=self.data[rows])
+
+    def fingerprint(self):
+        return "points"
+
+
+def settings(**changes) -> Optim:
+    return Optim(**{"optimizer": partial(torch.optim.AdamW, lr=0.05), "schedule": Constant(), "clip": 1.0, "ema": 0.9} | changes)
+
+
+def make(**changes) -> Two:
+    torch.manual_seed(0)
+    nets = [Denoiser(Affine(), Flow(), "velocity", (4,)) for _ in range(2)]
+    for parameter in nets[1].parameters():
+        nn.init.normal_(parameter)
+    method = Two(*nets)
+    method.prepare({"student": settings(**changes), "fake": settings(ema=None)}, seed=5)
+    return method
+
+
+def weights(method: Two) -> dict[str, torch.Tensor]:
+    return {f"{part}.{k}": v.clone() for part, m in (("net", method.student), ("ema", method.ema["student"]), ("fake", method.fake)) for k, v in m.state_dict().items()}
+
+
+def fit(method: Two, folder: Path, steps: int, **options) -> Two:
+    train(method, Points(), Fit(steps=steps, batch_size=8, **options), folder=folder, config={"a": 1})
+    return method
+
+
+def test_two_updates_share_one_iteration(tmp_path):
+    method = fit(make(), tmp_path, steps=5)
+    assert method.progress.step == 5
+    assert method.progress.iteration == 9  # the student runs at 0, 2, 4, 6, 8
+    assert method.progress.images == 40
+    assert [seen[0] for seen in method.seen] == list(range(9))
+    assert [seen[1] for seen in method.seen] == [i % 2 == 0 for i in range(9)]
+    assert all(seen[2:] == (False, True) for seen in method.seen)  # only what the update trains receives gradients
+
+
+def test_frozen_networks_are_neither_registered_nor_saved(tmp_path):
+    method = fit(make(), tmp_path, steps=3)
+    assert not any("teacher" in name for name, _ in method.named_parameters())
+    state = checkpoint.read(tmp_path / checkpoint.NAME)
+    assert sorted(state) == ["config", "ema", "networks", "optimizers", "progress", "sampler", "schema", "torch"]
+    assert sorted(state["networks"]) == ["fake", "student"]
+    assert sorted(state["ema"]) == ["student"]
+    assert sorted(state["optimizers"]) == ["fake", "student"]
+    assert all(p.grad is None and not p.requires_grad for p in method.frozen["teacher"].parameters())
+
+
+def test_continuing_equals_not_stopping(tmp_path):
+    whole = weights(fit(make(), tmp_path / "whole", steps=12))
+    fit(make(), tmp_path / "parts", steps=7)
+    parts = fit(make(), tmp_path / "parts", steps=12)
+    assert parts.progress.step == 12
+    for name, value in weights(parts).items():
+        assert torch.equal(value, whole[name]), name
+
+
+def test_accumulation_equals_the_whole_batch(tmp_path):
+    whole, parts = (weights(fit(make(), tmp_path / str(k), steps=6, accumulate=k)) for k in (1, 4))
+    for name, value in parts.items():
+        assert torch.allclose(value, whole[name], atol=1e-6), name
+    assert any(not torch.equal(value, weights(make())[name]) for name, value in parts.items())
+
+
+def test_clip_bounds_the_step_and_ema_follows(tmp_path):
+    before = weights(make())
+    plain = partial(torch.optim.SGD, lr=1.0)
+    after = weights(fit(make(optimizer=plain, clip=1e-3, ema=0.5, ema_ramp=False), tmp_path, steps=1))
+    moved = torch.cat([after[f"net.net.{k}"] - before[f"net.net.{k}"] for k in "wb"])
+    assert torch.isclose(moved.norm(), torch.tensor(1e-3), rtol=1e-3)
+    for k in "wb":
+        middle = (after[f"net.net.{k}"] + before[f"net.net.{k}"]) / 2
+        assert torch.allclose(after[f"ema.net.{k}"], middle, atol=1e-7)
+
+
+def test_schedules_and_ramp():
+    assert [Constant(2)(s) for s in range(3)] == [0.5, 1.0, 1.0]
+    linear, cosine = Linear(total=10, warmup=2), Cosine(total=10, warmup=2, final=0.1)
+    assert (linear(0), linear(2), linear(6), linear(10)) == (0.5, 1.0, 0.5, 0.0)
+    assert (cosine(2), cosine(10)) == (1.0, pytest.approx(0.1))
+    assert cosine(6) == pytest.approx(0.55)
+    assert decay_at(0, 0.999, True) == pytest.approx(2 / 11)
+    assert decay_at(10**6, 0.999, True) == 0.999
+    assert decay_at(0, 0.999, False) == 0.999
+
+
+def test_errors_name_the_field(tmp_path):
+    method = make()
+    with pytest.raises(ValueError, match=r"optim: found settings for \['student'\], this method's updates need"):
+        method.prepare({"student": settings()}, seed=0)
+    with pytest.raises(ValueError, match="batch_size: 8 samples a step cannot be split into accumulate=3"):
+        fit(make(), tmp_path, steps=1, accumulate=3)
+    with pytest.raises(ValueError, match="trains no network"):
+        Update("student", {}, method.student_loss)
+    fit(make(), tmp_path / "a", steps=2)
+    state = torch.load(tmp_path / "a" / checkpoint.NAME, weights_only=True)
+    del state["ema"]["student"]
+    with pytest.raises(ValueError, match=r"ema: found \[\], this method has \['student'\]"):
+        checkpoint.restore(state, make(), where=tmp_path)
+    (tmp_path / "a" / checkpoint.NAME).write_bytes(b"half a file")
+    with pytest.raises(ValueError, match="not a readable checkpoint"):
+        fit(make(), tmp_path / "a", steps=3)
