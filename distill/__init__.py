@@ -12,7 +12,8 @@ __version__ = "0.1.0"
 
 
 def load(path: str | Path, *, device: str = "cpu") -> Generator:
-    """Read an exported student (or any model folder of a run): `distill.load("runs/instaflow/export").sample(8, label=3)`."""
+    """Read an exported student (or any model folder of a run):
+    `distill.load("runs/instaflow/export").sample(8, label=3)`."""
     from distill.models.native import load_model  # torch is imported only when a model is wanted
 
     return load_model(path, device=device)

@@ -1,4 +1,5 @@
-"""Writing files so that nobody ever sees half of one: a temporary name beside the target, flushed to disk, then renamed."""
+"""Writing files so that nobody ever sees half of one: a temporary name beside the target, flushed to disk,
+then renamed."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ TEMPORARY_SUFFIX = ".part"
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write(temporary path)`, then rename the result to `path`; on an error nothing is left at either name."""
+    """Call `write(temporary path)`, then rename the result to `path`; on an error nothing is left at either
+    name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
     try:

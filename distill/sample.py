@@ -1,4 +1,5 @@
-"""`python -m distill.sample model=runs/instaflow/export count=64 out=grid.png`: a picture of samples, from an export alone."""
+"""`python -m distill.sample model=runs/instaflow/export count=64 out=grid.png`: a picture of samples, from an
+export alone."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ from distill.models.native import load_model
 
 @dataclass
 class Options:
-    """model: an export (or any model folder); count, label, seed: what to draw; steps: null is the model's own; force: allow step
-    counts that the model is not valid for; out: the PNG."""
+    """model: an export (or any model folder); count, label, seed: what to draw; steps: null is the model's
+    own; force: allow step counts that the model is not valid for; out: the PNG."""
 
     model: str = MISSING
     out: str = "grid.png"
@@ -39,7 +40,9 @@ def parse(arguments: list[str]) -> Options:
             near = difflib.get_close_matches(key, names, n=1)
             hint = f"; did you mean {near[0]}=?" if near else ""
             raise ValueError(f"{argument}: expected key=value with a key among {', '.join(names)}{hint}")
-    options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_dotlist(arguments)))
+    options = OmegaConf.to_object(
+        OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_dotlist(arguments))
+    )
     assert isinstance(options, Options)
     return options
 
@@ -54,12 +57,15 @@ def main() -> None:
         generator = load_model(options.model, device=options.device)
         images = generator.sample(
             options.count, options.label, seed=options.seed, steps=options.steps, force=options.force
-        )  # fmt: skip
+        )
     except (ValueError, OSError, OmegaConfBaseException) as error:
         sys.exit(f"error: {error}")
     columns = options.columns or min(options.count, generator.num_classes or 10, 16)
     save_png(tile(images, columns), Path(options.out))
-    print(f"{options.out}: {options.count} samples of {options.model}, {options.steps or generator.spec.steps} step(s)")
+    print(
+        f"{options.out}: {options.count} samples of {options.model}, "
+        f"{options.steps or generator.spec.steps} step(s)"
+    )
 
 
 if __name__ == "__main__":

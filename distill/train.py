@@ -1,4 +1,5 @@
-"""`python -m distill.train recipe=NAME`: from a teacher to an exported, evaluated student; run again, it continues."""
+"""`python -m distill.train recipe=NAME`: from a teacher to an exported, evaluated student; run again, it
+continues."""
 
 from __future__ import annotations
 

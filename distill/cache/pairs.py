@@ -28,7 +28,8 @@ NOISE_IN_MEMORY_BYTES = 2**30
 class Header:
     """What the pairs are: everything about them but the shards.
 
-    `teacher` is the digest of the teacher's weights; `noise` is "seed" (z of sample i is `sample_noise(seed, stream, i)`)."""
+    `teacher` is the digest of the teacher's weights; `noise` is "seed" (z of sample i is `sample_noise(seed,
+    stream, i)`)."""
 
     sample_shape: tuple[int, ...]
     count: int
@@ -69,23 +70,28 @@ def balanced_labels(ids: Tensor, num_classes: int) -> Tensor:
 
 
 class Pairs:
-    """Reads a finished cache; a `Source` for training. Shards are memory-mapped by safetensors; noise is drawn from its seeds,
-    once for all where it fits in memory."""
+    """Reads a finished cache; a `Source` for training. Shards are memory-mapped by safetensors; noise is
+    drawn from its seeds, once for all where it fits in memory."""
 
     def __init__(self, folder: Path | str) -> None:
         folder = Path(folder)
         self.folder = folder
         path = folder / MANIFEST
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: missing; {folder} is no finished pair cache (its writer continues it)")
+            raise FileNotFoundError(
+                f"{path}: missing; {folder} is no finished pair cache (its writer continues it)"
+            )
         manifest = read_json(path)
         self.header = header = Header.from_dict(manifest["header"], path)
         if header.orientation != Header.orientation:
-            raise ValueError(f"{path}: orientation: found {header.orientation!r}, expected {Header.orientation!r}")
+            raise ValueError(
+                f"{path}: orientation: found {header.orientation!r}, expected {Header.orientation!r}"
+            )
         found = noise_checksum(header.seed, header.stream, header.sample_shape)
         if found != header.noise_checksum:
             raise ValueError(
-                f"{path}: noise_checksum: this torch ({torch.__version__}) draws another noise stream than the torch that "
+                f"{path}: noise_checksum: this torch ({torch.__version__}) draws another noise stream than "
+                "the torch that "
                 f"wrote the pairs ({header.torch}): found {found[:12]}, expected {header.noise_checksum[:12]}"
             )
         self.shards = manifest["shards"]
@@ -95,13 +101,16 @@ class Pairs:
         self.x0 = [table["x0"] for table in tables]
         self.starts = torch.tensor([0, *(len(x0) for x0 in self.x0)]).cumsum(0)
         if len(self.ids) != header.count:
-            raise ValueError(f"{path}: count: the shards hold {len(self.ids)} pairs, the header expects {header.count}")
+            raise ValueError(
+                f"{path}: count: the shards hold {len(self.ids)} pairs, the header expects {header.count}"
+            )
         self.sample_shape = header.sample_shape
         fits = header.count * math.prod(header.sample_shape) * 4 <= NOISE_IN_MEMORY_BYTES
         self._z = sample_noise(header.seed, header.stream, self.ids, header.sample_shape) if fits else None
 
     def _read_shard(self, shard: dict[str, Any]) -> dict[str, Tensor]:
-        """One shard, checked against the manifest: present, untouched, of the right columns, rows and values."""
+        """One shard, checked against the manifest: present, untouched, of the right columns, rows and
+        values."""
         path = self.folder / shard["file"]
         if not path.is_file():
             raise FileNotFoundError(f"{path}: missing; {MANIFEST} expects it to hold {shard['count']} pairs")
@@ -117,7 +126,9 @@ class Pairs:
         for column, shape in (("ids", ()), ("label", ()), ("x0", self.header.sample_shape)):
             if column not in table or tuple(table[column].shape) != (shard["count"], *shape):
                 found_shape = tuple(table[column].shape) if column in table else "nothing"
-                raise ValueError(f"{path}: {column}: found {found_shape}, expected {(shard['count'], *shape)}")
+                raise ValueError(
+                    f"{path}: {column}: found {found_shape}, expected {(shard['count'], *shape)}"
+                )
         return table
 
     def __len__(self) -> int:
@@ -130,10 +141,14 @@ class Pairs:
             x0 = self.x0[0][rows]
         else:
             shard = torch.bucketize(rows, self.starts[1:], right=True)
-            x0 = torch.stack([self.x0[s][r - self.starts[s]] for s, r in zip(shard.tolist(), rows.tolist(), strict=True)])
-        z = self._z[rows] if self._z is not None else sample_noise(
-            self.header.seed, self.header.stream, ids, self.sample_shape
-        )  # fmt: skip
+            x0 = torch.stack(
+                [self.x0[s][r - self.starts[s]] for s, r in zip(shard.tolist(), rows.tolist(), strict=True)]
+            )
+        z = (
+            self._z[rows]
+            if self._z is not None
+            else sample_noise(self.header.seed, self.header.stream, ids, self.sample_shape)
+        )
         cond = Cond.of_labels(self.labels[rows]) if self.header.num_classes else Cond.nothing(len(rows))
         return Batch(ids=ids, index=index, cond=cond, x0=x0, z=z)
 

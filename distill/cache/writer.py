@@ -1,4 +1,5 @@
-"""Makes a pair cache from a teacher, shard by shard; a killed writer continues with the first shard that is not there."""
+"""Makes a pair cache from a teacher, shard by shard; a killed writer continues with the first shard that is
+not there."""
 
 from __future__ import annotations
 
@@ -24,29 +25,43 @@ def shard_rows(sample_shape: tuple[int, ...], shard_bytes: int = SHARD_BYTES) ->
 
 
 @torch.inference_mode()
-def make_pairs(teacher: Denoiser, header: Header, ids: Tensor, batch_size: int, device: torch.device) -> Tensor:
-    """[n,*S] float32 endpoints of the teacher's transport for the samples `ids`, on the CPU; refuses non-finite ones."""
+def make_pairs(
+    teacher: Denoiser, header: Header, ids: Tensor, batch_size: int, device: torch.device
+) -> Tensor:
+    """[n,*S] float32 endpoints of the teacher's transport for the samples `ids`, on the CPU; refuses
+    non-finite ones."""
     samples = []
     for part in ids.split(batch_size):
         z = sample_noise(header.seed, header.stream, part, header.sample_shape).to(device)
         cond = (
-            Cond.of_labels(balanced_labels(part, header.num_classes)) if header.num_classes else Cond.nothing(len(part))
+            Cond.of_labels(balanced_labels(part, header.num_classes))
+            if header.num_classes
+            else Cond.nothing(len(part))
         ).to(device)
         x0 = teacher.transport(
             z, cond, solver=header.solver, steps=header.steps, guidance_scale=header.guidance_scale
-        )[0].cpu()  # fmt: skip
+        )[0].cpu()
         if not bool(torch.isfinite(x0).all()):
             bad = part[~torch.isfinite(x0).flatten(1).all(dim=1)].tolist()
-            raise FloatingPointError(f"teacher: non-finite samples for ids {bad[:8]} ({len(bad)} of {len(part)})")
+            raise FloatingPointError(
+                f"teacher: non-finite samples for ids {bad[:8]} ({len(bad)} of {len(part)})"
+            )
         samples.append(x0)
     return torch.cat(samples)
 
 
 def write_pairs(
-    folder: Path, teacher: Denoiser, header: Header, *, batch_size: int = 256, device: torch.device | str = "cpu",
-    shard_bytes: int = SHARD_BYTES, on_samples: Callable[[int], None] = lambda count: None,
-) -> None:  # fmt: skip
-    """Write all shards that are missing, then the manifest. `on_samples(n)` is told of every n samples that are there.
+    folder: Path,
+    teacher: Denoiser,
+    header: Header,
+    *,
+    batch_size: int = 256,
+    device: torch.device | str = "cpu",
+    shard_bytes: int = SHARD_BYTES,
+    on_samples: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Write all shards that are missing, then the manifest. `on_samples(n)` is told of every n samples that
+    are there.
 
     A folder that was begun with another header is refused."""
     device, teacher = torch.device(device), teacher.to(device).eval()
@@ -58,7 +73,9 @@ def write_pairs(
     else:
         write_json(begun, header.to_dict())
     shards = []
-    for number, ids in enumerate(torch.arange(header.count).split(shard_rows(header.sample_shape, shard_bytes))):
+    for number, ids in enumerate(
+        torch.arange(header.count).split(shard_rows(header.sample_shape, shard_bytes))
+    ):
         path = folder / f"pairs-{number:05d}.safetensors"
         if not path.is_file():  # a shard has its name only when it is whole
             x0 = make_pairs(teacher, header, ids, batch_size, device)

@@ -12,9 +12,10 @@ from distill.data.cond import Cond
 
 @dataclass(frozen=True)
 class Batch:
-    """`ids` [B] sample identities; `index` [B] positions in the global batch of this step (they key the random draws);
-    `cond`; `x0` data or teacher endpoint [B,*S]; `z` the noise that the teacher mapped to `x0` [B,*S];
-    `path` states between the two [B,K,*S] with `times` [K] descending to 0. What a source does not have is None."""
+    """`ids` [B] sample identities; `index` [B] positions in the global batch of this step (they key the
+    random draws); `cond`; `x0` data or teacher endpoint [B,*S]; `z` the noise that the teacher mapped to `x0`
+    [B,*S]; `path` states between the two [B,K,*S] with `times` [K] descending to 0. What a source does not
+    have is None."""
 
     ids: Tensor
     index: Tensor

@@ -12,7 +12,8 @@ NULL_LABEL = -1
 
 @dataclass(frozen=True)
 class Cond:
-    """A batch of conditions: a class label a sample ([B] int64, `NULL_LABEL` = no condition), or nothing at all (`size` rows)."""
+    """A batch of conditions: a class label a sample ([B] int64, `NULL_LABEL` = no condition), or nothing at
+    all (`size` rows)."""
 
     size: int
     label: Tensor | None = None
@@ -21,7 +22,9 @@ class Cond:
     def of_labels(cls, label: Tensor) -> Cond:
         """Conditions from class labels [B] (integers; -1 is the null condition)."""
         if label.ndim != 1 or label.dtype.is_floating_point:
-            raise ValueError(f"label: expected integers of shape [B], found {label.dtype} {tuple(label.shape)}")
+            raise ValueError(
+                f"label: expected integers of shape [B], found {label.dtype} {tuple(label.shape)}"
+            )
         return cls(len(label), label.to(torch.int64))
 
     @classmethod
@@ -43,7 +46,8 @@ class Cond:
         return self if self.label is None else Cond(self.size, torch.full_like(self.label, NULL_LABEL))
 
     def drop(self, mask: Tensor) -> Cond:
-        """The same conditions with the rows where `mask` ([B] bool) is true replaced by the null condition."""
+        """The same conditions with the rows where `mask` ([B] bool) is true replaced by the null
+        condition."""
         if self.label is None:
             return self
         return Cond(self.size, torch.where(mask, NULL_LABEL, self.label))

@@ -1,4 +1,5 @@
-"""The embedded data set: 1,797 handwritten digits of 8x8 pixels in 10 classes (UCI optdigits, shipped inside scikit-learn)."""
+"""The embedded data set: 1,797 handwritten digits of 8x8 pixels in 10 classes (UCI optdigits, shipped inside
+scikit-learn)."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from distill.data.cond import Cond
 
 
 class Digits:
-    """All 1,797 digits as `images` [n,1,8,8] float32 in [-1, 1] (pixel / 8 - 1) with `labels` [n] int64 in 0..9."""
+    """All 1,797 digits as `images` [n,1,8,8] float32 in [-1, 1] (pixel / 8 - 1) with `labels` [n] int64 in
+    0..9."""
 
     name = "digits"
     num_classes = 10
@@ -21,7 +23,9 @@ class Digits:
 
     def __init__(self) -> None:
         data = load_digits()
-        self.images: Tensor = torch.from_numpy(data.images).to(torch.float32).div_(8.0).sub_(1.0).unsqueeze(1).contiguous()
+        self.images: Tensor = (
+            torch.from_numpy(data.images).to(torch.float32).div_(8.0).sub_(1.0).unsqueeze(1).contiguous()
+        )
         self.labels: Tensor = torch.from_numpy(data.target).to(torch.int64)
 
     def __len__(self) -> int:

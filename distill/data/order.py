@@ -9,8 +9,9 @@ from distill.data.rng import stream_key
 
 
 class Order:
-    """Shuffled epochs over `size` samples: position p (counted from the start of training, over all processes) is sample
-    `permutation(seed, p // size)[p % size]`. Every epoch visits each sample once; nothing depends on batch or world size."""
+    """Shuffled epochs over `size` samples: position p (counted from the start of training, over all
+    processes) is sample `permutation(seed, p // size)[p % size]`. Every epoch visits each sample once;
+    nothing depends on batch or world size."""
 
     def __init__(self, size: int, seed: int, stream: str = "order") -> None:
         if size < 1:

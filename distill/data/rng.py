@@ -2,10 +2,13 @@
 
 Two kinds, both keyed by a 64-bit hash (`stream_key`):
 
-* `Draws`: the draws of one training step, a function of (seed, stream, step, index of the sample in the global batch).
-  Counter-based (Philox4x32-10, Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), so one process, two
-  processes and any gradient accumulation draw the same bits, on any device, and resuming needs no saved state.
-* `sample_noise`: the noise of stored sample i, a function of (seed, stream, i), from a CPU float32 `torch.Generator`.
+* `Draws`: the draws of one training step, a function of (seed, stream, step, index of the sample in the
+global batch).
+  Counter-based (Philox4x32-10, Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), so one
+  process, two processes and any gradient accumulation draw the same bits, on any device, and resuming needs
+  no saved state.
+* `sample_noise`: the noise of stored sample i, a function of (seed, stream, i), from a CPU float32
+`torch.Generator`.
 """
 
 from __future__ import annotations
@@ -23,21 +26,29 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
 def stream_key(seed: int, *parts: str | int) -> int:
-    """The documented 64-bit hash of a stream: the first 8 bytes, little-endian, of sha256("seed/part/part...")."""
+    """The documented 64-bit hash of a stream: the first 8 bytes, little-endian, of
+    sha256("seed/part/part...")."""
     text = "/".join(str(part) for part in (seed, *parts))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
 
 def philox(counter: Sequence[Tensor], key: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10: four words of 32 random bits per counter (int64 tensors of one shape, values in [0, 2^32)).
+    """Philox4x32-10: four words of 32 random bits per counter (int64 tensors of one shape, values in [0,
+    2^32)).
 
-    int64 products wrap, but their low 64 bits are those of the unsigned product, so shifting and masking gives its halves.
+    int64 products wrap, but their low 64 bits are those of the unsigned product, so shifting and masking
+    gives its halves.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key & _MASK, (key >> 32) & _MASK
     for _ in range(10):
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK, ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK
+        c0, c1, c2, c3 = (
+            ((p1 >> 32) & _MASK) ^ c1 ^ k0,
+            p1 & _MASK,
+            ((p0 >> 32) & _MASK) ^ c3 ^ k1,
+            p0 & _MASK,
+        )
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
     return c0, c1, c2, c3
 
@@ -45,8 +56,9 @@ def philox(counter: Sequence[Tensor], key: int) -> tuple[Tensor, Tensor, Tensor,
 class Draws:
     """Named draws of one training step for the samples `index` ([B] int64, positions in the *global* batch).
 
-    A draw is a function of (seed, stream, step, name, index, element) and of nothing else: neither the order of the calls nor
-    the size of the batch matters. Uniforms carry 24 random bits and lie strictly inside (0, 1); normals are Box-Muller pairs.
+    A draw is a function of (seed, stream, step, name, index, element) and of nothing else: neither the order
+    of the calls nor the size of the batch matters. Uniforms carry 24 random bits and lie strictly inside (0,
+    1); normals are Box-Muller pairs.
     """
 
     def __init__(self, seed: int, stream: str, step: int, index: Tensor) -> None:
@@ -84,8 +96,8 @@ class Draws:
 def sample_noise(seed: int, stream: str, ids: Tensor, shape: Sequence[int]) -> Tensor:
     """[n, *shape] float32 on the CPU: row i is the noise of stored sample `ids[i]` (contract *Randomness*).
 
-    Independent of which ids are asked for together. Torch promises no equal streams between versions: stores keep
-    `noise_checksum` and readers compare it.
+    Independent of which ids are asked for together. Torch promises no equal streams between versions: stores
+    keep `noise_checksum` and readers compare it.
     """
     generator = torch.Generator(device="cpu")
     out = torch.empty(len(ids), *shape, dtype=torch.float32)

@@ -27,22 +27,38 @@ class Source(Protocol):
 
 
 class StepLoader:
-    """Yields, for every iteration from `start` to `stop`, this process's micro batches: a list of `accumulate` batches.
+    """Yields, for every iteration from `start` to `stop`, this process's micro batches: a list of
+    `accumulate` batches.
 
     The global batch of iteration i is the order's positions [i * batch_size, (i + 1) * batch_size), cut into
-    `accumulate` micro batches and each of these into `world` equal parts, so the same samples make a step however the work is split.
+    `accumulate` micro batches and each of these into `world` equal parts, so the same samples make a step
+    however the work is split.
     """
 
     def __init__(
-        self, source: Source, batch_size: int, seed: int, *, stream: str, start: int, stop: int,
-        accumulate: int = 1, rank: int = 0, world: int = 1,
-    ) -> None:  # fmt: skip
+        self,
+        source: Source,
+        batch_size: int,
+        seed: int,
+        *,
+        stream: str,
+        start: int,
+        stop: int,
+        accumulate: int = 1,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
         if batch_size % (accumulate * world):
             raise ValueError(
-                f"batch_size: {batch_size} samples a step cannot be split into accumulate={accumulate} micro batches "
+                f"batch_size: {batch_size} samples a step cannot be split into accumulate={accumulate} "
+                "micro batches "
                 f"on {world} processes; expected a multiple of {accumulate * world}"
             )
-        self.source, self.batch_size, self.order = source, batch_size, Order(len(source), seed, f"{stream}/order")
+        self.source, self.batch_size, self.order = (
+            source,
+            batch_size,
+            Order(len(source), seed, f"{stream}/order"),
+        )
         self.start, self.stop, self.accumulate, self.rank, self.world = start, stop, accumulate, rank, world
 
     def __len__(self) -> int:

@@ -1,4 +1,5 @@
-"""Training checkpoints: one file with everything that training needs and nothing that is frozen (contract *Checkpoint*).
+"""Training checkpoints: one file with everything that training needs and nothing that is frozen (contract
+*Checkpoint*).
 
 `torch.load` runs with `weights_only=True`: tensors and plain containers, no code."""
 
@@ -18,7 +19,8 @@ NAME = "last.ckpt"
 
 
 def state_of(module: DistillModule, config: dict[str, Any]) -> dict[str, Any]:
-    """The declared keys: networks and their averages by role, optimizers by key, progress, sampler, config, versions."""
+    """The declared keys: networks and their averages by role, optimizers by key, progress, sampler, config,
+    versions."""
     return {
         "schema": SCHEMA,
         "networks": {role: network.state_dict() for role, network in module.networks.items()},
@@ -51,10 +53,13 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def restore(state: dict[str, Any], module: DistillModule, *, where: Path) -> None:
-    """Load networks, averages and progress, strictly in both directions. Optimizers: `restore_optimizers`, once they exist."""
+    """Load networks, averages and progress, strictly in both directions. Optimizers: `restore_optimizers`,
+    once they exist."""
     for part, modules in (("networks", module.networks), ("ema", dict(module.ema.items()))):
         if set(state[part]) != set(modules):
-            raise ValueError(f"{where}: {part}: found {sorted(state[part])}, this method has {sorted(modules)}")
+            raise ValueError(
+                f"{where}: {part}: found {sorted(state[part])}, this method has {sorted(modules)}"
+            )
         for role, network in modules.items():
             network.load_state_dict(state[part][role])
     module.progress = Progress(**state["progress"])
@@ -64,6 +69,8 @@ def restore_optimizers(state: dict[str, Any], module: DistillModule, *, where: P
     """Load every optimizer's state; the base learning rates stay those of today's config."""
     found = state["optimizers"]
     if set(found) != set(module.optimizers_by_key):
-        raise ValueError(f"{where}: optimizers: found {sorted(found)}, this method has {sorted(module.optimizers_by_key)}")
+        raise ValueError(
+            f"{where}: optimizers: found {sorted(found)}, this method has {sorted(module.optimizers_by_key)}"
+        )
     for key, optimizer in module.optimizers_by_key.items():
         optimizer.load_state_dict(found[key])

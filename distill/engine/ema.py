@@ -14,7 +14,8 @@ def shadow(network: nn.Module) -> nn.Module:
 
 
 def decay_at(step: int, decay: float, ramp: bool) -> float:
-    """Decay used after optimizer step `step` (from 0); with `ramp`, min(decay, (1 + n) / (10 + n)) at n = step + 1."""
+    """Decay used after optimizer step `step` (from 0); with `ramp`, min(decay, (1 + n) / (10 + n)) at n =
+    step + 1."""
     return min(decay, (2 + step) / (11 + step)) if ramp else decay
 
 

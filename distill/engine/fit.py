@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -20,10 +20,16 @@ from distill.engine.logging import Logger
 from distill.engine.module import DistillModule
 
 # What a first-time user would read as an error and cannot act on.
-for _name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda", "lightning.pytorch"):
+for _name in (
+    "lightning.pytorch.utilities.rank_zero",
+    "lightning.pytorch.accelerators.cuda",
+    "lightning.pytorch",
+):
     logging.getLogger(_name).setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")  # the averages are meant to be
+warnings.filterwarnings(
+    "ignore", message=".*in eval mode at the start of training.*"
+)  # the averages are meant to be
 warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
 warnings.filterwarnings("ignore", message=".*`training_step` returned `None`.*")
 
@@ -52,9 +58,14 @@ class _Watch(Callback):
     """Logs, saves and reports after iterations."""
 
     def __init__(
-        self, fit: Fit, path: Path, config: dict[str, Any], loggers: Sequence[Logger],
-        on_progress: Callable[[int, str], None], resumed: dict[str, Any] | None,
-    ) -> None:  # fmt: skip
+        self,
+        fit: Fit,
+        path: Path,
+        config: dict[str, Any],
+        loggers: Sequence[Logger],
+        on_progress: Callable[[int, str], None],
+        resumed: dict[str, Any] | None,
+    ) -> None:
         self.fit, self.path, self.config, self.loggers = fit, path, config, loggers
         self.on_progress, self.resumed = on_progress, resumed
         self.seen = 0
@@ -87,12 +98,20 @@ class _Watch(Callback):
 
 
 def train(
-    method: DistillModule, source: Source, fit: Fit, *, folder: Path, config: dict[str, Any], loggers: Sequence[Logger] = (),
+    method: DistillModule,
+    source: Source,
+    fit: Fit,
+    *,
+    folder: Path,
+    config: dict[str, Any],
+    loggers: Sequence[Logger] = (),
     on_progress: Callable[[int, str], None] = lambda step, text: None,
-) -> None:  # fmt: skip
-    """Train a prepared method to `fit.steps` student steps, from the checkpoint in `folder` where there is one.
+) -> None:
+    """Train a prepared method to `fit.steps` student steps, from the checkpoint in `folder` where there is
+    one.
 
-    Afterwards `folder/last.ckpt` holds the end of training. Raises ValueError where the batch cannot be split."""
+    Afterwards `folder/last.ckpt` holds the end of training. Raises ValueError where the batch cannot be
+    split."""
     path = folder / checkpoint.NAME
     state = checkpoint.read(path) if path.is_file() else None
     if state is not None:
@@ -103,15 +122,29 @@ def train(
     if method.progress.iteration >= stop:
         return
     loader = StepLoader(
-        source, fit.batch_size, method.seed, stream=method.stream, start=method.progress.iteration, stop=stop,
+        source,
+        fit.batch_size,
+        method.seed,
+        stream=method.stream,
+        start=method.progress.iteration,
+        stop=stop,
         accumulate=fit.accumulate,
-    )  # fmt: skip
+    )
     watch = _Watch(fit, path, config, loggers, on_progress, state)
     trainer = L.Trainer(
-        accelerator=fit.accelerator, devices=1, precision=fit.precision, max_epochs=1, logger=False, callbacks=[watch],
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
-        default_root_dir=folder, num_sanity_val_steps=0,
-    )  # fmt: skip
+        accelerator=fit.accelerator,
+        devices=1,
+        precision=cast(Any, fit.precision),
+        max_epochs=1,
+        logger=False,
+        callbacks=[watch],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=folder,
+        num_sanity_val_steps=0,
+    )
     torch.set_grad_enabled(True)
     trainer.fit(method, train_dataloaders=loader)
     if method.progress.iteration < stop:

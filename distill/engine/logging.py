@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,7 +13,8 @@ from distill.files import write_text
 
 
 class Logger(Protocol):
-    """`resume` is called once before training with the step to continue from, `log` with entries that hold "step" and "images"."""
+    """`resume` is called once before training with the step to continue from, `log` with entries that hold
+    "step" and "images"."""
 
     def resume(self, step: int) -> None: ...
 
@@ -19,7 +22,8 @@ class Logger(Protocol):
 
 
 class Jsonl:
-    """One JSON object a line in `folder/metrics.jsonl`; on resume, entries after the checkpoint are dropped, so no step is twice."""
+    """One JSON object a line in `folder/metrics.jsonl`; on resume, entries after the checkpoint are dropped,
+    so no step is twice."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "metrics.jsonl"
@@ -44,24 +48,29 @@ class Jsonl:
 
 
 class Wandb:
-    """Weights & Biases, joined by a run id that is written to the stage folder before the first step: a requeued job continues the
-    same curve. Offline unless WANDB_API_KEY or WANDB_MODE is set, so that a batch job never waits for a prompt."""
+    """Weights & Biases, joined by a run id that is written to the stage folder before the first step: a
+    requeued job continues the same curve. Offline unless WANDB_API_KEY or WANDB_MODE is set, so that a batch
+    job never waits for a prompt."""
 
-    def __init__(self, folder: Path, *, project: str = "distill", config: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, folder: Path, *, project: str = "distill", settings: Mapping[str, Any] | None = None
+    ) -> None:
         try:
             import wandb
         except ImportError as error:
             raise ImportError("logger=wandb needs the extra: pip install 'distill[wandb]'") from error
-        import os
-
         identity = folder / "wandb_id"
         if not identity.is_file():
-            write_text(identity, wandb.util.generate_id())
+            write_text(identity, secrets.token_hex(4))
         online = "WANDB_API_KEY" in os.environ or "WANDB_MODE" in os.environ
         self.run = wandb.init(
-            project=project, id=identity.read_text().strip(), resume="allow", dir=str(folder),
-            mode=None if online else "offline", config=dict(config or {}),
-        )  # fmt: skip
+            project=project,
+            id=identity.read_text().strip(),
+            resume="allow",
+            dir=str(folder),
+            mode=None if online else "offline",
+            config=dict(settings or {}),
+        )
         self.run.define_metric("*", step_metric="images")
 
     def resume(self, step: int) -> None:

@@ -1,7 +1,8 @@
 """The base of every method: a LightningModule that runs the updates a method declares.
 
-Manual optimization, because a method may have several optimizers in one iteration. Counting, clipping, accumulation, freezing,
-learning rates and averages live here and nowhere else; Lightning's own step counter (which counts every optimizer) is never read.
+Manual optimization, because a method may have several optimizers in one iteration. Counting, clipping,
+accumulation, freezing, learning rates and averages live here and nowhere else; Lightning's own step counter
+(which counts every optimizer) is never read.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ STUDENT = "student"
 
 
 class DistillModule(L.LightningModule):
-    """Subclasses build their networks in `__init__` (whose signature is their config schema), say what is trained in `updates` and
-    how the student is sampled in `spec`. The trained student is always called "student"."""
+    """Subclasses build their networks in `__init__` (whose signature is their config schema), say what is
+    trained in `updates` and how the student is sampled in `spec`. The trained student is always called
+    "student"."""
 
     # What the student is afterwards; see models.denoiser.Denoiser.
     coupling = "independent"
@@ -41,7 +43,8 @@ class DistillModule(L.LightningModule):
         self.seed, self.stream = 0, "train"
         self.on_step: Callable[[DistillModule, Mapping[str, Tensor]], None] | None = None
 
-    # --- what a method declares -------------------------------------------------------------------------------------
+    # --- what a method declares
+    # -------------------------------------------------------------------------------------
 
     def updates(self) -> Sequence[Update]:
         """The updates of one iteration, in the order in which they run."""
@@ -51,15 +54,20 @@ class DistillModule(L.LightningModule):
         """How the trained student is to be sampled."""
         raise NotImplementedError(f"{type(self).__name__} declares no sampler")
 
-    def freeze(self, role: str, network: nn.Module) -> nn.Module:
-        """Keep a network that is never trained: moved to the device with the others, but neither registered nor saved."""
+    def keep_frozen(self, role: str, network: nn.Module) -> nn.Module:
+        """Keep a network that is never trained: moved to the device with the others, but neither registered
+        nor saved."""
         self.frozen[role] = network.requires_grad_(False).eval()
         return network
 
-    # --- set up -----------------------------------------------------------------------------------------------------
+    # --- set up
+    # -----------------------------------------------------------------------------------------------------
 
-    def prepare(self, optim: Mapping[str, Mapping[str, Any] | Optim], *, seed: int, stream: str = "train") -> None:
-        """Derive optimizers and averages from the updates. `optim` has one entry (an `Optim` or its fields) an update."""
+    def prepare(
+        self, optim: Mapping[str, Mapping[str, Any] | Optim], *, seed: int, stream: str = "train"
+    ) -> None:
+        """Derive optimizers and averages from the updates. `optim` has one entry (an `Optim` or its fields)
+        an update."""
         self.seed, self.stream = seed, stream
         self.plan = list(self.updates())
         names = [update.name for update in self.plan]
@@ -69,7 +77,9 @@ class DistillModule(L.LightningModule):
             raise ValueError(f"updates: none of {names} trains the network {STUDENT!r}")
         wanted = sorted({update.optim_key for update in self.plan})
         if wanted != sorted(optim):
-            raise ValueError(f"optim: found settings for {sorted(optim)}, this method's updates need {wanted}")
+            raise ValueError(
+                f"optim: found settings for {sorted(optim)}, this method's updates need {wanted}"
+            )
         self.optim = {key: v if isinstance(v, Optim) else Optim(**v) for key, v in optim.items()}
         self.networks: dict[str, nn.Module] = {}
         self.ema = nn.ModuleDict()
@@ -79,7 +89,8 @@ class DistillModule(L.LightningModule):
                 if self.optim[update.optim_key].ema is not None and role not in self.ema:
                     self.ema[role] = shadow(network)
         self.parameters_of = {
-            update.name: [p for network in update.trains.values() for p in network.parameters()] for update in self.plan
+            update.name: [p for network in update.trains.values() for p in network.parameters()]
+            for update in self.plan
         }
         self.student_update = next(update for update in self.plan if STUDENT in update.trains)
 
@@ -93,23 +104,28 @@ class DistillModule(L.LightningModule):
                     parameters |= {id(p): p for p in self.parameters_of[update.name]}
             self.optimizers_by_key[key] = settings.optimizer(list(parameters.values()))
         self.base_lr = {
-            key: [group["lr"] for group in optimizer.param_groups] for key, optimizer in self.optimizers_by_key.items()
+            key: [group["lr"] for group in optimizer.param_groups]
+            for key, optimizer in self.optimizers_by_key.items()
         }
         return list(self.optimizers_by_key.values())
 
     def on_fit_start(self) -> None:
-        """Frozen networks are not submodules: move them by hand. Nothing requires a gradient until its update runs."""
+        """Frozen networks are not submodules: move them by hand. Nothing requires a gradient until its update
+        runs."""
         for network in self.frozen.values():
             network.to(self.device)
         for network in self.networks.values():
             network.requires_grad_(False).train()
         self._clock = time.perf_counter()
 
-    def transfer_batch_to_device(self, batch: list[Batch], device: torch.device, dataloader_idx: int) -> list[Batch]:
+    def transfer_batch_to_device(
+        self, batch: list[Batch], device: torch.device, dataloader_idx: int
+    ) -> list[Batch]:
         """Micro batches know how to move themselves."""
         return [micro.to(device) for micro in batch]
 
-    # --- one iteration ----------------------------------------------------------------------------------------------
+    # --- one iteration
+    # ----------------------------------------------------------------------------------------------
 
     def training_step(self, batch: list[Batch], batch_idx: int) -> None:
         """Run every update whose turn it is on all micro batches."""
@@ -128,9 +144,11 @@ class DistillModule(L.LightningModule):
     def _run(
         self, update: Update, batch: list[Batch], shared: list[dict[str, Tensor]], iteration: int
     ) -> dict[str, Tensor]:
-        """One optimizer step: losses of all micro batches, clip, step, average. Returns what to log, still on the device."""
+        """One optimizer step: losses of all micro batches, clip, step, average. Returns what to log, still on
+        the device."""
         settings, optimizer = self.optim[update.optim_key], self.optimizers_by_key[update.optim_key]
-        parameters, logs = self.parameters_of[update.name], {}
+        parameters = self.parameters_of[update.name]
+        logs: dict[str, Tensor] = {}
         for parameter in parameters:
             parameter.requires_grad_(True)
         for micro, scratch in zip(batch, shared, strict=True):
@@ -158,7 +176,10 @@ class DistillModule(L.LightningModule):
         if update is self.student_update:
             self.progress.step += 1
             self.progress.images += sum(len(micro) for micro in batch) * self.world_size
-        return logs | {f"{update.name}/grad_norm": norm, f"{update.name}/lr": torch.tensor(optimizer.param_groups[0]["lr"])}
+        return logs | {
+            f"{update.name}/grad_norm": norm,
+            f"{update.name}/lr": torch.tensor(optimizer.param_groups[0]["lr"]),
+        }
 
     @staticmethod
     def _step_of(update: Update, iteration: int) -> int:
@@ -170,7 +191,8 @@ class DistillModule(L.LightningModule):
         """Processes that share the batch."""
         return self.trainer.world_size if self._trainer is not None else 1
 
-    # --- results ----------------------------------------------------------------------------------------------------
+    # --- results
+    # ----------------------------------------------------------------------------------------------------
 
     def best(self, role: str = STUDENT) -> nn.Module:
         """The weights to use afterwards: the average where there is one, else the raw network."""

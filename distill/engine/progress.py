@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 
 @dataclass
 class Progress:
-    """`iteration`: passes of the loop (they key the random draws); `step`: optimizer steps of the student; `images`: samples that
-    the student's updates consumed; `seconds`: time spent training, over all interruptions."""
+    """`iteration`: passes of the loop (they key the random draws); `step`: optimizer steps of the student;
+    `images`: samples that the student's updates consumed; `seconds`: time spent training, over all
+    interruptions."""
 
     iteration: int = 0
     step: int = 0

@@ -33,7 +33,8 @@ class Linear:
 
 @dataclass(frozen=True)
 class Cosine:
-    """Linear rise over `warmup` steps, then half a cosine down to `final` at `total` steps (Loshchilov & Hutter 2017)."""
+    """Linear rise over `warmup` steps, then half a cosine down to `final` at `total` steps (Loshchilov &
+    Hutter 2017)."""
 
     total: int
     warmup: int = 0

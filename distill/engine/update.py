@@ -1,4 +1,5 @@
-"""What a method declares: a few updates. Optimizers, freezing, clipping, checkpoint keys and log names are derived from them."""
+"""What a method declares: a few updates. Optimizers, freezing, clipping, checkpoint keys and log names are
+derived from them."""
 
 from __future__ import annotations
 
@@ -23,8 +24,9 @@ class Loss(NamedTuple):
 class Step:
     """One micro batch of one iteration, as a loss sees it.
 
-    `draws` gives this update's randomness for the micro batch; `shared` is a scratch space that all updates of the iteration
-    see for the same micro batch (DMD2's fake update reuses the generator's detached images)."""
+    `draws` gives this update's randomness for the micro batch; `shared` is a scratch space that all updates
+    of the iteration see for the same micro batch (DMD2's fake update reuses the generator's detached
+    images)."""
 
     iteration: int
     draws: Draws
@@ -40,12 +42,13 @@ class Update:
 
     Attributes:
         name: names the update in logs and, unless `optim` says otherwise, its entry in the `optim` config.
-        trains: the networks that receive gradients, by role name; every other network is frozen during this update.
+        trains: the networks that receive gradients, by role name; every other network is frozen during this
+            update.
         loss: (micro batch, step) -> Loss.
         every, start: the update runs at iterations start, start + every, start + 2 every, ...
         optim: key of the optimizer settings.
-        backward: replaces `loss.total.backward()` where a method needs its own (two-pass gradients); it gets the loss's total,
-            already divided by the number of micro batches.
+        backward: replaces `loss.total.backward()` where a method needs its own (two-pass gradients); it gets
+            the loss's total, already divided by the number of micro batches.
     """
 
     name: str
@@ -58,7 +61,9 @@ class Update:
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.start < 0:
-            raise ValueError(f"update {self.name!r}: every >= 1 and start >= 0 expected, found {self.every}, {self.start}")
+            raise ValueError(
+                f"update {self.name!r}: every >= 1 and start >= 0 expected, found {self.every}, {self.start}"
+            )
         if not self.trains:
             raise ValueError(f"update {self.name!r}: trains no network")
 

@@ -52,15 +52,21 @@ def gate_table(gates: Sequence[GateResult]) -> str:
             "[{:.4g}, {:.4g}]".format(*gate.bound) if isinstance(gate.bound, tuple) else f"{gate.bound:.4g}"
         )
         lines.append(
-            f"| {gate.name} | {gate.value:.4g} | {gate.relation} {bound} | {'passed' if gate.passed else '**missed**'} |"
+            f"| {gate.name} | {gate.value:.4g} | {gate.relation} {bound} | "
+            f"{'passed' if gate.passed else '**missed**'} |"
         )
     return "\n".join(lines)
 
 
 def report(
-    title: str, rows: Sequence[Mapping[str, Any]], protocol: Protocol, real: Mapping[str, float], gates: Sequence[GateResult],
-    *, grid: bool,
-) -> str:  # fmt: skip
+    title: str,
+    rows: Sequence[Mapping[str, Any]],
+    protocol: Protocol,
+    real: Mapping[str, float],
+    gates: Sequence[GateResult],
+    *,
+    grid: bool,
+) -> str:
     """The page `report.md`."""
     parts = [
         f"# {title}",

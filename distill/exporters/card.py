@@ -8,28 +8,47 @@ from typing import Any
 from distill.evaluation.report import table
 
 
-def card(recipe: str, description: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], protocol: str, *, grid: bool) -> str:
-    """README.md of an export: what the model is, how it is sampled, what was measured. `rows` may be empty."""
+def card(
+    recipe: str,
+    description: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    protocol: str,
+    *,
+    grid: bool,
+) -> str:
+    """README.md of an export: what the model is, how it is sampled, what was measured. `rows` may be
+    empty."""
     sampler = description["sampler"]
     valid = "any number of" if sampler["any_steps"] else " or ".join(sorted(sampler["times"], key=int))
     classes = description["num_classes"]
     shape = "x".join(str(n) for n in description["sample_shape"])
     guided = sampler["guidance_scale"] != 1
     facts = [
-        f"- makes images of {shape} (channels x height x width) in [-1, 1]" + (f" for {classes} classes" if classes else ""),
-        f"- valid for {valid} step(s); default {sampler['steps']}; solver {sampler['solver']}, {sampler['mode']}",
-        f"- guidance scale {sampler['guidance_scale']:g}" + (" (two network calls a step)" if guided else ": one network call a step"),
-        f"- predicts {description['kind']} under {description['process']['_target_'].rpartition('.')[2]}; starts from "
-        f"{sampler['start_scale']:g} x N(0, I) at t = {max((t for ts in sampler['times'].values() for t in ts), default=1.0):g}",
+        f"- makes images of {shape} (channels x height x width) in [-1, 1]"
+        + (f" for {classes} classes" if classes else ""),
+        f"- valid for {valid} step(s); default {sampler['steps']}; solver {sampler['solver']}, "
+        f"{sampler['mode']}",
+        f"- guidance scale {sampler['guidance_scale']:g}"
+        + (" (two network calls a step)" if guided else ": one network call a step"),
+        f"- predicts {description['kind']} under {description['process']['_target_'].rpartition('.')[2]}; "
+        "starts from "
+        f"{sampler['start_scale']:g} x N(0, I) at t = "
+        f"{max((t for ts in sampler['times'].values() for t in ts), default=1.0):g}",
     ]
     if description["coupling"] == "endpoint":
         facts.append("- knows the noisiest time alone: not a start for further reflow or multi-step sampling")
     label = ", label=3" if classes else ""
     use = (
-        f'```python\nimport distill\n\nimages = distill.load("path/to/this/folder").sample(8{label})  # [8, {shape.replace("x", ", ")}]\n```\n\n'
+        f'```python\nimport distill\n\nimages = distill.load("path/to/this/folder").sample(8{label})  # '
+        f"[8, {shape.replace('x', ', ')}]\n```\n\n"
         "```\npython -m distill.sample model=path/to/this/folder count=64 out=grid.png\n```"
     )
-    parts = [f"# {recipe}: distilled student", "![one noise a column](grid.png)" if grid else "", "\n".join(facts), use]
+    parts = [
+        f"# {recipe}: distilled student",
+        "![one noise a column](grid.png)" if grid else "",
+        "\n".join(facts),
+        use,
+    ]
     if rows:
         parts += ["## Measured", table(rows), protocol]
     return "\n\n".join(part for part in parts if part) + "\n"

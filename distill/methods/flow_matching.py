@@ -1,7 +1,7 @@
 """Flow matching on data: how the embedded flow teacher is trained (1-rectified flow).
 
-Liu et al. 2022 (arXiv 2209.03003, eq. 1), Lipman et al. 2022 (arXiv 2210.02747). The papers' tau = 1 - t and their velocity is
-data minus noise; here t = 0 is data and the velocity is eps - x0.
+Liu et al. 2022 (arXiv 2209.03003, eq. 1), Lipman et al. 2022 (arXiv 2210.02747). The papers' tau = 1 - t and
+their velocity is data minus noise; here t = 0 is data and the velocity is eps - x0.
 
 Deviations: none; t ~ U[t_min, t_max] and weight 1, as in the public recipes.
 """

@@ -1,10 +1,13 @@
-"""One-step distillation of a (re)flow: the student jumps from noise to the end of the teacher's ODE in one network call.
+"""One-step distillation of a (re)flow: the student jumps from noise to the end of the teacher's ODE in one
+network call.
 
-Liu et al. 2023, "InstaFlow" (arXiv 2309.06380), stage "distill", and the k-step variant of the rectified-flow code base. The student is
-G(z) = z - v(z, t = 1) (the papers' tau = 0); the loss D(G(z), x0) is the squared L2 distance over stored pairs.
+Liu et al. 2023, "InstaFlow" (arXiv 2309.06380), stage "distill", and the k-step variant of the rectified-flow
+code base. The student is G(z) = z - v(z, t = 1) (the papers' tau = 0); the loss D(G(z), x0) is the squared L2
+distance over stored pairs.
 
-Deviations: the papers end with an LPIPS stage; here the loss is L2 (LPIPS needs images of at least 16 pixels and weights that no package
-ships). tau is exactly 0, as in InstaFlow's inference (`t_eps` = 0); the rectified-flow code uses 1e-3.
+Deviations: the papers end with an LPIPS stage; here the loss is L2 (LPIPS needs images of at least 16 pixels
+and weights that no package ships). tau is exactly 0, as in InstaFlow's inference (`t_eps` = 0); the
+rectified-flow code uses 1e-3.
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ class OneStep(DistillModule):
 
     Args:
         student: starts from the teacher (a flow).
-        steps: k; the student learns the k left points of the uniform grid and is sampled with k Euler steps. 1: one step.
+        steps: k; the student learns the k left points of the uniform grid and is sampled with k Euler steps.
+            1: one step.
         t_eps: training times stay this far below t = 1.
     """
 
@@ -51,7 +55,8 @@ class OneStep(DistillModule):
 
     def loss(self, batch: Batch, step: Step) -> Loss:
         """E |v - (z - x0)|^2 at the sampling times; for one step this is |G(z) - x0|^2."""
-        assert batch.x0 is not None and batch.z is not None
+        assert batch.x0 is not None
+        assert batch.z is not None
         index = step.draws.integer("j", self.steps)
         t = k_step_times(index, self.steps, self.t_eps).to(batch.z.dtype)
         velocity = self.student.velocity(self.student.process.add_noise(batch.x0, batch.z, t), t, batch.cond)

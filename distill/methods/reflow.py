@@ -1,11 +1,12 @@
 """Reflow: straighten a flow by training on the pairs that it makes itself (2-, 3-, ... rectified flow).
 
-Liu et al. 2022 (arXiv 2209.03003), Liu et al. 2023, "InstaFlow" (arXiv 2309.06380). The loss is flow matching on *stored* pairs:
-z is the noise from which the teacher's ODE made x0, and is never redrawn. The papers' tau = 1 - t.
+Liu et al. 2022 (arXiv 2209.03003), Liu et al. 2023, "InstaFlow" (arXiv 2309.06380). The loss is flow matching
+on *stored* pairs: z is the noise from which the teacher's ODE made x0, and is never redrawn. The papers' tau
+= 1 - t.
 
-Deviations: the published recipe gives no rate of unconditional dropout; `null_prob` is 0.1 (needed for guidance > 1 afterwards).
-The student starts from the teacher's averaged weights (the reference starts from the raw ones, while its pairs come from the
-average).
+Deviations: the published recipe gives no rate of unconditional dropout; `null_prob` is 0.1 (needed for
+guidance > 1 afterwards). The student starts from the teacher's averaged weights (the reference starts from
+the raw ones, while its pairs come from the average).
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class Reflow(DistillModule):
 
     def loss(self, batch: Batch, step: Step) -> Loss:
         """E |v((1 - t) x0 + t z, t) - (z - x0)|^2 over stored pairs and uniform times."""
-        assert batch.x0 is not None and batch.z is not None
+        assert batch.x0 is not None
+        assert batch.z is not None
         process, draws = self.student.process, step.draws
         t = uniform_times(draws.uniform("t"), process.t_min, process.t_max)
         cond = batch.cond.drop(draws.uniform("null") < self.null_prob)

@@ -1,4 +1,5 @@
-"""A net given meaning: which process its input lives in and what its output predicts. Guidance is applied here and nowhere else."""
+"""A net given meaning: which process its input lives in and what its output predicts. Guidance is applied
+here and nowhere else."""
 
 from __future__ import annotations
 
@@ -25,14 +26,21 @@ class Denoiser(nn.Module):
         kind: "x0", "eps", "v" or "velocity": what the net's output is.
         sample_shape: S.
         guidable: trained with dropped conditions, so guidance scales other than 1 make sense.
-        coupling: which pairs of noise and data it was trained on: "independent" (the velocity is a score in disguise),
-            "paired" (reflow; no score can be read off) or "endpoint" (a one-step student, valid at t_max alone).
+        coupling: which pairs of noise and data it was trained on: "independent" (the velocity is a score in
+            disguise), "paired" (reflow; no score can be read off) or "endpoint" (a one-step student, valid at
+            t_max alone).
     """
 
     def __init__(
-        self, net: nn.Module, process: Process, kind: str, sample_shape: Sequence[int], *,
-        guidable: bool = False, coupling: str = "independent",
-    ) -> None:  # fmt: skip
+        self,
+        net: nn.Module,
+        process: Process,
+        kind: str,
+        sample_shape: Sequence[int],
+        *,
+        guidable: bool = False,
+        coupling: str = "independent",
+    ) -> None:
         super().__init__()
         if coupling not in ("independent", "paired", "endpoint"):
             raise ValueError(f"coupling: found {coupling!r}, expected 'independent', 'paired' or 'endpoint'")
@@ -40,22 +48,27 @@ class Denoiser(nn.Module):
         self.sample_shape, self.guidable, self.coupling = tuple(sample_shape), guidable, coupling
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond, guidance_scale: float | Tensor = 1.0) -> Tensor:
-        """The prediction [B,*S] of the net's own kind at times t [B], guided: u + g (c - u), in one batched forward."""
+        """The prediction [B,*S] of the net's own kind at times t [B], guided: u + g (c - u), in one batched
+        forward."""
         if isinstance(guidance_scale, float | int) and guidance_scale == 1.0:
             return self.net(x_t, t, cond)
         if not self.guidable:
             raise ValueError(
-                f"guidance_scale: found {guidance_scale}, but this model was not trained with a null condition; expected 1"
+                f"guidance_scale: found {guidance_scale}, but this model was not trained with a null "
+                "condition; expected 1"
             )
         both = self.net(torch.cat([x_t, x_t]), torch.cat([t, t]), cond.cat(cond.null()))
         conditional, unconditional = both.chunk(2)
         return guide(unconditional, conditional, guidance_scale)
 
-    def predict(self, kind: str, x_t: Tensor, t: Tensor, cond: Cond, guidance_scale: float | Tensor = 1.0) -> Tensor:
+    def predict(
+        self, kind: str, x_t: Tensor, t: Tensor, cond: Cond, guidance_scale: float | Tensor = 1.0
+    ) -> Tensor:
         """The prediction converted to `kind`, in float32 at least."""
         if kind in ("score", "eps") and self.coupling != "independent" and kind != self.kind:
             raise ValueError(
-                f"{kind}: a model trained on {self.coupling} noise and data is a transport, not a score; only models with "
+                f"{kind}: a model trained on {self.coupling} noise and data is a transport, not a score; "
+                "only models with "
                 "independent coupling have one"
             )
         return self.process.convert(self.kind, self(x_t, t, cond, guidance_scale), x_t, t, kind)
@@ -77,13 +90,21 @@ class Denoiser(nn.Module):
         return self.predict("score", x_t, t, cond, guidance_scale)
 
     def transport(
-        self, z: Tensor, cond: Cond, *, solver: str = "euler", steps: int | None = None, guidance_scale: float = 1.0,
-        grid: Tensor | None = None, times: Sequence[float] | None = None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        z: Tensor,
+        cond: Cond,
+        *,
+        solver: str = "euler",
+        steps: int | None = None,
+        guidance_scale: float = 1.0,
+        grid: Tensor | None = None,
+        times: Sequence[float] | None = None,
+    ) -> Tensor:
         """Carry noise z [B,*S] along the probability-flow ODE.
 
         The ODE is solved on `grid` ([steps + 1] descending) or, without one, on the uniform grid of `steps`.
-        Returns [K,B,*S]: the states at `times` (points of the grid, descending); K = 1, the sample alone, without `times`.
+        Returns [K,B,*S]: the states at `times` (points of the grid, descending); K = 1, the sample alone,
+        without `times`.
         """
         if grid is None:
             if steps is None or steps < 1:
@@ -101,7 +122,9 @@ class Denoiser(nn.Module):
         return states[index]
 
 
-def _solve(solver: str, model: Denoiser, cond: Cond, guidance_scale: float) -> Callable[[Tensor, Tensor, bool], Tensor]:
+def _solve(
+    solver: str, model: Denoiser, cond: Cond, guidance_scale: float
+) -> Callable[[Tensor, Tensor, bool], Tensor]:
     """(start, grid, keep the path) -> final state or path, with the named solver."""
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
@@ -115,5 +138,7 @@ def _solve(solver: str, model: Denoiser, cond: Cond, guidance_scale: float) -> C
     if solver == "heun":
         return lambda x, grid, path: heun(velocity, x, grid, return_path=path)
     if solver == "ddim":
-        return lambda x, grid, path: ddim(prediction, model.process, x, grid, kind=model.kind, return_path=path)
+        return lambda x, grid, path: ddim(
+            prediction, model.process, x, grid, kind=model.kind, return_path=path
+        )
     raise ValueError(f"solver: found {solver!r}, expected one of {list(SOLVERS)}")

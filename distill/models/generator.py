@@ -36,20 +36,33 @@ class Generator:
         return self.denoiser.x0(start, t, cond, self.spec.guidance_scale)
 
     def generate(self, z: Tensor, cond: Cond, steps: int | None = None, *, force: bool = False) -> Tensor:
-        """[B,*S] noise -> [B,*S] samples in `steps` steps (default: the spec's); refuses counts that the model is not valid for.
+        """[B,*S] noise -> [B,*S] samples in `steps` steps (default: the spec's); refuses counts that the
+        model is not valid for.
 
         Differentiable with respect to z."""
         grid = self.spec.grid(self.denoiser.process, steps, force=force)
         return self.denoiser.transport(
-            self.spec.start_scale * z, cond, solver=self.spec.solver, grid=grid, guidance_scale=self.spec.guidance_scale
+            self.spec.start_scale * z,
+            cond,
+            solver=self.spec.solver,
+            grid=grid,
+            guidance_scale=self.spec.guidance_scale,
         )[0]
 
     @torch.no_grad()
     def sample(
-        self, count: int, label: int | Sequence[int] | Tensor | None = None, *, seed: int = 0, stream: str = "sample",
-        steps: int | None = None, force: bool = False, batch_size: int = 500,
-    ) -> Tensor:  # fmt: skip
-        """`count` images [count,*S] in [-1, 1] on the CPU; image i is a function of (seed, stream, i) and its label alone.
+        self,
+        count: int,
+        label: int | Sequence[int] | Tensor | None = None,
+        *,
+        seed: int = 0,
+        stream: str = "sample",
+        steps: int | None = None,
+        force: bool = False,
+        batch_size: int = 500,
+    ) -> Tensor:
+        """`count` images [count,*S] in [-1, 1] on the CPU; image i is a function of (seed, stream, i) and its
+        label alone.
 
         label: one class for all, one a sample, or None: classes 0, 1, 2, ... in turn."""
         if count < 1:
@@ -76,5 +89,7 @@ class Generator:
         if labels.shape != (count,):
             raise ValueError(f"label: expected one label or {count} of them, found {len(labels)}")
         if int(labels.min()) < 0 or int(labels.max()) >= self.num_classes:
-            raise ValueError(f"label: expected classes 0 .. {self.num_classes - 1}, found {sorted(set(labels.tolist()))}")
+            raise ValueError(
+                f"label: expected classes 0 .. {self.num_classes - 1}, found {sorted(set(labels.tolist()))}"
+            )
         return labels

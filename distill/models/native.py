@@ -1,4 +1,5 @@
-"""The native model format: a folder with `model.safetensors` (weights) and `model.json` (what they mean), nothing else needed."""
+"""The native model format: a folder with `model.safetensors` (weights) and `model.json` (what they mean),
+nothing else needed."""
 
 from __future__ import annotations
 
@@ -21,17 +22,24 @@ WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
 
 
 def build(config: Mapping[str, Any]) -> Any:
-    """Call the class that `config["_target_"]` names with the other entries. Only classes of this package are built: a model file
-    is data, and must not choose code from elsewhere to run."""
+    """Call the class that `config["_target_"]` names with the other entries. Only classes of this package are
+    built: a model file is data, and must not choose code from elsewhere to run."""
     target = str(config.get("_target_", ""))
     if not target.startswith(("distill.nets.", "distill.process.")):
-        raise ValueError(f"_target_: found {target!r}, expected a class under distill.nets or distill.process")
+        raise ValueError(
+            f"_target_: found {target!r}, expected a class under distill.nets or distill.process"
+        )
     module, _, name = target.rpartition(".")
-    return getattr(importlib.import_module(module), name)(**{k: v for k, v in config.items() if k != "_target_"})
+    return getattr(importlib.import_module(module), name)(
+        **{k: v for k, v in config.items() if k != "_target_"}
+    )
 
 
-def describe(denoiser: Denoiser, net: Mapping[str, Any], spec: SamplerSpec, num_classes: int) -> dict[str, Any]:
-    """The contents of `model.json` except the weights' digest; `net` is the config that `build` makes the net from."""
+def describe(
+    denoiser: Denoiser, net: Mapping[str, Any], spec: SamplerSpec, num_classes: int
+) -> dict[str, Any]:
+    """The contents of `model.json` except the weights' digest; `net` is the config that `build` makes the net
+    from."""
     return {
         "schema": SCHEMA,
         "net": dict(net),
@@ -56,7 +64,9 @@ def save_model(folder: Path, denoiser: Denoiser, description: Mapping[str, Any])
 def read_description(folder: Path) -> dict[str, Any]:
     """`model.json` of a model folder, with its schema checked."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder; expected a model folder with {WEIGHTS} and {DESCRIPTION}")
+        raise FileNotFoundError(
+            f"{folder}: no such folder; expected a model folder with {WEIGHTS} and {DESCRIPTION}"
+        )
     description = read_json(folder / DESCRIPTION)
     if not isinstance(description, dict) or description.get("schema") != SCHEMA:
         found = description.get("schema") if isinstance(description, dict) else type(description).__name__
@@ -72,16 +82,22 @@ def load_model(folder: Path | str, *, device: torch.device | str = "cpu") -> Gen
     if not path.is_file():
         raise FileNotFoundError(f"{path}: missing; {folder / DESCRIPTION} names it as the weights")
     if (found := sha256_file(path)) != description["weights"]["sha256"]:
-        raise ValueError(f"{path}: sha256: found {found}, {DESCRIPTION} expects {description['weights']['sha256']}")
+        raise ValueError(
+            f"{path}: sha256: found {found}, {DESCRIPTION} expects {description['weights']['sha256']}"
+        )
     net = build(description["net"])
     try:
         net.load_state_dict(safetensors.torch.load_file(path))
     except (RuntimeError, SafetensorError) as error:
         raise ValueError(f"{path}: does not fit the net that {DESCRIPTION} describes: {error}") from error
     denoiser = Denoiser(
-        net, build(description["process"]), description["kind"], description["sample_shape"],
-        guidable=description["guidable"], coupling=description["coupling"],
-    )  # fmt: skip
+        net,
+        build(description["process"]),
+        description["kind"],
+        description["sample_shape"],
+        guidable=description["guidable"],
+        coupling=description["coupling"],
+    )
     spec = SamplerSpec.from_dict(description["sampler"])
     generator = Generator(denoiser.eval(), spec, num_classes=description["num_classes"])
     return generator.to(device)

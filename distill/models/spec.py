@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ class SamplerSpec:
 
     Attributes:
         steps: the default number of steps.
-        times: exact times in the model's process for each step count, descending, `steps + 1` numbers each. If `any_steps`,
-            a count that is not listed uses the uniform grid; otherwise the listed counts are the only valid ones.
+        times: exact times in the model's process for each step count, descending, `steps + 1` numbers each.
+            If `any_steps`, a count that is not listed uses the uniform grid; otherwise the listed counts are
+            the only valid ones.
         mode: "ode" (deterministic).
         solver: "euler", "heun" or "ddim".
         kind: what the net predicts.
@@ -43,17 +45,22 @@ class SamplerSpec:
         if self.mode != "ode":
             raise ValueError(f"sampler.mode: found {self.mode!r}, expected 'ode'")
         for steps, times in self.times.items():
-            if len(times) != steps + 1 or any(a <= b for a, b in zip(times, times[1:], strict=False)):
-                raise ValueError(f"sampler.times[{steps}]: expected {steps + 1} descending times, found {list(times)}")
+            if len(times) != steps + 1 or any(a <= b for a, b in pairwise(times)):
+                raise ValueError(
+                    f"sampler.times[{steps}]: expected {steps + 1} descending times, found {list(times)}"
+                )
         if self.steps not in self.times and not self.any_steps:
-            raise ValueError(f"sampler.steps: {self.steps} is not among the valid step counts {sorted(self.times)}")
+            raise ValueError(
+                f"sampler.steps: {self.steps} is not among the valid step counts {sorted(self.times)}"
+            )
 
     def valid(self, steps: int) -> bool:
         """Whether the model was made for this many steps."""
         return steps >= 1 and (self.any_steps or steps in self.times)
 
     def grid(self, process: Process, steps: int | None = None, *, force: bool = False) -> Tensor:
-        """[steps + 1] float64 times to sample at; `force` allows the uniform grid where the model is not valid."""
+        """[steps + 1] float64 times to sample at; `force` allows the uniform grid where the model is not
+        valid."""
         steps = self.steps if steps is None else steps
         if steps < 1:
             raise ValueError(f"steps: expected at least 1, found {steps}")
@@ -61,7 +68,8 @@ class SamplerSpec:
             return torch.tensor(self.times[steps], dtype=torch.float64)
         if not (self.any_steps or force):
             raise ValueError(
-                f"steps: this model was distilled for {sorted(self.times)} step(s) and is not valid at {steps}; "
+                f"steps: this model was distilled for {sorted(self.times)} step(s) and is not valid at "
+                f"{steps}; "
                 "more steps make its images worse, not better (force=true samples all the same)"
             )
         return uniform_grid(process, steps)

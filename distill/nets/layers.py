@@ -1,5 +1,6 @@
-"""Layers that the nets share. Each has a form of plain operations, since forward-mode derivatives (`torch.func.jvp`, needed by
-continuous-time methods) pass neither fused attention nor the native group norm on channels-last inputs."""
+"""Layers that the nets share. Each has a form of plain operations, since forward-mode derivatives
+(`torch.func.jvp`, needed by continuous-time methods) pass neither fused attention nor the native group norm
+on channels-last inputs."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from torch.nn import functional as F
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation (Wu & He 2018) of [B,C,*]. `plain=True` computes it with elementary operations and reductions."""
+    """Group normalisation (Wu & He 2018) of [B,C,*]. `plain=True` computes it with elementary operations and
+    reductions."""
 
     def __init__(self, groups: int, channels: int, *, plain: bool = False, eps: float = 1e-5) -> None:
         super().__init__()
@@ -32,9 +34,12 @@ class GroupNorm(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Residual multi-head self-attention over the positions of [B,C,H,W]. `math=True` writes the softmax out."""
+    """Residual multi-head self-attention over the positions of [B,C,H,W]. `math=True` writes the softmax
+    out."""
 
-    def __init__(self, channels: int, *, heads: int = 1, groups: int = 8, math: bool = False, plain_norm: bool = False) -> None:
+    def __init__(
+        self, channels: int, *, heads: int = 1, groups: int = 8, math: bool = False, plain_norm: bool = False
+    ) -> None:
         super().__init__()
         if channels % heads:
             raise ValueError(f"heads: {channels} channels cannot be split over {heads} heads")
@@ -59,14 +64,17 @@ class SelfAttention(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """[B] network times -> [B, dim] sines and cosines (Vaswani et al. 2017) of frequencies from 1 down to 1/max_period."""
+    """[B] network times -> [B, dim] sines and cosines (Vaswani et al. 2017) of frequencies from 1 down to
+    1/max_period."""
 
     def __init__(self, dim: int, max_period: float = 10_000.0) -> None:
         super().__init__()
         if dim % 2:
             raise ValueError(f"dim: a time embedding needs an even number of features, found {dim}")
         self.register_buffer(
-            "frequencies", torch.exp(-math.log(max_period) * torch.arange(dim // 2) / (dim // 2)), persistent=False
+            "frequencies",
+            torch.exp(-math.log(max_period) * torch.arange(dim // 2) / (dim // 2)),
+            persistent=False,
         )
 
     def forward(self, t: Tensor) -> Tensor:
@@ -75,7 +83,8 @@ class TimeEmbedding(nn.Module):
 
 
 class ClassEmbedding(nn.Module):
-    """[B] class labels -> [B, dim]; the label -1 (the null condition) has an embedding of its own, the last row."""
+    """[B] class labels -> [B, dim]; the label -1 (the null condition) has an embedding of its own, the last
+    row."""
 
     def __init__(self, num_classes: int, dim: int) -> None:
         super().__init__()

@@ -20,10 +20,13 @@ def recipes() -> dict[str, Path]:
 
 
 def register_recipes() -> None:
-    """Register every file of `recipes/` as an option of the group `recipe`, merged at the top of the config."""
+    """Register every file of `recipes/` as an option of the group `recipe`, merged at the top of the
+    config."""
     store = ConfigStore.instance()
     for name, path in recipes().items():
-        store.store(group="recipe", name=name, node=OmegaConf.load(path), package="_global_", provider="distill")
+        store.store(
+            group="recipe", name=name, node=OmegaConf.load(path), package="_global_", provider="distill"
+        )
 
 
 def chosen_recipe(choices: Mapping[str, Any]) -> str:
@@ -31,12 +34,15 @@ def chosen_recipe(choices: Mapping[str, Any]) -> str:
     name = choices.get("recipe")
     if name in (None, "null", "None"):
         listed = "\n".join(f"  recipe={name}" for name in recipes())
-        raise ValueError(f"recipe: none was chosen; python -m distill.train recipe=NAME with one of\n{listed}")
+        raise ValueError(
+            f"recipe: none was chosen; python -m distill.train recipe=NAME with one of\n{listed}"
+        )
     return str(name)
 
 
 def default_name(recipe: str, choices: Mapping[str, Any]) -> str:
-    """Name of the run folder: the recipe, with the profile where it is not the full one, so that a trial never blocks the real run."""
+    """Name of the run folder: the recipe, with the profile where it is not the full one, so that a trial
+    never blocks the real run."""
     profile = choices.get("profile", "full")
     return recipe if profile == "full" else f"{recipe}-{profile}"
 

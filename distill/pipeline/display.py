@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class Display:
-    """`number` of `total` stages; bars and lines go to standard error, so standard output stays for results."""
+    """`number` of `total` stages; bars and lines go to standard error, so standard output stays for
+    results."""
 
     name: str = ""
     number: int = 1
@@ -23,9 +24,15 @@ class Display:
         """A progress bar over `total` units of which `initial` are done."""
         interactive = sys.stderr.isatty()
         bar = tqdm(
-            total=total, initial=initial, unit=unit, desc=f"[{self.number}/{self.total}] {self.name}", dynamic_ncols=interactive,
-            mininterval=0.2 if interactive else 10.0, ascii=not interactive, file=sys.stderr,
-        )  # fmt: skip
+            total=total,
+            initial=initial,
+            unit=unit,
+            desc=f"[{self.number}/{self.total}] {self.name}",
+            dynamic_ncols=interactive,
+            mininterval=0.2 if interactive else 10.0,
+            ascii=not interactive,
+            file=sys.stderr,
+        )
         with bar:
             yield bar
 

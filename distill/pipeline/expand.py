@@ -1,4 +1,5 @@
-"""From a composed recipe to the list of stages that run: repeated rounds, pretrained teachers, profile limits."""
+"""From a composed recipe to the list of stages that run: repeated rounds, pretrained teachers, profile
+limits."""
 
 from __future__ import annotations
 
@@ -11,11 +12,16 @@ REFERENCE_KEYS = ("teacher", "init", "data", "student", "evaluate")
 
 
 def expand(recipe: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Stage configs by name, in order, from a composed config's `stages`, `repeat` and `profile` (plain containers)."""
-    stages = {name: copy.deepcopy(dict(config)) for name, config in recipe["stages"].items() if config is not None}
+    """Stage configs by name, in order, from a composed config's `stages`, `repeat` and `profile` (plain
+    containers)."""
+    stages = {
+        name: copy.deepcopy(dict(config)) for name, config in recipe["stages"].items() if config is not None
+    }
     for name, config in stages.items():
         if "_target_" not in config:
-            raise ValueError(f"stages.{name}: has no _target_; expected a stage such as distill.pipeline.stages.Train")
+            raise ValueError(
+                f"stages.{name}: has no _target_; expected a stage such as distill.pipeline.stages.Train"
+            )
         if config.get("path"):
             stages[name] = {"_target_": LOAD, "path": config["path"]}
     stages = in_order(stages)
@@ -33,12 +39,15 @@ def references(config: Mapping[str, Any]) -> list[str]:
 
 
 def in_order(stages: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Stages with every stage after those it refers to, else as written (merging configs does not keep their order)."""
+    """Stages with every stage after those it refers to, else as written (merging configs does not keep their
+    order)."""
     ordered: dict[str, dict[str, Any]] = {}
 
     def visit(name: str, path: tuple[str, ...]) -> None:
         if name in path:
-            raise ValueError(f"stages: {' -> '.join([*path[path.index(name) :], name])} refer to each other in a circle")
+            raise ValueError(
+                f"stages: {' -> '.join([*path[path.index(name) :], name])} refer to each other in a circle"
+            )
         for target in references(stages[name]):
             if target not in stages:
                 raise ValueError(f"stages.{name}: refers to {target!r}, expected one of {list(stages)}")
@@ -53,9 +62,10 @@ def in_order(stages: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def repeat(stages: dict[str, dict[str, Any]], block: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Insert rounds 2 .. times of the stages of `block` after their first round.
 
-    block: {stages: [pairs, reflow], times: k, carry: {teacher: reflow}}. In round r > 1 a stage is named `<name>_round<r>`; its
-    references to stages of the block mean this round's, and `carry` says which earlier stage's place the previous round's
-    result takes. Stages after the block refer to the last round; evaluated models of the block get a row set a round.
+    block: {stages: [pairs, reflow], times: k, carry: {teacher: reflow}}. In round r > 1 a stage is named
+    `<name>_round<r>`; its references to stages of the block mean this round's, and `carry` says which earlier
+    stage's place the previous round's result takes. Stages after the block refer to the last round; evaluated
+    models of the block get a row set a round.
     """
     names, times, carry = list(block["stages"]), int(block["times"]), dict(block.get("carry") or {})
     if times < 1:
@@ -107,7 +117,8 @@ def _rounds_of_models(models: Mapping[str, Any], names: list[str], times: int) -
 
 
 def limit(config: dict[str, Any], limits: Mapping[str, int]) -> dict[str, Any]:
-    """A stage with the profile's upper limits on its sizes; with any limit, quality gates say nothing and are dropped."""
+    """A stage with the profile's upper limits on its sizes; with any limit, quality gates say nothing and are
+    dropped."""
     config = copy.deepcopy(config)
     if not limits:
         return config

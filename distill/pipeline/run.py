@@ -1,4 +1,5 @@
-"""Runs a recipe: plans, refuses what does not fit what is there, skips what is finished, continues what is not."""
+"""Runs a recipe: plans, refuses what does not fit what is there, skips what is finished, continues what is
+not."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ LOCK, PLAN, CONFIG = ".lock", "plan.json", "config.yaml"
 
 @dataclass
 class Planned:
-    """A stage, what it depends on, and how far it is: "finished", "extend", "interrupted", "changed" or "new"."""
+    """A stage, what it depends on, and how far it is: "finished", "extend", "interrupted", "changed" or
+    "new"."""
 
     name: str
     stage: Stage
@@ -71,7 +73,9 @@ def build_stages(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Stage]:
 def plan(recipe: Mapping[str, Any], run_folder: Path, seed: int) -> list[Planned]:
     """All stages in order with digests and states."""
     configs = expand(recipe)
-    stages, planned, digests = build_stages(configs), [], {}
+    stages = build_stages(configs)
+    planned: list[Planned] = []
+    digests: dict[str, str] = {}
     for name, stage in stages.items():
         config, folder = dict(configs[name]), run_folder / name
         inputs = {role: digests[target] for role, target in stage.inputs().items()}
@@ -106,7 +110,9 @@ def _only_longer(stage: Stage, old: Mapping[str, Any], new: Mapping[str, Any]) -
     """Whether the one difference is that the stage's length grew."""
 
     def without(content: Mapping[str, Any]) -> dict[str, Any]:
-        return dict(content) | {"config": {k: v for k, v in content["config"].items() if k not in stage.LENGTH}}
+        return dict(content) | {
+            "config": {k: v for k, v in content["config"].items() if k not in stage.LENGTH}
+        }
 
     if not stage.LENGTH or differences(without(old), without(new)):
         return False
@@ -137,13 +143,15 @@ def refuse_changes(planned: Sequence[Planned], run_folder: Path) -> None:
     lines = "\n".join(f"  {line}" for line in first.changes[:20])
     raise ValueError(
         f"stages.{first.name}: {first.folder} was made with other settings{reason}:\n{lines}\n"
-        f"Either redo={first.name} (makes it and what depends on it again) or another name=... (a new run beside {run_folder})."
+        f"Either redo={first.name} (makes it and what depends on it again) "
+        f"or another name=... (a new run beside {run_folder})."
     )
 
 
 @contextmanager
 def lock(run_folder: Path) -> Iterator[None]:
-    """One process a run folder. The kernel releases the lock with the process, however that ends; the file tells who holds it."""
+    """One process a run folder. The kernel releases the lock with the process, however that ends; the file
+    tells who holds it."""
     run_folder.mkdir(parents=True, exist_ok=True)
     path = run_folder / LOCK
     with path.open("a+") as handle:
@@ -154,7 +162,8 @@ def lock(run_folder: Path) -> Iterator[None]:
             owner = json.loads(handle.read() or "{}")
             age = time.time() - owner.get("since", time.time())
             raise RuntimeError(
-                f"{path}: this run is held by process {owner.get('pid')} on {owner.get('host')} for {age:.0f} s; "
+                f"{path}: this run is held by process {owner.get('pid')} on {owner.get('host')} "
+                f"for {age:.0f} s; "
                 "wait for it, stop it, or use another name=..."
             ) from None
         handle.truncate(0)
@@ -168,9 +177,16 @@ def describe_plan(planned: Sequence[Planned], run_folder: Path) -> str:
     width = max(len(entry.name) for entry in planned)
     lines = [f"{run_folder}: {len(planned)} stages"]
     for number, entry in enumerate(planned, 1):
-        size = ", ".join(f"{key} {entry.config[key]}" for key in ("steps", "batch_size", "count") if isinstance(entry.config.get(key), int))
+        size = ", ".join(
+            f"{key} {entry.config[key]}"
+            for key in ("steps", "batch_size", "count")
+            if isinstance(entry.config.get(key), int)
+        )
         inputs = ", ".join(f"{role}={name}" for role, name in entry.stage.inputs().items())
-        lines.append(f"  {number}. {entry.name:<{width}}  {entry.state:<11}  {type(entry.stage).__name__:<8}  {size}  {inputs}".rstrip())
+        kind = type(entry.stage).__name__
+        lines.append(
+            f"  {number}. {entry.name:<{width}}  {entry.state:<11}  {kind:<8}  {size}  {inputs}".rstrip()
+        )
         lines += [f"       {line}" for line in entry.changes[:5]]
     return "\n".join(lines)
 
@@ -188,7 +204,10 @@ def run(recipe: Mapping[str, Any], *, name: str, recipe_name: str) -> Path:
     with lock(run_folder):
         redo(planned, wanted)
         refuse_changes(planned, run_folder)
-        write_json(run_folder / PLAN, {"recipe": recipe_name, "seed": seed, "stages": {e.name: e.config for e in planned}})
+        write_json(
+            run_folder / PLAN,
+            {"recipe": recipe_name, "seed": seed, "stages": {e.name: e.config for e in planned}},
+        )
         folders = {entry.name: entry.folder for entry in planned}
         for number, entry in enumerate(planned, 1):
             display = Display(entry.name, number, len(planned))
@@ -204,8 +223,17 @@ def run(recipe: Mapping[str, Any], *, name: str, recipe_name: str) -> Path:
             write_json(entry.folder / "identity.json", entry.identity)
             inputs = {role: folders[target] for role, target in entry.stage.inputs().items()}
             room = Room(
-                entry.name, entry.folder, inputs, seed, settings, loggers, display, run_folder, recipe_name, entry.digest
-            )  # fmt: skip
+                entry.name,
+                entry.folder,
+                inputs,
+                seed,
+                settings,
+                loggers,
+                display,
+                run_folder,
+                recipe_name,
+                entry.digest,
+            )
             facts = _run_stage(entry, room)
             write_artifact(entry.folder, entry.identity, facts)
     return run_folder
@@ -223,10 +251,12 @@ def _run_stage(entry: Planned, room: Room) -> dict[str, Any]:
 def summary(run_folder: Path) -> str:
     """Where everything lies, for the end of a run."""
     places = {
-        "report.md": "table of all models, gates, protocol", "metrics.json": "the same numbers for programs",
-        "grid.png": "teacher and students from the same noise", "export": "the student: distill.load() or distill.sample",
-    }  # fmt: skip
-    lines = [f"  {run_folder / name}  {what}" for name, what in places.items() if (run_folder / name).exists()]
+        "report.md": "table of all models, gates, protocol",
+        "metrics.json": "the same numbers for programs",
+        "grid.png": "teacher and students from the same noise",
+        "export": "the student: distill.load() or distill.sample",
+    }
+    lines = [
+        f"  {run_folder / name}  {what}" for name, what in places.items() if (run_folder / name).exists()
+    ]
     return "\n".join([f"{run_folder}: done.", *lines])
-
-

@@ -1,4 +1,5 @@
-"""Stages and artifacts: what a stage is given, what it leaves behind, and the digest by which both are known again."""
+"""Stages and artifacts: what a stage is given, what it leaves behind, and the digest by which both are known
+again."""
 
 from __future__ import annotations
 
@@ -17,8 +18,21 @@ from distill.pipeline.display import Display
 SCHEMA = 1
 ARTIFACT = "artifact.json"
 
-# Options that change how a stage runs and not what it makes: they never enter a digest.
-EXECUTION_ONLY = frozenset({"devices", "workers", "threads", "logger", "compile", "checkpoint_every", "log_every", "accelerator"})
+# Options that change how a stage runs and not what it makes: they never enter a digest. What lies at a `path` enters by its
+# fingerprint, whatever the path is called.
+EXECUTION_ONLY = frozenset(
+    {
+        "devices",
+        "workers",
+        "threads",
+        "logger",
+        "compile",
+        "checkpoint_every",
+        "log_every",
+        "accelerator",
+        "path",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -35,14 +49,17 @@ class Settings:
     def device(self) -> torch.device:
         """The device of this process."""
         if self.accelerator not in ("auto", "cpu", "gpu"):
-            raise ValueError(f"trainer.accelerator: found {self.accelerator!r}, expected 'auto', 'cpu' or 'gpu'")
+            raise ValueError(
+                f"trainer.accelerator: found {self.accelerator!r}, expected 'auto', 'cpu' or 'gpu'"
+            )
         wanted = torch.cuda.is_available() if self.accelerator == "auto" else self.accelerator == "gpu"
         return torch.device("cuda") if wanted else torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Room:
-    """What a stage is given when it runs: a folder of its own, the folders of its inputs by role, the run's seed."""
+    """What a stage is given when it runs: a folder of its own, the folders of its inputs by role, the run's
+    seed."""
 
     name: str
     folder: Path
@@ -58,7 +75,8 @@ class Room:
 
 @dataclass
 class Stage(ABC):
-    """One step of a recipe. Its dataclass fields are its config schema; nested configs stay plain containers."""
+    """One step of a recipe. Its dataclass fields are its config schema; nested configs stay plain
+    containers."""
 
     # Fields by which a finished stage may be extended.
     LENGTH: ClassVar[tuple[str, ...]] = ()
@@ -77,27 +95,38 @@ class Stage(ABC):
         """Refuse what cannot work, before anything runs. `stages` are those before this one."""
         for role, name in self.inputs().items():
             if name not in stages:
-                raise ValueError(f"{role}: found {name!r}, expected a stage before this one: one of {list(stages)}")
+                raise ValueError(
+                    f"{role}: found {name!r}, expected a stage before this one: one of {list(stages)}"
+                )
 
     @abstractmethod
     def run(self, room: Room) -> dict[str, Any]:
-        """Make the artifact in `room.folder`, continuing what is there; returns facts to record (JSON-able)."""
+        """Make the artifact in `room.folder`, continuing what is there; returns facts to record
+        (JSON-able)."""
 
 
 def hashed_config(config: Mapping[str, Any], references: tuple[str, ...]) -> dict[str, Any]:
-    """The part of a stage's config that enters its digest: no execution-only option and no reference to another stage (their
-    digests stand for them)."""
+    """The part of a stage's config that enters its digest: no execution-only option and no reference to
+    another stage (their digests stand for them)."""
 
     def strip(value: Any) -> Any:
         if isinstance(value, Mapping):
             return {k: strip(v) for k, v in value.items() if k not in EXECUTION_ONLY}
         return [strip(v) for v in value] if isinstance(value, list | tuple) else value
 
-    return {k: strip(v) for k, v in config.items() if k not in EXECUTION_ONLY and not (k in references and isinstance(v, str))}
+    return {
+        k: strip(v)
+        for k, v in config.items()
+        if k not in EXECUTION_ONLY and not (k in references and isinstance(v, str))
+    }
 
 
 def identity(
-    config: Mapping[str, Any], references: tuple[str, ...], inputs: Mapping[str, str], seed: int, fingerprint: str
+    config: Mapping[str, Any],
+    references: tuple[str, ...],
+    inputs: Mapping[str, str],
+    seed: int,
+    fingerprint: str,
 ) -> dict[str, Any]:
     """Everything that a stage's result depends on; its canonical JSON is what the digest is the sha256 of."""
     return {
@@ -114,18 +143,26 @@ def digest_of(content: Mapping[str, Any]) -> str:
 
 
 def write_artifact(
-    folder: Path, content: Mapping[str, Any], facts: Mapping[str, Any], skip: tuple[str, ...] = ("checkpoints", "logs")
+    folder: Path,
+    content: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    skip: tuple[str, ...] = ("checkpoints", "logs"),
 ) -> None:
-    """Record that the stage is finished: its identity, its facts and a sha256 for every file of it. Written last."""
+    """Record that the stage is finished: its identity, its facts and a sha256 for every file of it. Written
+    last."""
     files = {
         str(path.relative_to(folder)): sha256_file(path)
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != ARTIFACT and path.relative_to(folder).parts[0] not in skip
     }
     record = {
-        "schema": SCHEMA, "digest": digest_of(content), "identity": dict(content), "facts": dict(facts), "files": files,
+        "schema": SCHEMA,
+        "digest": digest_of(content),
+        "identity": dict(content),
+        "facts": dict(facts),
+        "files": files,
         "code": {"distill": distill.__version__, "torch": str(torch.__version__)},
-    }  # fmt: skip
+    }
     write_json(folder / ARTIFACT, record)
 
 
@@ -147,7 +184,10 @@ def verify_files(folder: Path, record: Mapping[str, Any]) -> None:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: missing; {folder / ARTIFACT} expects it")
         if (found := sha256_file(path)) != expected:
-            raise ValueError(f"{path}: sha256: found {found[:12]}, {ARTIFACT} expects {expected[:12]}: changed after it was made")
+            raise ValueError(
+                f"{path}: sha256: found {found[:12]}, {ARTIFACT} expects {expected[:12]}: changed after it "
+                "was made"
+            )
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:

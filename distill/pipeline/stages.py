@@ -25,16 +25,25 @@ from distill.engine.logging import Jsonl, Logger
 from distill.engine.module import STUDENT, DistillModule
 from distill.files import sha256_file, write_json
 from distill.models.denoiser import Denoiser
-from distill.models.native import DESCRIPTION, WEIGHTS, build, describe, load_model, read_description, save_model
+from distill.models.native import (
+    DESCRIPTION,
+    WEIGHTS,
+    build,
+    describe,
+    load_model,
+    read_description,
+    save_model,
+)
 from distill.pipeline.stage import Room, Stage
 
-# Threads that a net can use: (parameters below, threads). Small nets spend their time between operations, not in them.
+# Threads that a net can use: (parameters below, threads). Small nets spend their time between operations, not
+# in them.
 THREAD_TABLE = ((1_000_000, 2), (10_000_000, 4), (100_000_000, 8))
 
 
 def use_threads(room: Room, parameters: int) -> int:
-    """Set torch's thread count for a stage: the option, else what an earlier start of the stage wrote down (bit-equal resume needs
-    the same count), else the table."""
+    """Set torch's thread count for a stage: the option, else what an earlier start of the stage wrote down
+    (bit-equal resume needs the same count), else the table."""
     path = room.folder / "execution.json"
     wanted = room.settings.threads
     if wanted is None and path.is_file():
@@ -62,7 +71,8 @@ class Train(Stage):
     Attributes:
         method: config of a `DistillModule`; its constructor takes `student` and, if it names it, `teacher`.
         data: name of a Generate stage, or the config of a `Source`.
-        init: name of the stage whose model the student starts from; None: a fresh net from `net`, `process`, `kind`.
+        init: name of the stage whose model the student starts from; None: a fresh net from `net`, `process`,
+            `kind`.
         teacher: name of the stage whose model the method asks; None where it needs none.
         steps: optimizer steps of the student. batch_size: samples a step, over all processes.
         optim: settings an update, see `engine.update.Optim`; a schedule without a total falls over `steps`.
@@ -101,16 +111,22 @@ class Train(Stage):
         super().check(stages)
         if ("teacher" in self._takes) != (self.teacher is not None):
             wants = "needs a teacher" if "teacher" in self._takes else "takes no teacher"
-            raise ValueError(f"teacher: found {self.teacher!r}, but the method {self.method['_target_']} {wants}")
+            raise ValueError(
+                f"teacher: found {self.teacher!r}, but the method {self.method['_target_']} {wants}"
+            )
         if isinstance(self.data, str) and not isinstance(stages[self.data], Generate):
-            raise ValueError(f"data: {self.data!r} is a {type(stages[self.data]).__name__} stage, expected a Generate stage")
+            raise ValueError(
+                f"data: {self.data!r} is a {type(stages[self.data]).__name__} stage, expected a Generate "
+                "stage"
+            )
 
     def fingerprint(self) -> str:
         """The data's fingerprint, where it does not come from a stage."""
         return "" if isinstance(self.data, str) else instantiate(self.data).fingerprint()
 
     def run(self, room: Room) -> dict[str, Any]:
-        """Train to `steps`, continuing from the last checkpoint, and save the student (its average where there is one)."""
+        """Train to `steps`, continuing from the last checkpoint, and save the student (its average where
+        there is one)."""
         source: Source = Pairs(room.inputs["data"]) if isinstance(self.data, str) else instantiate(self.data)
         student, net, num_classes = self._student(room, source)
         threads = use_threads(room, sum(p.numel() for p in student.parameters()))
@@ -119,14 +135,25 @@ class Train(Stage):
             networks["teacher"] = load_model(room.inputs["teacher"]).denoiser
         method: DistillModule = instantiate(self.method, **networks)
         method.prepare(self._optim(), seed=room.seed, stream=self.stream)
-        config = {"method": self.method, "net": net, "steps": self.steps, "batch_size": self.batch_size, "threads": threads}
+        config = {
+            "method": self.method,
+            "net": net,
+            "steps": self.steps,
+            "batch_size": self.batch_size,
+            "threads": threads,
+        }
         (room.folder / "logs").mkdir(parents=True, exist_ok=True)
         loggers: list[Logger] = [Jsonl(room.folder / "logs")]
-        loggers += [instantiate(dict(c), folder=room.folder / "logs", config=config) for c in room.loggers]
+        loggers += [instantiate(dict(c), folder=room.folder / "logs", settings=config) for c in room.loggers]
         fit = Fit(
-            self.steps, self.batch_size, self.accumulate, self.precision, room.settings.device.type.replace("cuda", "gpu"),
-            room.settings.checkpoint_every, room.settings.log_every,
-        )  # fmt: skip
+            self.steps,
+            self.batch_size,
+            self.accumulate,
+            self.precision,
+            room.settings.device.type.replace("cuda", "gpu"),
+            room.settings.checkpoint_every,
+            room.settings.log_every,
+        )
         with room.display.bar(self.steps) as bar:
 
             def show(step: int, text: str) -> None:
@@ -134,17 +161,28 @@ class Train(Stage):
                     bar.set_postfix_str(text, refresh=False)
                 bar.update(step - bar.n)
 
-            train(method, source, fit, folder=room.folder / "checkpoints", config=config, loggers=loggers, on_progress=show)
+            train(
+                method,
+                source,
+                fit,
+                folder=room.folder / "checkpoints",
+                config=config,
+                loggers=loggers,
+                on_progress=show,
+            )
             bar.update(self.steps - bar.n)
         result = method.best(STUDENT)
         assert isinstance(result, Denoiser)
         result.coupling = method.coupling
         save_model(room.folder, result, describe(result, net, method.spec(), num_classes))
         return {
-            "train_seconds": method.progress.seconds, "images": method.progress.images, "steps": method.progress.step,
+            "train_seconds": method.progress.seconds,
+            "images": method.progress.images,
+            "steps": method.progress.step,
             "parameters": sum(p.numel() for p in student.parameters()),
-            "peak_memory_bytes": peak_memory_bytes(room.settings.device), "threads": threads,
-        }  # fmt: skip
+            "peak_memory_bytes": peak_memory_bytes(room.settings.device),
+            "threads": threads,
+        }
 
     def _student(self, room: Room, source: Source) -> tuple[Denoiser, dict[str, Any], int]:
         """The student before training, the config that its net is built from, and its number of classes."""
@@ -152,16 +190,20 @@ class Train(Stage):
             generator = load_model(room.inputs["init"])
             student, net = generator.denoiser, read_description(room.inputs["init"])["net"]
         else:
-            assert self.net is not None and self.process is not None
+            assert self.net is not None
+            assert self.process is not None
             torch.manual_seed(stream_key(room.seed, self.stream, "init") % 2**63)
             net = self.net
             student = Denoiser(build(net), build(self.process), self.kind, source.sample_shape)
         if student.sample_shape != source.sample_shape:
-            raise ValueError(f"data: samples of shape {source.sample_shape}, but the student makes {student.sample_shape}")
+            raise ValueError(
+                f"data: samples of shape {source.sample_shape}, but the student makes {student.sample_shape}"
+            )
         return student, net, int(net.get("num_classes", 0))
 
     def _optim(self) -> dict[str, dict[str, Any]]:
-        """Optimizer settings with their objects built; schedules that have a `total` and were given none get `steps`."""
+        """Optimizer settings with their objects built; schedules that have a `total` and were given none get
+        `steps`."""
         built: dict[str, dict[str, Any]] = {}
         for key, settings in self.optim.items():
             schedule = dict(settings["schedule"])
@@ -185,7 +227,8 @@ class Load(Stage):
     path: str
 
     def fingerprint(self) -> str:
-        """sha256 of the weights and of their description: where they lie does not matter, what they are does."""
+        """sha256 of the weights and of their description: where they lie does not matter, what they are
+        does."""
         read_description(Path(self.path))
         return sha256_file(Path(self.path) / WEIGHTS) + sha256_file(Path(self.path) / DESCRIPTION)
 
@@ -197,7 +240,9 @@ class Load(Stage):
             target = room.folder / name
             target.unlink(missing_ok=True)
             try:
-                os.link(source / name, target)  # finished files are replaced and never rewritten, so sharing them is safe
+                os.link(
+                    source / name, target
+                )  # finished files are replaced and never rewritten, so sharing them is safe
             except OSError:
                 shutil.copyfile(source / name, target)
         return {"train_seconds": None, "peak_memory_bytes": None}
@@ -233,20 +278,30 @@ class Generate(Stage):
         teacher = load_model(room.inputs["teacher"])
         if teacher.denoiser.coupling == "endpoint":
             raise ValueError(
-                f"teacher: {self.teacher!r} is a one-step student, valid at t_max alone; pairs need a model with an ODE"
+                f"teacher: {self.teacher!r} is a one-step student, valid at t_max alone; pairs need an ODE"
             )
         use_threads(room, sum(p.numel() for p in teacher.denoiser.parameters()))
         shape = teacher.denoiser.sample_shape
         header = Header(
-            sample_shape=shape, count=self.count, seed=room.seed, stream=self.stream,
-            noise_checksum=noise_checksum(room.seed, self.stream, shape), teacher=sha256_file(room.inputs["teacher"] / WEIGHTS),
-            solver=self.sampler["solver"], steps=self.sampler["steps"], guidance_scale=float(self.guidance_scale),
+            sample_shape=shape,
+            count=self.count,
+            seed=room.seed,
+            stream=self.stream,
+            noise_checksum=noise_checksum(room.seed, self.stream, shape),
+            teacher=sha256_file(room.inputs["teacher"] / WEIGHTS),
+            solver=self.sampler["solver"],
+            steps=self.sampler["steps"],
+            guidance_scale=float(self.guidance_scale),
             num_classes=teacher.num_classes,
-        )  # fmt: skip
+        )
         with room.display.bar(self.count, unit="pair") as bar:
             write_pairs(
-                room.folder, teacher.denoiser, header, batch_size=self.batch_size, device=room.settings.device,
+                room.folder,
+                teacher.denoiser,
+                header,
+                batch_size=self.batch_size,
+                device=room.settings.device,
                 on_samples=bar.update,
-            )  # fmt: skip
+            )
         Pairs(room.folder)
         return {"count": self.count, "nfe_per_pair": self.sampler["steps"]}

@@ -1,4 +1,5 @@
-"""The engine: updates derive everything else; a dummy method with two networks and two optimizers shows it."""
+"""The engine: updates derive everything else; a dummy method with two networks and two optimizers shows
+it."""
 
 from __future__ import annotations
 
@@ -35,13 +36,14 @@ class Affine(nn.Module):
 
 
 class Two(DistillModule):
-    """A student every second iteration and a fake net every iteration, which sees what the student left in `shared`."""
+    """A student every second iteration and a fake net every iteration, which sees what the student left in
+    `shared`."""
 
     def __init__(self, student, teacher):
         super().__init__(student)
         self.fake = Denoiser(copy.deepcopy(teacher.net), Flow(), "velocity", (4,))
         self.teacher = None
-        object.__setattr__(self, "teacher", self.freeze("teacher", teacher))
+        object.__setattr__(self, "teacher", self.keep_frozen("teacher", teacher))
         self.seen = []
 
     def updates(self):
@@ -57,10 +59,21 @@ class Two(DistillModule):
         x = self.student(step.draws.normal("z", (4,)), step.draws.uniform("t"), batch.cond)
         step.shared["x"] = x.detach()
         # The gradient flows through the fake net's input while its weights are frozen.
-        return Loss((self.fake(x, x[:, 0], batch.cond) - 0.5 * self.teacher(x, x[:, 0], batch.cond) + batch.x0).square().mean())
+        return Loss(
+            (self.fake(x, x[:, 0], batch.cond) - 0.5 * self.teacher(x, x[:, 0], batch.cond) + batch.x0)
+            .square()
+            .mean()
+        )
 
     def fake_loss(self, batch, step):
-        self.seen.append((step.iteration, "x" in step.shared, self.student.net.w.requires_grad, self.fake.net.w.requires_grad))
+        self.seen.append(
+            (
+                step.iteration,
+                "x" in step.shared,
+                self.student.net.w.requires_grad,
+                self.fake.net.w.requires_grad,
+            )
+        )
         z = step.shared.get("x", step.draws.normal("z", (4,)))
         return Loss((self.fake(z, z[:, 0], batch.cond) - batch.x0).square().mean(), {"mean": z.mean()})
 
@@ -82,7 +95,10 @@ class Points:
 
 
 def settings(**changes) -> Optim:
-    return Optim(**{"optimizer": partial(torch.optim.AdamW, lr=0.05), "schedule": Constant(), "clip": 1.0, "ema": 0.9} | changes)
+    return Optim(
+        **{"optimizer": partial(torch.optim.AdamW, lr=0.05), "schedule": Constant(), "clip": 1.0, "ema": 0.9}
+        | changes
+    )
 
 
 def make(**changes) -> Two:
@@ -96,7 +112,11 @@ def make(**changes) -> Two:
 
 
 def weights(method: Two) -> dict[str, torch.Tensor]:
-    return {f"{part}.{k}": v.clone() for part, m in (("net", method.student), ("ema", method.ema["student"]), ("fake", method.fake)) for k, v in m.state_dict().items()}
+    return {
+        f"{part}.{k}": v.clone()
+        for part, m in (("net", method.student), ("ema", method.ema["student"]), ("fake", method.fake))
+        for k, v in m.state_dict().items()
+    }
 
 
 def fit(method: Two, folder: Path, steps: int, **options) -> Two:
@@ -111,14 +131,25 @@ def test_two_updates_share_one_iteration(tmp_path):
     assert method.progress.images == 40
     assert [seen[0] for seen in method.seen] == list(range(9))
     assert [seen[1] for seen in method.seen] == [i % 2 == 0 for i in range(9)]
-    assert all(seen[2:] == (False, True) for seen in method.seen)  # only what the update trains receives gradients
+    assert all(
+        seen[2:] == (False, True) for seen in method.seen
+    )  # only what the update trains receives gradients
 
 
 def test_frozen_networks_are_neither_registered_nor_saved(tmp_path):
     method = fit(make(), tmp_path, steps=3)
     assert not any("teacher" in name for name, _ in method.named_parameters())
     state = checkpoint.read(tmp_path / checkpoint.NAME)
-    assert sorted(state) == ["config", "ema", "networks", "optimizers", "progress", "sampler", "schema", "torch"]
+    assert sorted(state) == [
+        "config",
+        "ema",
+        "networks",
+        "optimizers",
+        "progress",
+        "sampler",
+        "schema",
+        "torch",
+    ]
     assert sorted(state["networks"]) == ["fake", "student"]
     assert sorted(state["ema"]) == ["student"]
     assert sorted(state["optimizers"]) == ["fake", "student"]
@@ -165,7 +196,9 @@ def test_schedules_and_ramp():
 
 def test_errors_name_the_field(tmp_path):
     method = make()
-    with pytest.raises(ValueError, match=r"optim: found settings for \['student'\], this method's updates need"):
+    with pytest.raises(
+        ValueError, match=r"optim: found settings for \['student'\], this method's updates need"
+    ):
         method.prepare({"student": settings()}, seed=0)
     with pytest.raises(ValueError, match="batch_size: 8 samples a step cannot be split into accumulate=3"):
         fit(make(), tmp_path, steps=1, accumulate=3)

@@ -18,7 +18,11 @@ def tiny(**options: object) -> UNet:
 
 def inputs(batch: int = 3) -> tuple[torch.Tensor, torch.Tensor, Cond]:
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(batch, 1, 8, 8, generator=generator), torch.rand(batch, generator=generator), Cond.of_labels(torch.arange(batch))
+    return (
+        torch.randn(batch, 1, 8, 8, generator=generator),
+        torch.rand(batch, generator=generator),
+        Cond.of_labels(torch.arange(batch)),
+    )
 
 
 @pytest.mark.parametrize("options", [{"attention": "math"}, {"plain_norm": True}, {"channels_last": False}])
@@ -52,10 +56,16 @@ def test_forward_mode_derivative_matches_finite_differences(channels_last, monke
     step = 1e-6
     # The embedding computes in float32, whose rounding would drown a finite difference.
     frequencies, net.time_scale = net.time.frequencies, 3.0
-    monkeypatch.setattr(net.time, "forward", lambda t: torch.cat([(t[:, None] * frequencies).sin(), (t[:, None] * frequencies).cos()], 1))
+    monkeypatch.setattr(
+        net.time,
+        "forward",
+        lambda t: torch.cat([(t[:, None] * frequencies).sin(), (t[:, None] * frequencies).cos()], 1),
+    )
     _, tangent = torch.func.jvp(lambda x, t: net(x, t, cond), (x, t), (dx, dt))
     with torch.no_grad():
-        difference = (net(x + step * dx, t + step * dt, cond) - net(x - step * dx, t - step * dt, cond)) / (2 * step)
+        difference = (net(x + step * dx, t + step * dt, cond) - net(x - step * dx, t - step * dt, cond)) / (
+            2 * step
+        )
     assert torch.allclose(tangent, difference, rtol=1e-5, atol=1e-6)
     loss = (torch.func.jvp(lambda x: net(x, t, cond), (x,), (dx,))[1] ** 2).mean()
     loss.backward()  # gradients of a tangent: what continuous-time consistency needs

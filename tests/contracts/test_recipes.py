@@ -1,0 +1,197 @@
+"""Every recipe and every method on disk: composes, builds, trains one step, saves what it declares, exports and comes back."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tests_support import run_verb
+
+import distill
+from distill.data.digits import Digits
+from distill.data.rng import Draws, sample_noise
+from distill.data.source import StepLoader
+from distill.engine import checkpoint
+from distill.engine.fit import Fit, train
+from distill.engine.module import DistillModule
+from distill.engine.schedule import Constant
+from distill.engine.update import Optim, Step
+from distill.models.denoiser import Denoiser
+from distill.models.generator import Generator
+from distill.models.native import describe, load_model, save_model
+from distill.nets.unet import UNet
+from distill.process.flow import Flow
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+METHOD_CONFIGS = sorted((ROOT / "configs" / "method").glob("*.yaml"))
+NET = {"_target_": "distill.nets.unet.UNet", "width": 8, "embedding": 16, "groups": 4}
+
+
+def test_counts():
+    """What this file covers; a new recipe or method raises the number here, and nothing else."""
+    assert len(RECIPES) == 1
+    assert len(METHOD_CONFIGS) == 3
+    on_disk = {path.stem for path in (ROOT / "distill" / "methods").glob("*.py")} - {"__init__"}
+    assert on_disk == {path.stem for path in METHOD_CONFIGS}, (
+        "every method has a config of its name, and no other has"
+    )
+
+
+def method_class(path: Path) -> tuple[type[DistillModule], dict]:
+    config = yaml.safe_load(path.read_text())
+    module, _, name = config.pop("_target_").rpartition(".")
+    return getattr(importlib.import_module(module), name), config
+
+
+class PairedDigits(Digits):
+    """Digits with a noise each, as a pair cache would give them."""
+
+    def fetch(self, rows, index):
+        batch = super().fetch(rows, index)
+        return batch.__class__(**vars(batch) | {"z": sample_noise(0, "pairs", rows, (1, 8, 8))})
+
+
+def build(path: Path) -> DistillModule:
+    cls, options = method_class(path)
+    torch.manual_seed(0)
+    roles = {
+        role: Denoiser(
+            UNet(**{k: v for k, v in NET.items() if k != "_target_"}),
+            Flow(),
+            "velocity",
+            (1, 8, 8),
+            guidable=True,
+        )
+        for role in ("student", "teacher")
+        if role in inspect.signature(cls).parameters
+    }
+    for network in roles.values():
+        for parameter in network.parameters():  # a zero output layer would hide missing gradients
+            torch.nn.init.normal_(parameter, std=0.1)
+    method = cls(**roles, **options)
+    optim = Optim(partial(torch.optim.AdamW, lr=1e-3), Constant())
+    method.prepare({update.optim_key: optim for update in method.updates()}, seed=0)
+    return method
+
+
+@pytest.mark.parametrize("path", METHOD_CONFIGS, ids=lambda path: path.stem)
+def test_config_is_the_constructor(path):
+    cls, options = method_class(path)
+    parameters = inspect.signature(cls).parameters
+    defaults = {k: p.default for k, p in parameters.items() if p.default is not inspect.Parameter.empty}
+    assert options == defaults, (
+        "configs/method/<name>.yaml spells out every option with the constructor's default"
+    )
+    assert "Deviations" in (inspect.getdoc(inspect.getmodule(cls)) or "")
+
+
+@pytest.mark.parametrize("path", METHOD_CONFIGS, ids=lambda path: path.stem)
+def test_gradients_reach_what_an_update_trains_and_nothing_else(path):
+    method = build(path)
+    batch = next(iter(StepLoader(PairedDigits(), 8, 0, stream="s", start=0, stop=1)))[0]
+    everything = {**method.networks, **method.frozen}
+    for update in method.plan:
+        for network in everything.values():
+            network.requires_grad_(False)
+        for parameter in method.parameters_of[update.name]:
+            parameter.requires_grad_(True)
+        loss = update.loss(batch, Step(0, Draws(0, "t", 0, batch.index)))
+        assert torch.isfinite(loss.total)
+        loss.total.backward()
+        for role, network in everything.items():
+            reached = [p.grad is not None and bool(p.grad.abs().sum() > 0) for p in network.parameters()]
+            if role in update.trains:
+                # The one row of the class embedding that no label asks for is inside a tensor that others ask for.
+                assert all(reached), (
+                    f"{update.name}: {reached.count(False)} parameters of {role} get no gradient"
+                )
+            else:
+                assert not any(reached), f"{update.name}: gradient reaches {role}"
+            network.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("path", METHOD_CONFIGS, ids=lambda path: path.stem)
+def test_one_step_checkpoint_and_export(path, tmp_path):
+    method = build(path)
+    before = [p.clone() for p in method.student.parameters()]
+    train(method, PairedDigits(), Fit(steps=1, batch_size=8), folder=tmp_path, config={})
+    assert any(not torch.equal(a, b) for a, b in zip(before, method.student.parameters(), strict=True))
+    state = checkpoint.read(tmp_path / checkpoint.NAME)
+    assert sorted(state["networks"]) == sorted({role for update in method.plan for role in update.trains})
+    assert not set(state["networks"]) & set(method.frozen)
+    assert state["progress"]["step"] == 1
+    student = method.best()
+    student.coupling = method.coupling
+    save_model(tmp_path / "model", student, describe(student, NET, method.spec(), 10))
+    again = load_model(tmp_path / "model")
+    assert again.spec == method.spec()
+    original = Generator(student, method.spec(), num_classes=10)
+    assert torch.equal(original.sample(3), again.sample(3))
+
+
+@pytest.fixture(scope="module", params=RECIPES, ids=lambda path: path.stem)
+def smoke(request, tmp_path_factory):
+    """A recipe, run once with tiny numbers; the run folder."""
+    folder = tmp_path_factory.mktemp(request.param.stem)
+    run_verb(folder, "train", f"recipe={request.param.stem}", "profile=smoke", "name=run")
+    return folder
+
+
+def test_recipe_ends_in_an_exported_evaluated_student(smoke):
+    run = smoke / "runs" / "run"
+    for name in (
+        "metrics.json",
+        "report.md",
+        "grid.png",
+        "plan.json",
+        "export/model.safetensors",
+        "export/README.md",
+    ):
+        assert (run / name).stat().st_size > 0, name
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["schema"] == 1
+    required = {
+        "model",
+        "steps",
+        "nfe",
+        "guidance_scale",
+        "fd",
+        "kid",
+        "sliced_wasserstein",
+        "precision",
+        "recall",
+        "density",
+        "coverage",
+        "class_std",
+        "teacher_mse",
+        "straightness",
+        "nn_train",
+        "class_accuracy",
+        "pixel_std",
+        "images_per_second",
+        "train_seconds",
+        "peak_memory_bytes",
+    }
+    for row in metrics["rows"]:
+        assert set(row) == required
+    assert not list(run.rglob("*.part")), "temporary files stay behind"
+    images = distill.load(run / "export").sample(6, label=3)
+    assert images.shape == (6, 1, 8, 8)
+    assert images.abs().max() <= 1
+
+
+def test_an_export_needs_nothing_else(smoke, tmp_path):
+    moved = tmp_path / "elsewhere"
+    (smoke / "runs" / "run" / "export").rename(moved)
+    try:
+        run_verb(tmp_path, "sample", f"model={moved}", "count=12", "out=out.png")
+        assert (tmp_path / "out.png").read_bytes()[:4] == b"\x89PNG"
+    finally:
+        moved.rename(smoke / "runs" / "run" / "export")

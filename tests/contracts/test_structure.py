@@ -1,0 +1,132 @@
+"""The rules of the house: who may import whom, and how large a room may be."""
+
+from __future__ import annotations
+
+import ast
+import io
+import tokenize
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "distill"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# room -> rooms that it may import (besides itself). What is not listed is forbidden.
+BELOW = {
+    "files": set(),
+    "process": set(),
+    "data": set(),
+    "nets": {"data"},
+    "samplers": {"process"},
+    "assets": set(),
+    "models": {"process", "nets", "data", "samplers", "files", "assets"},
+    "cache": {"models", "process", "data", "samplers", "files"},
+    "evaluation": {"models", "process", "data", "samplers", "files"},
+    "exporters": {"models", "evaluation", "files"},
+    "engine": {"models", "process", "data", "samplers", "files"},
+    "methods": {"engine", "models", "process", "data", "samplers"},
+    "pipeline": {
+        "methods",
+        "engine",
+        "exporters",
+        "evaluation",
+        "cache",
+        "models",
+        "process",
+        "data",
+        "samplers",
+        "nets",
+        "files",
+    },
+}
+VERBS = {"train", "sample"}
+FOREIGN = {
+    "hydra": {"pipeline", "train"},
+    "omegaconf": {"pipeline", "train", "sample"},
+    "lightning": {"engine"},
+    "wandb": {"engine"},
+}
+
+
+def room(path: Path) -> str:
+    """The part of the package that a file belongs to."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imports(path: Path) -> list[tuple[str, int]]:
+    """(module, line) of every import, wherever it stands in the file."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}:{node.lineno}: imports are absolute"
+            found.append((node.module, node.lineno))
+    return found
+
+
+def test_dependencies_point_down():
+    seen = set()
+    for path in FILES:
+        here = room(path)
+        seen.add(here)
+        for module, line in imports(path):
+            parts = module.split(".")
+            if parts[0] == "distill" and len(parts) > 1 and here in BELOW and parts[1] != here:
+                assert parts[1] in BELOW[here], f"{path}:{line}: {here} must not import {module}"
+            if parts[0] in FOREIGN:
+                assert here in FOREIGN[parts[0]], f"{path}:{line}: {here} must not import {module}"
+    assert seen == {*BELOW, *VERBS, "__init__"}, "a new room needs its place in this table"
+
+
+def test_methods_do_not_import_each_other():
+    methods = [path for path in FILES if path.parent.name == "methods" and path.name != "__init__.py"]
+    assert len(methods) >= 3
+    for path in methods:
+        for module, line in imports(path):
+            other = module.startswith("distill.methods.") and not module.startswith("distill.methods.losses")
+            assert not other, f"{path}:{line}: a shared formula belongs to methods/losses"
+
+
+def code_lines(path: Path) -> int:
+    """Lines of code: no blank lines, comments or docstrings."""
+    source = path.read_text()
+    lines = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in (
+            tokenize.COMMENT,
+            tokenize.NL,
+            tokenize.NEWLINE,
+            tokenize.INDENT,
+            tokenize.DEDENT,
+        ):
+            lines |= set(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(source)):
+        if (
+            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+            and ast.get_docstring(node) is not None
+        ):
+            lines -= set(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
+    return len(lines)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_sizes(path):
+    assert len(path.read_text().splitlines()) <= 400
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or 0) - node.lineno + 1
+            assert length <= 60, f"{path}:{node.lineno}: {node.name} has {length} lines"
+    if room(path) in VERBS:
+        assert code_lines(path) <= 60
+    if path.parent.name == "methods":
+        assert code_lines(path) <= 200
+
+
+def test_no_unsafe_loading_anywhere():
+    for path in [*FILES, *sorted((ROOT / "scripts").rglob("*.py"))]:
+        text = path.read_text()
+        for forbidden in ("weights_only=False", "trust_remote_code=True", "pickle.load", "nan_to_num"):
+            assert forbidden not in text, f"{path}: {forbidden}"

@@ -1,0 +1,83 @@
+"""Goldens of the evaluation measures (data/mmd/README.md): tolerances as stated there."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import Load
+from torch import Tensor
+
+from distill.evaluation.frechet import fd, frechet_distance, moments
+from distill.evaluation.kid import kid, self_similarity
+from distill.evaluation.precision import manifold, squared_radii
+
+Golden = dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def golden(load: Load) -> Golden:
+    return load("mmd", "metrics")
+
+
+@pytest.mark.parametrize("side", ["real", "fake"])
+def test_moments(golden: Golden, side: str) -> None:
+    mean, cov = moments(golden[side])
+    torch.testing.assert_close(mean, golden[f"fid.mu_{side}"], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(cov, golden[f"fid.cov_{side}"], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("key", ["cleanfid", "guided_diffusion", "torchmetrics_f64"])
+def test_frechet_distance(golden: Golden, key: str) -> None:
+    expected = golden[f"fid.{key}"].item()
+    assert fd(golden["fake"], golden["real"]) == pytest.approx(expected, rel=1e-6)
+    stored = frechet_distance(*(golden[f"fid.{k}"] for k in ("mu_fake", "cov_fake", "mu_real", "cov_real")))
+    assert stored == pytest.approx(expected, rel=1e-6)
+
+
+def test_frechet_distance_of_singular_covariances_warns(golden: Golden) -> None:
+    with pytest.warns(UserWarning, match="singular"):
+        found = fd(golden["fake"][:10], golden["real"][:10])
+    assert found == pytest.approx(golden["fid.small_n10"].item(), rel=1e-4)
+
+
+def test_frechet_distance_to_itself(golden: Golden) -> None:
+    assert fd(golden["real"], golden["real"]) == pytest.approx(golden["fid.same"].item(), abs=1e-9)
+
+
+def test_kid_of_all_rows(golden: Golden) -> None:
+    real, fake = golden["real"][:200], golden["fake"]
+    found = kid(fake, real)
+    assert found == pytest.approx(golden["kid.full_200"].item(), rel=1e-9)
+    assert found == pytest.approx(golden["kid.torchmetrics_poly_mmd_200"].item(), rel=1e-9)
+    assert kid(fake, real, self_similarity(real)) == found
+    assert kid(real, real) == pytest.approx(golden["kid.same_200"].item(), rel=1e-9)
+
+
+def test_kid_averaged_over_the_reference_subsets(golden: Golden) -> None:
+    """100 subsets of 50 as clean-fid draws them: NumPy's legacy stream, second argument first."""
+    real, fake = golden["real"], golden["fake"]
+    draws = np.random.RandomState(0)
+    values = []
+    for _ in range(100):
+        x = fake[draws.choice(len(fake), 50, replace=False)]
+        y = real[draws.choice(len(real), 50, replace=False)]
+        values.append(kid(x, y))
+    assert np.mean(values) == pytest.approx(golden["kid.subsets100x50_seed0"].item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("k", [3, 5])
+def test_precision_recall_density_coverage(golden: Golden, k: int) -> None:
+    real, fake = golden["real"], golden["fake"]
+    found = manifold(fake, real, k)
+    assert found.precision == golden[f"prdc{k}.precision"].item()
+    assert found.recall == pytest.approx(golden[f"prdc{k}.recall"].item(), abs=1e-15)
+    assert found.density == pytest.approx(golden[f"prdc{k}.density"].item(), abs=1e-12)
+    assert found.coverage == pytest.approx(golden[f"prdc{k}.coverage"].item(), abs=1e-15)
+    assert manifold(fake, real, k, squared_radii(real, k)) == found
+
+
+def test_closed_balls_agree_with_the_guided_diffusion_evaluator(golden: Golden) -> None:
+    found = manifold(golden["fake"], golden["real"], 3)
+    assert found.precision == pytest.approx(golden["gd3.precision"].item(), abs=1e-15)
+    assert found.recall == pytest.approx(golden["gd3.recall"].item(), abs=1e-15)

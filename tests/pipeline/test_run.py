@@ -1,0 +1,167 @@
+"""Runs: plans, skipping, continuing after a kill, refusing changes, messages."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from tests_support import environment, run_verb
+
+SMOKE = ("recipe=instaflow", "profile=smoke", "name=run")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A folder with one finished smoke run."""
+    folder = tmp_path_factory.mktemp("finished")
+    run_verb(folder, "train", *SMOKE)
+    return folder
+
+
+def weights(folder: Path, stage: str) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(folder / "runs" / "run" / stage / "model.safetensors")
+
+
+def test_the_end_says_where_everything_lies(finished):
+    again = run_verb(finished, "train", *SMOKE)
+    for name in ("report.md", "metrics.json", "grid.png", "export"):
+        assert f"runs/run/{name}" in again.stdout
+    assert again.stderr.count("finished before, skipped") == 7
+    assert "[3/7] reflow" in again.stderr
+
+
+def test_plan_runs_nothing(tmp_path):
+    planned = run_verb(tmp_path, "train", "recipe=instaflow", "plan=true", "rounds=2").stdout
+    assert "9 stages" in planned
+    assert "reflow_round2" in planned
+    assert "teacher=reflow_round2" in planned  # the last pairs come from the last round
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_changed_option_is_refused_with_what_changed_and_the_ways_out(finished):
+    refused = run_verb(finished, "train", *SMOKE, "teacher.method.null_prob=0.3", check=False)
+    assert refused.returncode != 0
+    assert "stages.teacher" in refused.stderr
+    assert "config.method.null_prob: 0.1 -> 0.3" in refused.stderr
+    assert "redo=teacher" in refused.stderr
+    assert "name=" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_execution_options_change_nothing(finished):
+    again = run_verb(
+        finished, "train", *SMOKE, "trainer.threads=2", "trainer.log_every=1", "trainer.checkpoint_every=7"
+    )
+    assert again.stderr.count("finished before, skipped") == 7
+
+
+def test_redo_makes_a_stage_and_what_depends_on_it_again(finished):
+    before = {stage: weights(finished, stage) for stage in ("teacher", "reflow", "distill")}
+    again = run_verb(finished, "train", *SMOKE, "redo=reflow")
+    assert again.stderr.count("finished before, skipped") == 2
+    for stage, old in before.items():  # the same config makes the same weights
+        assert all(torch.equal(old[k], v) for k, v in weights(finished, stage).items()), stage
+    wrong = run_verb(finished, "train", *SMOKE, "redo=refolw", check=False)
+    assert "redo: found ['refolw'], expected stages of this recipe" in wrong.stderr
+
+
+def test_a_flipped_byte_is_found(finished):
+    path = finished / "runs" / "run" / "teacher" / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    try:
+        refused = run_verb(finished, "train", *SMOKE, check=False)
+        assert refused.returncode != 0
+        assert "teacher/model.safetensors: sha256" in refused.stderr
+    finally:
+        path.write_bytes(data)
+
+
+def test_killed_in_a_stage_and_continued_equals_not_stopping(tmp_path):
+    options = (*SMOKE, "profile.steps=60", "trainer.checkpoint_every=5")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir()
+    parts.mkdir()
+    run_verb(whole, "train", *options)
+    checkpoint = parts / "runs" / "run" / "teacher" / "checkpoints" / "last.ckpt"
+    for stage in ("teacher", "reflow", "distill"):
+        checkpoint = parts / "runs" / "run" / stage / "checkpoints" / "last.ckpt"
+        process = subprocess.Popen(
+            [sys.executable, "-m", "distill.train", *options],
+            cwd=parts,
+            env=environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + 120
+        while not checkpoint.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert checkpoint.exists()
+        state = torch.load(checkpoint, weights_only=True)["progress"]
+        assert 0 < state["step"] <= 60
+    run_verb(parts, "train", *options)
+    for stage in ("teacher", "reflow", "distill", "export"):
+        for name, value in weights(whole, stage).items():
+            assert torch.equal(value, weights(parts, stage)[name]), f"{stage}: {name}"
+    one, other = (json.loads((f / "runs" / "run" / "metrics.json").read_text()) for f in (whole, parts))
+    timed = {"images_per_second", "train_seconds", "peak_memory_bytes"}
+    for a, b in zip(one["rows"], other["rows"], strict=True):
+        assert {k: v for k, v in a.items() if k not in timed} == {
+            k: v for k, v in b.items() if k not in timed
+        }
+    steps = [
+        json.loads(line)["step"]
+        for line in (parts / "runs/run/teacher/logs/metrics.jsonl").read_text().splitlines()
+    ]
+    assert steps == sorted(set(steps)), "log entries are neither lost nor twice"
+
+
+def test_another_process_on_the_same_run_is_refused(finished):
+    import fcntl
+
+    with (finished / "runs" / "run" / ".lock").open("a+") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        refused = run_verb(finished, "train", *SMOKE, check=False)
+    assert refused.returncode != 0
+    assert "this run is held by process" in refused.stderr
+
+
+def test_a_teacher_of_another_run_replaces_the_stage(finished, tmp_path):
+    path = finished / "runs" / "run" / "teacher"
+    run_verb(tmp_path, "train", *SMOKE, f"teacher.path={path}")
+    assert all(
+        torch.equal(v, weights(finished, "teacher")[k]) for k, v in weights(tmp_path, "teacher").items()
+    )
+    assert not (tmp_path / "runs" / "run" / "teacher" / "checkpoints").exists()
+    missing = run_verb(tmp_path, "train", *SMOKE, "name=other", "teacher.path=nowhere", check=False)
+    assert "nowhere: no such folder" in missing.stderr
+
+
+def test_wrong_names_list_what_there_is(tmp_path):
+    for arguments in (["recipe=nope"], [], ["--help"]):
+        shown = run_verb(tmp_path, "train", *arguments, check=False)
+        assert "instaflow" in shown.stdout + shown.stderr, arguments
+        assert (shown.returncode == 0) == (arguments == ["--help"])
+        assert "Traceback" not in shown.stderr
+    typo = run_verb(tmp_path, "sample", "model=x", "cuont=3", check=False)
+    assert "did you mean count=?" in typo.stderr
+
+
+@pytest.mark.slow
+def test_the_full_recipe_passes_its_gates(tmp_path):
+    run_verb(tmp_path, "train", "recipe=instaflow", timeout=1200)
+    gates = json.loads((tmp_path / "runs" / "instaflow" / "metrics.json").read_text())["gates"]
+    assert len(gates) == 9
+    assert [gate["name"] for gate in gates if not gate["passed"]] == []

@@ -1,0 +1,161 @@
+"""The pair cache: written in shards, continued where it stopped, refused when it is not what it says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from distill.cache.pairs import HEADER, MANIFEST, Header, Pairs
+from distill.cache.writer import shard_rows, write_pairs
+from distill.data.rng import noise_checksum, sample_noise
+from distill.models.denoiser import Denoiser
+from distill.nets.unet import UNet
+from distill.process.flow import Flow
+
+SHAPE = (1, 8, 8)
+
+
+def teacher() -> Denoiser:
+    torch.manual_seed(0)
+    net = UNet(width=8, embedding=16, groups=4)
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return Denoiser(net, Flow(), "velocity", SHAPE)
+
+
+def header(**changes) -> Header:
+    return Header(
+        **{
+            "sample_shape": SHAPE,
+            "count": 10,
+            "seed": 3,
+            "stream": "pairs",
+            "noise_checksum": noise_checksum(3, "pairs", SHAPE),
+            "teacher": "t",
+            "solver": "euler",
+            "steps": 3,
+            "guidance_scale": 1.0,
+            "num_classes": 10,
+        }
+        | changes
+    )
+
+
+def write(folder: Path, shard: int = 4, **changes) -> Path:
+    write_pairs(folder, teacher(), header(**changes), batch_size=3, shard_bytes=shard * (4 * 64 + 12))
+    return folder
+
+
+def test_pairs_are_the_teachers_endpoints_of_the_noise_of_their_ids(tmp_path):
+    pairs = Pairs(write(tmp_path))
+    assert len(pairs) == 10
+    assert [shard["count"] for shard in pairs.shards] == [4, 4, 2]
+    rows = torch.tensor([9, 0, 5, 5])
+    batch = pairs.fetch(rows, torch.arange(4))
+    assert torch.equal(batch.ids, rows)
+    assert batch.cond.label.tolist() == [9, 0, 5, 5]
+    assert torch.equal(batch.z, sample_noise(3, "pairs", rows, SHAPE))
+    with torch.no_grad():
+        expected = teacher().eval().transport(batch.z, batch.cond, solver="euler", steps=3)[0]
+    assert torch.allclose(batch.x0, expected, atol=1e-5)
+    assert pairs.fingerprint() == Pairs(tmp_path).fingerprint()
+
+
+def test_shards_do_not_change_what_is_stored(tmp_path):
+    whole, parts = Pairs(write(tmp_path / "a", shard=100)), Pairs(write(tmp_path / "b", shard=3))
+    rows = torch.arange(10)
+    one, other = (pairs.fetch(rows, rows) for pairs in (whole, parts))
+    assert torch.equal(one.z, other.z)
+    assert torch.allclose(one.x0, other.x0, atol=1e-6)  # other batches, other rounding
+    assert shard_rows((4, 64, 64)) == 64 * 2**20 // (4 * 4 * 64 * 64 + 12)
+
+
+def test_a_stopped_writer_continues_shard_by_shard(tmp_path, monkeypatch):
+    whole = write(tmp_path / "whole")
+
+    class Stop(Exception):
+        pass
+
+    def stop_after(count: int):
+        seen = 0
+
+        def hook(n):
+            nonlocal seen
+            seen += n
+            if seen >= count:
+                raise Stop
+
+        return hook
+
+    folder = tmp_path / "parts"
+    with pytest.raises(Stop):
+        write_pairs(folder, teacher(), header(), batch_size=3, shard_bytes=4 * 268, on_samples=stop_after(5))
+    with pytest.raises(FileNotFoundError, match="no finished pair cache"):
+        Pairs(folder)
+    kept = (folder / "pairs-00000.safetensors").stat().st_mtime_ns
+    write(folder)
+    assert (folder / "pairs-00000.safetensors").stat().st_mtime_ns == kept
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == {
+        p.name: p.read_bytes() for p in whole.iterdir()
+    }
+
+
+def test_a_folder_begun_with_other_settings_is_refused(tmp_path):
+    (tmp_path / HEADER).write_text(json.dumps(header(steps=9).to_dict()))
+    with pytest.raises(ValueError, match=r"begun with other \['steps'\]: found \[9\]"):
+        write(tmp_path)
+
+
+def break_manifest(folder: Path, **changes) -> None:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["header"] |= changes
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"orientation": "z=data, x0=noise"}, "orientation: found 'z=data, x0=noise', expected"),
+        ({"noise_checksum": "0" * 64}, "noise_checksum: this torch .* draws another noise stream"),
+        ({"schema": 99}, "schema: found 99, this version reads 1"),
+        ({"count": 11}, "count: the shards hold 10 pairs, the header expects 11"),
+        ({"colour": "blue"}, "not a pair cache header"),
+    ],
+)
+def test_a_manifest_that_lies_is_refused(tmp_path, changes, message):
+    write(tmp_path)
+    break_manifest(tmp_path, **changes)
+    with pytest.raises(ValueError, match=message) as error:
+        Pairs(tmp_path)
+    assert MANIFEST in str(error.value)
+
+
+def test_truncated_and_missing_shards_are_named(tmp_path):
+    write(tmp_path)
+    shard = tmp_path / "pairs-00001.safetensors"
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-8])
+    with pytest.raises(
+        ValueError, match=r"pairs-00001.safetensors: sha256: .*4 pairs is truncated or changed"
+    ):
+        Pairs(tmp_path)
+    shard.write_bytes(bytes([data[-1] ^ 1]).join([data[:-1], b""]))
+    with pytest.raises(ValueError, match="pairs-00001"):
+        Pairs(tmp_path)
+    shard.unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"pairs-00001.safetensors: missing; manifest.json expects it to hold 4"
+    ):
+        Pairs(tmp_path)
+
+
+def test_a_teacher_that_makes_nan_is_refused(tmp_path):
+    broken = teacher()
+    with torch.no_grad():
+        broken.net.out.bias.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="teacher: non-finite samples for ids"):
+        write_pairs(tmp_path, broken, header())
+    assert not (tmp_path / MANIFEST).exists()
