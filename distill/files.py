@@ -15,6 +15,9 @@ from torch import Tensor
 
 TEMPORARY_SUFFIX = ".part"
 
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write(temporary path)`, then rename the result to `path`; on an error nothing is left at either
@@ -23,6 +26,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
     try:
         write(temporary)
+        temporary.chmod(0o666 & ~_UMASK)  # some writers make files that only their owner can read
         with temporary.open("rb") as handle:
             os.fsync(handle.fileno())
         temporary.replace(path)

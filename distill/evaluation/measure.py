@@ -82,7 +82,7 @@ class Reference:
         self.similarity = self_similarity(self.features, "reference features")
         self.sorted = sorted_projections(self.images, projections, seed, "reference images")
         self.pixel_std = pixel_std(self.images)
-        self.class_std = None if self.labels is None else class_std(self.images, self.labels)
+        self.class_std = _class_std(self.images, self.labels)
         self.heldout_nn = self._heldout_distance(min(heldout, len(images) // 4))
 
     def _heldout_distance(self, size: int) -> float:
@@ -144,9 +144,10 @@ def measure(
     """The entries of a metrics.json row that follow from the samples alone.
 
     images [N, C, H, W] in [-1, 1] on the extractor's device, labels [N] (the class asked for) or None. Pixels
-    are taken as they are: the caller clamps. `class_std` is None without labels, `class_accuracy` (a
-    fraction) without labels or without logits. Raises ValueError for fewer than k + 1 samples, another
-    resolution or extractor than the reference's, or non-finite pixels.
+    are taken as they are: the caller clamps. `class_std` is None without labels or where a class has one
+    sample only (a smoke run), `class_accuracy` (a fraction) without labels or without logits. Raises
+    ValueError for fewer than k + 1 samples, another resolution or extractor than the reference's, or
+    non-finite pixels.
     """
     if (extractor.name, extractor.sha256) != reference.extractor_id:
         raise ValueError(
@@ -170,11 +171,17 @@ def measure(
         "recall": balls.recall,
         "density": balls.density,
         "coverage": balls.coverage,
-        "class_std": None if labels is None else class_std(rows, labels),
+        "class_std": _class_std(rows, labels),
         "pixel_std": pixel_std(rows),
         "nn_train": nn_train(rows, reference.images),
         "class_accuracy": _accuracy(extracted.predicted, labels),
     }
+
+
+def _class_std(images: Tensor, labels: Tensor | None) -> float | None:
+    if labels is None or int(labels.unique(return_counts=True)[1].min()) < 2:
+        return None
+    return class_std(images, labels)
 
 
 def _accuracy(predicted: Tensor | None, labels: Tensor | None) -> float | None:
