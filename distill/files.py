@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,16 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Atomically write tensors, in sorted order and without metadata, so equal tensors give equal bytes."""
     ordered = {name: tensors[name].detach().to("cpu").contiguous() for name in sorted(tensors)}
     write_atomic(path, lambda temporary: save_file(ordered, temporary))
+
+
+def link(source: Path, target: Path) -> None:
+    """The same file under another name (a copy across file systems). Finished files are replaced and never
+    rewritten, so sharing them is safe."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        write_atomic(target, lambda temporary: shutil.copyfile(source, temporary))
 
 
 def read_json(path: Path) -> Any:

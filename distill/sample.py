@@ -14,11 +14,13 @@ from omegaconf.errors import OmegaConfBaseException
 from distill.evaluation.grid import save_png, tile
 from distill.models.native import load_model
 
+PASSED_ON = ("seed", "steps", "force", "guidance_scale")
+
 
 @dataclass
 class Options:
     """model: an export (or any model folder); count, label, seed: what to draw; steps: null is the model's
-    own; force: allow step counts that the model is not valid for; out: the PNG."""
+    own; force: allow step counts that the model is not valid for; guidance_scale: null is the model's own; out: the PNG."""
 
     model: str = MISSING
     out: str = "grid.png"
@@ -28,6 +30,7 @@ class Options:
     steps: int | None = None
     force: bool = False
     columns: int | None = None
+    guidance_scale: float | None = None
     device: str = "cpu"
 
 
@@ -54,18 +57,20 @@ def main() -> None:
         return
     try:
         options = parse(sys.argv[1:])
+        if not options.out.endswith(".png"):
+            raise ValueError(f"out: found {options.out!r}, expected a .png file")
+        if options.columns is not None and options.columns < 1:
+            raise ValueError(f"columns: found {options.columns}, expected at least 1")
         generator = load_model(options.model, device=options.device)
         images = generator.sample(
-            options.count, options.label, seed=options.seed, steps=options.steps, force=options.force
+            options.count, options.label, **{name: getattr(options, name) for name in PASSED_ON}
         )
-    except (ValueError, OSError, OmegaConfBaseException) as error:
+        columns = options.columns or min(options.count, generator.num_classes or 10, 16)
+        save_png(tile(images, columns), Path(options.out))
+    except (ValueError, OSError, RuntimeError, OmegaConfBaseException) as error:
         sys.exit(f"error: {error}")
-    columns = options.columns or min(options.count, generator.num_classes or 10, 16)
-    save_png(tile(images, columns), Path(options.out))
-    print(
-        f"{options.out}: {options.count} samples of {options.model}, "
-        f"{options.steps or generator.spec.steps} step(s)"
-    )
+    steps = options.steps or generator.spec.steps
+    print(f"{options.out}: {options.count} samples of {options.model}, {steps} step(s)")
 
 
 if __name__ == "__main__":

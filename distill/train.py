@@ -1,5 +1,4 @@
-"""`python -m distill.train recipe=NAME`: from a teacher to an exported, evaluated student; run again, it
-continues."""
+"""`python -m distill.train recipe=NAME`: from a teacher to an exported, evaluated student; run again, it continues."""
 
 from __future__ import annotations
 
@@ -8,9 +7,11 @@ import sys
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from distill import interrupt, launch, world
 from distill.pipeline import config
-from distill.pipeline.run import run, summary
+from distill.pipeline.run import check, run, summary
 
 config.register_recipes()
 
@@ -18,20 +19,30 @@ config.register_recipes()
 @hydra.main(version_base="1.3", config_path=str(config.CONFIGS), config_name="config")
 def main(cfg: DictConfig) -> None:
     """Compose, run, say where everything lies. Wrong input ends in one message, not a traceback."""
-    choices = HydraConfig.get().runtime.choices
+    hydra_config = HydraConfig.get()
     try:
-        recipe_name = config.chosen_recipe(choices)
+        recipe_name = config.chosen_recipe(hydra_config.runtime.choices)
         plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         assert isinstance(plain, dict)
-        name = plain["name"] or config.default_name(recipe_name, choices)
-        folder = run(plain, name=name, recipe_name=recipe_name)
-    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
+        name = config.run_name(plain["name"], recipe_name, hydra_config)
+        devices = plain["trainer"]["devices"]
+        if launch.needed(devices) and not plain["plan"]:
+            check(plain, name=name)  # what is wrong is said once, before there are several to say it
+            sys.exit(launch.launch("distill.train", config.arguments(hydra_config, name), devices))
+        with interrupt.watch():
+            folder = run(plain, name=name, recipe_name=recipe_name)
+    except (ValueError, OSError, RuntimeError, FloatingPointError, OmegaConfBaseException) as error:
         if config.full_errors():
             raise
         sys.exit(f"error: {error}")
-    if not plain["plan"]:
+    except interrupt.Interrupted as stop:
+        print(f"{stop}; the same command continues", file=sys.stderr)
+        sys.exit(128 + stop.signum)
+    finally:
+        world.leave()
+    if not plain["plan"] and config.is_main():
         print(summary(folder))
 
 
 if __name__ == "__main__":
-    main()
+    config.run_verb(main)

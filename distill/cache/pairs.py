@@ -21,6 +21,7 @@ from distill.files import canonical_json, read_json, sha256_file, sha256_text
 
 SCHEMA = 1
 MANIFEST, HEADER = "manifest.json", "header.json"
+LARGEST = 50.0  # |x0| above this is no image and no latent
 NOISE_IN_MEMORY_BYTES = 2**30
 
 
@@ -28,8 +29,8 @@ NOISE_IN_MEMORY_BYTES = 2**30
 class Header:
     """What the pairs are: everything about them but the shards.
 
-    `teacher` is the digest of the teacher's weights; `noise` is "seed" (z of sample i is `sample_noise(seed,
-    stream, i)`)."""
+    `teacher` is the digest of the teacher's weights; `noise` is "seed" (z of sample i is
+    `sample_noise(seed, stream, i)`) or "stored" (a column z)."""
 
     sample_shape: tuple[int, ...]
     count: int
@@ -83,30 +84,42 @@ class Pairs:
             )
         manifest = read_json(path)
         self.header = header = Header.from_dict(manifest["header"], path)
+        if header.noise not in ("seed", "stored"):
+            raise ValueError(f"{path}: noise: found {header.noise!r}, expected 'seed' or 'stored'")
         if header.orientation != Header.orientation:
             raise ValueError(
                 f"{path}: orientation: found {header.orientation!r}, expected {Header.orientation!r}"
             )
-        found = noise_checksum(header.seed, header.stream, header.sample_shape)
-        if found != header.noise_checksum:
-            raise ValueError(
-                f"{path}: noise_checksum: this torch ({torch.__version__}) draws another noise stream than "
-                "the torch that "
-                f"wrote the pairs ({header.torch}): found {found[:12]}, expected {header.noise_checksum[:12]}"
-            )
+        self._check_noise(path)
         self.shards = manifest["shards"]
         tables = [self._read_shard(shard) for shard in self.shards]
         self.ids = torch.cat([table["ids"] for table in tables])
         self.labels = torch.cat([table["label"] for table in tables]).to(torch.int64)
         self.x0 = [table["x0"] for table in tables]
+        self.stored = [table["z"] for table in tables] if header.noise == "stored" else None
         self.starts = torch.tensor([0, *(len(x0) for x0 in self.x0)]).cumsum(0)
         if len(self.ids) != header.count:
             raise ValueError(
                 f"{path}: count: the shards hold {len(self.ids)} pairs, the header expects {header.count}"
             )
-        self.sample_shape = header.sample_shape
+        self.sample_shape, self.num_classes = header.sample_shape, header.num_classes
+        if self.stored is not None:
+            self._z: Tensor | None = None
+            return
         fits = header.count * math.prod(header.sample_shape) * 4 <= NOISE_IN_MEMORY_BYTES
         self._z = sample_noise(header.seed, header.stream, self.ids, header.sample_shape) if fits else None
+
+    def _check_noise(self, path: Path) -> None:
+        """This torch draws from the seeds what the writer's torch drew."""
+        header = self.header
+        if header.noise == "stored":
+            return
+        found = noise_checksum(header.seed, header.stream, header.sample_shape)
+        if found != header.noise_checksum:
+            raise ValueError(
+                f"{path}: noise_checksum: this torch ({torch.__version__}) draws another noise stream than the one "
+                f"that wrote the pairs ({header.torch}): found {found[:12]}, expected {header.noise_checksum[:12]}"
+            )
 
     def _read_shard(self, shard: dict[str, Any]) -> dict[str, Tensor]:
         """One shard, checked against the manifest: present, untouched, of the right columns, rows and
@@ -123,13 +136,32 @@ class Pairs:
             table = safetensors.torch.load_file(path)
         except SafetensorError as error:
             raise ValueError(f"{path}: not a readable shard: {error}") from error
-        for column, shape in (("ids", ()), ("label", ()), ("x0", self.header.sample_shape)):
-            if column not in table or tuple(table[column].shape) != (shard["count"], *shape):
+        columns: dict[str, tuple[int, ...]] = {"ids": (), "label": (), "x0": self.header.sample_shape}
+        if self.header.noise == "stored":
+            columns["z"] = self.header.sample_shape
+        for column, shape in columns.items():
+            expected = (shard["count"], *shape)
+            if column not in table or tuple(table[column].shape) != expected:
                 found_shape = tuple(table[column].shape) if column in table else "nothing"
-                raise ValueError(
-                    f"{path}: {column}: found {found_shape}, expected {(shard['count'], *shape)}"
-                )
+                raise ValueError(f"{path}: {column}: found {found_shape}, expected {expected}")
+        self._check_values(path, table)
         return table
+
+    @staticmethod
+    def _check_values(path: Path, table: dict[str, Tensor]) -> None:
+        """Data are finite and of a size that data have; stored noise has unit variance, else it was scaled."""
+        largest = float(table["x0"].abs().amax()) if table["x0"].isfinite().all() else math.nan
+        if not largest <= LARGEST:
+            raise ValueError(
+                f"{path}: x0: found values up to {largest}, expected finite ones up to {LARGEST:g}"
+            )
+        if "z" in table:
+            std = float(table["z"].double().std())
+            if not 0.9 <= std <= 1.1:
+                raise ValueError(
+                    f"{path}: z: standard deviation: found {std:.3f}, expected 0.9 .. 1.1: the stored noise "
+                    "was scaled, or z and x0 are swapped"
+                )
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -137,20 +169,24 @@ class Pairs:
     def fetch(self, rows: Tensor, index: Tensor) -> Batch:
         """Pairs at `rows`, with their noise."""
         ids = self.ids[rows]
-        if len(self.x0) == 1:
-            x0 = self.x0[0][rows]
+        x0 = self._rows(self.x0, rows)
+        if self.stored is not None:
+            z = self._rows(self.stored, rows)
+        elif self._z is not None:
+            z = self._z[rows]
         else:
-            shard = torch.bucketize(rows, self.starts[1:], right=True)
-            x0 = torch.stack(
-                [self.x0[s][r - self.starts[s]] for s, r in zip(shard.tolist(), rows.tolist(), strict=True)]
-            )
-        z = (
-            self._z[rows]
-            if self._z is not None
-            else sample_noise(self.header.seed, self.header.stream, ids, self.sample_shape)
-        )
+            z = sample_noise(self.header.seed, self.header.stream, ids, self.sample_shape)
         cond = Cond.of_labels(self.labels[rows]) if self.header.num_classes else Cond.nothing(len(rows))
         return Batch(ids=ids, index=index, cond=cond, x0=x0, z=z)
+
+    def _rows(self, column: list[Tensor], rows: Tensor) -> Tensor:
+        """Rows of a column that lies in one tensor a shard."""
+        if len(column) == 1:
+            return column[0][rows]
+        shard = torch.bucketize(rows, self.starts[1:], right=True)
+        return torch.stack(
+            [column[s][r - self.starts[s]] for s, r in zip(shard.tolist(), rows.tolist(), strict=True)]
+        )
 
     def fingerprint(self) -> str:
         """A digest of the header and of every shard."""

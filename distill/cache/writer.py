@@ -15,6 +15,7 @@ from distill.data.cond import Cond
 from distill.data.rng import sample_noise
 from distill.files import read_json, sha256_file, write_json, write_safetensors
 from distill.models.denoiser import Denoiser
+from distill.world import World
 
 SHARD_BYTES = 64 * 2**20
 
@@ -26,12 +27,19 @@ def shard_rows(sample_shape: tuple[int, ...], shard_bytes: int = SHARD_BYTES) ->
 
 @torch.inference_mode()
 def make_pairs(
-    teacher: Denoiser, header: Header, ids: Tensor, batch_size: int, device: torch.device
-) -> Tensor:
-    """[n,*S] float32 endpoints of the teacher's transport for the samples `ids`, on the CPU; refuses
-    non-finite ones."""
-    samples = []
-    for part in ids.split(batch_size):
+    teacher: Denoiser,
+    header: Header,
+    ids: Tensor,
+    *,
+    batch_size: int,
+    device: torch.device,
+    world: World,
+    on_samples: Callable[[int], None],
+) -> Tensor | None:
+    """[n,*S] float32 endpoints of the teacher's transport for the samples `ids`, on the CPU of the main process;
+    None elsewhere. Refuses non-finite ones. Batches are the same on any number of processes, which share them."""
+    samples, chunks = {}, ids.split(batch_size)
+    for number, part in world.share(chunks):
         z = sample_noise(header.seed, header.stream, part, header.sample_shape).to(device)
         cond = (
             Cond.of_labels(balanced_labels(part, header.num_classes))
@@ -46,8 +54,9 @@ def make_pairs(
             raise FloatingPointError(
                 f"teacher: non-finite samples for ids {bad[:8]} ({len(bad)} of {len(part)})"
             )
-        samples.append(x0)
-    return torch.cat(samples)
+        samples[number] = x0
+        on_samples(sum(len(chunk) for chunk in chunks[number : number + world.size]))
+    return world.collect(samples)
 
 
 def write_pairs(
@@ -57,30 +66,47 @@ def write_pairs(
     *,
     batch_size: int = 256,
     device: torch.device | str = "cpu",
+    world: World | None = None,
     shard_bytes: int = SHARD_BYTES,
     on_samples: Callable[[int], None] = lambda count: None,
 ) -> None:
     """Write all shards that are missing, then the manifest. `on_samples(n)` is told of every n samples that
     are there.
 
-    A folder that was begun with another header is refused."""
-    device, teacher = torch.device(device), teacher.to(device).eval()
+    A folder that was begun with another header is refused. With several processes each makes a part of every
+    shard and the main one writes."""
+    device, world, teacher = torch.device(device), world or World(), teacher.to(device).eval()
     begun = folder / HEADER
-    if begun.is_file():
-        if (found := read_json(begun)) != header.to_dict():
-            changed = sorted(key for key, value in header.to_dict().items() if found.get(key) != value)
-            raise ValueError(f"{begun}: begun with other {changed}: found {[found.get(k) for k in changed]}")
-    else:
+    if begun.is_file() and (found := read_json(begun)) != header.to_dict():
+        changed = sorted(key for key, value in header.to_dict().items() if found.get(key) != value)
+        raise ValueError(f"{begun}: begun with other {changed}: found {[found.get(k) for k in changed]}")
+    world.barrier()
+    if world.main:
         write_json(begun, header.to_dict())
     shards = []
-    for number, ids in enumerate(
-        torch.arange(header.count).split(shard_rows(header.sample_shape, shard_bytes))
-    ):
-        path = folder / f"pairs-{number:05d}.safetensors"
-        if not path.is_file():  # a shard has its name only when it is whole
-            x0 = make_pairs(teacher, header, ids, batch_size, device)
-            write_safetensors(path, {"ids": ids, "label": balanced_labels(ids, header.num_classes), "x0": x0})
-        shards.append({"file": path.name, "count": len(ids), "sha256": sha256_file(path)})
-        on_samples(len(ids))
-    write_json(folder / MANIFEST, {"header": header.to_dict(), "shards": shards})
-    begun.unlink()
+    pieces = torch.arange(header.count).split(shard_rows(header.sample_shape, shard_bytes))
+    paths = [folder / f"pairs-{number:05d}.safetensors" for number in range(len(pieces))]
+    missing = [not path.is_file() for path in paths]  # a shard has its name only when it is whole
+    world.barrier()  # all have looked before anyone writes
+    for path, ids, make in zip(paths, pieces, missing, strict=True):
+        if make:
+            x0 = make_pairs(
+                teacher,
+                header,
+                ids,
+                batch_size=batch_size,
+                device=device,
+                world=world,
+                on_samples=on_samples,
+            )
+            if x0 is not None:
+                labels = balanced_labels(ids, header.num_classes)
+                write_safetensors(path, {"ids": ids, "label": labels, "x0": x0})
+        else:
+            on_samples(len(ids))
+        if world.main:
+            shards.append({"file": path.name, "count": len(ids), "sha256": sha256_file(path)})
+    if world.main:
+        write_json(folder / MANIFEST, {"header": header.to_dict(), "shards": shards})
+        begun.unlink()
+    world.barrier()

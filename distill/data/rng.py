@@ -5,7 +5,7 @@ Two kinds, both keyed by a 64-bit hash (`stream_key`):
 * `Draws`: the draws of one training step, a function of (seed, stream, step, index of the sample in the
 global batch).
   Counter-based (Philox4x32-10, Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), so one
-  process, two processes and any gradient accumulation draw the same bits, on any device, and resuming needs
+  process, two processes and any gradient accumulation draw the same numbers, and resuming needs
   no saved state.
 * `sample_noise`: the noise of stored sample i, a function of (seed, stream, i), from a CPU float32
 `torch.Generator`.

@@ -16,6 +16,7 @@ class Source(Protocol):
     """Samples that can be fetched by row number in any order."""
 
     sample_shape: tuple[int, ...]
+    num_classes: int  # 0: no labels
 
     def __len__(self) -> int: ...
 

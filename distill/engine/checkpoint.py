@@ -1,7 +1,8 @@
-"""Training checkpoints: one file with everything that training needs and nothing that is frozen (contract
-*Checkpoint*).
+"""Training checkpoints: one file with everything that training needs and nothing that is frozen (contract *Checkpoint*).
 
-`torch.load` runs with `weights_only=True`: tensors and plain containers, no code."""
+Tensors are whole and named, so a checkpoint of two processes continues on one and the reverse. `torch.load`
+runs with `weights_only=True`: tensors and plain containers, no code.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from distill.engine.module import DistillModule
+from distill.engine.parallel import full_state, load_optimizer_state, optimizer_state
 from distill.engine.progress import Progress
 from distill.files import write_atomic
 
@@ -19,14 +21,16 @@ NAME = "last.ckpt"
 
 
 def state_of(module: DistillModule, config: dict[str, Any]) -> dict[str, Any]:
-    """The declared keys: networks and their averages by role, optimizers by key, progress, sampler, config,
-    versions."""
+    """The declared keys: networks and their averages by role, optimizers by key, progress, counters, sampler,
+    config, versions. Collective: every process calls it."""
+    names = module.parameter_names()
     return {
         "schema": SCHEMA,
-        "networks": {role: network.state_dict() for role, network in module.networks.items()},
-        "ema": {role: network.state_dict() for role, network in module.ema.items()},
-        "optimizers": {key: optimizer.state_dict() for key, optimizer in module.optimizers_by_key.items()},
+        "networks": {role: full_state(network) for role, network in module.networks.items()},
+        "ema": {role: full_state(network) for role, network in module.ema.items()},
+        "optimizers": {key: optimizer_state(o, names) for key, o in module.optimizers_by_key.items()},
         "progress": module.progress.to_dict(),
+        "nonfinite": module.nonfinite.to_dict(),
         "sampler": module.spec().to_dict(),
         "config": config,
         "torch": str(torch.__version__),
@@ -34,9 +38,12 @@ def state_of(module: DistillModule, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def save(path: Path, module: DistillModule, config: dict[str, Any]) -> None:
-    """Write a checkpoint atomically: a killed writer leaves the previous one."""
+    """Write a checkpoint atomically: a killed writer leaves the previous one. Collective; the main process
+    writes."""
     state = state_of(module, config)
-    write_atomic(path, lambda temporary: torch.save(state, temporary))
+    if module.world.main:
+        write_atomic(path, lambda temporary: torch.save(state, temporary))
+    module.world.barrier()
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -47,30 +54,34 @@ def read(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: no such checkpoint") from None
     except Exception as error:
         raise ValueError(f"{path}: not a readable checkpoint ({error})") from error
-    if state.get("schema") != SCHEMA:
-        raise ValueError(f"{path}: schema: found {state.get('schema')!r}, this version reads {SCHEMA}")
+    if not isinstance(state, dict) or state.get("schema") != SCHEMA:
+        found = state.get("schema") if isinstance(state, dict) else type(state).__name__
+        raise ValueError(f"{path}: schema: found {found!r}, this version reads {SCHEMA}")
     return state
 
 
 def restore(state: dict[str, Any], module: DistillModule, *, where: Path) -> None:
-    """Load networks, averages and progress, strictly in both directions. Optimizers: `restore_optimizers`,
-    once they exist."""
+    """Load networks, averages and counters, strictly in both directions, before the networks are distributed.
+    Optimizers: `restore_optimizers`, once they exist."""
     for part, modules in (("networks", module.networks), ("ema", dict(module.ema.items()))):
         if set(state[part]) != set(modules):
             raise ValueError(
                 f"{where}: {part}: found {sorted(state[part])}, this method has {sorted(modules)}"
             )
         for role, network in modules.items():
-            network.load_state_dict(state[part][role])
+            try:
+                network.load_state_dict(state[part][role])
+            except RuntimeError as error:
+                raise ValueError(f"{where}: {part}.{role}: does not fit the network: {error}") from error
     module.progress = Progress(**state["progress"])
+    module.nonfinite.load(state["nonfinite"])
 
 
 def restore_optimizers(state: dict[str, Any], module: DistillModule, *, where: Path) -> None:
     """Load every optimizer's state; the base learning rates stay those of today's config."""
-    found = state["optimizers"]
+    found, names = state["optimizers"], module.parameter_names()
     if set(found) != set(module.optimizers_by_key):
-        raise ValueError(
-            f"{where}: optimizers: found {sorted(found)}, this method has {sorted(module.optimizers_by_key)}"
-        )
+        wanted = sorted(module.optimizers_by_key)
+        raise ValueError(f"{where}: optimizers: found {sorted(found)}, this method has {wanted}")
     for key, optimizer in module.optimizers_by_key.items():
-        optimizer.load_state_dict(found[key])
+        load_optimizer_state(optimizer, found[key], names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any, cast
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
@@ -18,6 +20,7 @@ from distill.data.source import Source, StepLoader
 from distill.engine import checkpoint
 from distill.engine.logging import Logger
 from distill.engine.module import DistillModule
+from distill.interrupt import Interrupted, deferred, requested
 
 # What a first-time user would read as an error and cannot act on.
 for _name in (
@@ -34,6 +37,9 @@ warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
 warnings.filterwarnings("ignore", message=".*`training_step` returned `None`.*")
 
 
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "64-true")
+
+
 @dataclass(frozen=True)
 class Fit:
     """How long and how to train.
@@ -41,21 +47,29 @@ class Fit:
     Attributes:
         steps: optimizer steps of the student, in all.
         batch_size: samples of the global batch. accumulate: micro batches that it is cut into.
-        precision: Lightning's name, e.g. "32-true" or "bf16-mixed".
+        precision: "32-true", "bf16-mixed", "bf16-true" or "64-true".
+        shard: how several processes hold the networks; see `engine.parallel`.
         checkpoint_every, log_every: student steps between checkpoints and between log entries.
+        max_nonfinite: stop when this many steps of an update in a row had to be skipped.
     """
 
     steps: int
     batch_size: int
     accumulate: int = 1
     precision: str = "32-true"
-    accelerator: str = "cpu"
+    device: str = "cpu"
+    shard: str = "none"
     checkpoint_every: int = 200
     log_every: int = 20
+    max_nonfinite: int = 10
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision: found {self.precision!r}, expected one of {list(PRECISIONS)}")
 
 
 class _Watch(Callback):
-    """Logs, saves and reports after iterations."""
+    """Logs, saves, stops and reports after iterations."""
 
     def __init__(
         self,
@@ -68,33 +82,57 @@ class _Watch(Callback):
     ) -> None:
         self.fit, self.path, self.config, self.loggers = fit, path, config, loggers
         self.on_progress, self.resumed = on_progress, resumed
-        self.seen = 0
+        self.seen = self.saved = 0
+        self.logs: dict[str, Tensor] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Optimizers exist now; on a resumed run they get their state back."""
         assert isinstance(pl_module, DistillModule)
+        self.seen = pl_module.progress.step
         if self.resumed is not None:
             checkpoint.restore_optimizers(self.resumed, pl_module, where=self.path)
-            self.resumed = None
-        self.seen = pl_module.progress.step
+            self.resumed, self.saved = None, self.seen
         pl_module.on_step = self.after
 
     def after(self, module: DistillModule, logs: Mapping[str, Tensor]) -> None:
-        """After an iteration: nothing touches the device except when an entry is written."""
+        """After an iteration. Nothing reads the device except when an entry is written."""
+        self.logs |= logs  # of updates that do not run in every iteration, the latest
         step = module.progress.step
-        if step == self.seen:
-            return
-        self.seen = step
-        text = ""
-        if step % self.fit.log_every == 0 or step == self.fit.steps:
-            values = {name: float(value) for name, value in logs.items()}
-            entry = {**module.progress.to_dict(), **values}
-            for logger in self.loggers:
-                logger.log(entry)
-            text = f"loss {values.get('student/loss', float('nan')):.4g}"
-        self.on_progress(step, text)
-        if step % self.fit.checkpoint_every == 0 and step < self.fit.steps:
+        logging_now = step != self.seen and (step % self.fit.log_every == 0 or step == self.fit.steps)
+        if logging_now:
+            self._log(module, self.logs)
+        if logging_now or module.device.type == "cpu":  # where reading a counter costs nothing, stop at once
+            self._stop_if_nonfinite(module)
+        if step != self.seen:
+            self.seen = step
+            self.on_progress(step, "")
+            if step % self.fit.checkpoint_every == 0 and step < self.fit.steps:
+                checkpoint.save(self.path, module, self.config)
+                self.saved = step
+        signum = requested()
+        if module.world.any(signum is not None):
             checkpoint.save(self.path, module, self.config)
+            raise Interrupted(signum or signal.SIGTERM)
+
+    def _log(self, module: DistillModule, logs: Mapping[str, Tensor]) -> None:
+        """One entry with the means over processes and the counts of skipped steps."""
+        names = list(logs)
+        values = module.world.mean(torch.stack([logs[n].to(module.device, torch.float32) for n in names]))
+        entry = {**module.progress.to_dict(), **dict(zip(names, values.tolist(), strict=True))}
+        entry |= {f"{name}/skipped": pair[0] for name, pair in module.nonfinite.to_dict().items()}
+        for logger in self.loggers:
+            logger.log(entry)
+        self.on_progress(module.progress.step, f"loss {entry.get('student/loss', float('nan')):.4g}")
+
+    def _stop_if_nonfinite(self, module: DistillModule) -> None:
+        """Stop after `max_nonfinite` skipped steps in a row; the same on every process."""
+        for name, (total, streak) in module.nonfinite.to_dict().items():
+            if streak >= self.fit.max_nonfinite:
+                last = f"{self.path} at step {self.saved}" if self.path.is_file() else "none was saved yet"
+                raise FloatingPointError(
+                    f"update {name!r}: loss or gradient was not finite in {streak} steps in a row ({total} in "
+                    f"all), up to step {module.progress.step}; all were skipped. Last good checkpoint: {last}"
+                )
 
 
 def train(
@@ -107,17 +145,19 @@ def train(
     loggers: Sequence[Logger] = (),
     on_progress: Callable[[int, str], None] = lambda step, text: None,
 ) -> None:
-    """Train a prepared method to `fit.steps` student steps, from the checkpoint in `folder` where there is
-    one.
+    """Train a prepared method to `fit.steps` student steps, from the checkpoint in `folder` where there is one.
 
-    Afterwards `folder/last.ckpt` holds the end of training. Raises ValueError where the batch cannot be
-    split."""
-    path = folder / checkpoint.NAME
+    Afterwards `folder/last.ckpt` holds the end of training. Raises ValueError where the batch cannot be split,
+    FloatingPointError after too many non-finite steps, `Interrupted` after SIGINT or SIGTERM (with a checkpoint
+    saved)."""
+    path, world = folder / checkpoint.NAME, method.world
     state = checkpoint.read(path) if path.is_file() else None
     if state is not None:
         checkpoint.restore(state, method, where=path)
     for logger in loggers:
         logger.resume(method.progress.step)
+    device = torch.device(fit.device, world.local_rank) if fit.device == "cuda" else torch.device(fit.device)
+    method.distribute(fit.shard, device)
     stop = method.student_update.iterations_for(fit.steps)
     if method.progress.iteration >= stop:
         return
@@ -129,11 +169,25 @@ def train(
         start=method.progress.iteration,
         stop=stop,
         accumulate=fit.accumulate,
+        rank=world.rank,
+        world=world.size,
     )
     watch = _Watch(fit, path, config, loggers, on_progress, state)
-    trainer = L.Trainer(
-        accelerator=fit.accelerator,
-        devices=1,
+    with deferred():
+        _trainer(fit, device, watch, folder).fit(method, train_dataloaders=loader)
+    if method.progress.iteration < stop:
+        raise RuntimeError(f"training stopped at iteration {method.progress.iteration} of {stop}")
+    checkpoint.save(path, method, config)
+    for logger in loggers:
+        logger.close()
+
+
+def _trainer(fit: Fit, device: torch.device, watch: _Watch, folder: Path) -> L.Trainer:
+    """Lightning's loop for one process. To Lightning each process is a world of its own; what they share is in
+    `distill.world` and `engine.parallel`."""
+    return L.Trainer(
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        devices=[device.index] if device.type == "cuda" else 1,
         precision=cast(Any, fit.precision),
         max_epochs=1,
         logger=False,
@@ -144,9 +198,5 @@ def train(
         use_distributed_sampler=False,
         default_root_dir=folder,
         num_sanity_val_steps=0,
+        plugins=[LightningEnvironment()],
     )
-    torch.set_grad_enabled(True)
-    trainer.fit(method, train_dataloaders=loader)
-    if method.progress.iteration < stop:
-        raise RuntimeError(f"training stopped at iteration {method.progress.iteration} of {stop}")
-    checkpoint.save(path, method, config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 from collections.abc import Mapping
@@ -20,10 +21,12 @@ class Logger(Protocol):
 
     def log(self, entry: Mapping[str, float]) -> None: ...
 
+    def close(self) -> None: ...
+
 
 class Jsonl:
-    """One JSON object a line in `folder/metrics.jsonl`; on resume, entries after the checkpoint are dropped,
-    so no step is twice."""
+    """One JSON object a line in `folder/metrics.jsonl` (null for what is not finite); on resume, entries
+    after the checkpoint are dropped, so no step is twice."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "metrics.jsonl"
@@ -44,7 +47,12 @@ class Jsonl:
     def log(self, entry: Mapping[str, float]) -> None:
         """Append one entry."""
         with self.path.open("a") as handle:
-            handle.write(json.dumps(dict(entry)) + "\n")
+            finite = {name: value if math.isfinite(value) else None for name, value in entry.items()}
+            handle.write(json.dumps(finite, allow_nan=False) + "\n")
+
+    def close(self) -> None:
+        """Nothing is held open."""
+        return
 
 
 class Wandb:
@@ -58,7 +66,7 @@ class Wandb:
         try:
             import wandb
         except ImportError as error:
-            raise ImportError("logger=wandb needs the extra: pip install 'distill[wandb]'") from error
+            raise ImportError("loggers=wandb needs the extra: pip install 'distill[wandb]'") from error
         identity = folder / "wandb_id"
         if not identity.is_file():
             write_text(identity, secrets.token_hex(4))
@@ -79,3 +87,7 @@ class Wandb:
     def log(self, entry: Mapping[str, float]) -> None:
         """Send one entry."""
         self.run.log(dict(entry))
+
+    def close(self) -> None:
+        """End the run, so that the next stage's is its own."""
+        self.run.finish()

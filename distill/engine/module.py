@@ -18,10 +18,13 @@ from torch import Tensor, nn
 from distill.data.batch import Batch
 from distill.data.rng import Draws
 from distill.engine.ema import decay_at, shadow, update_ema
+from distill.engine.nonfinite import NonFinite, step_unless
+from distill.engine.parallel import full_norm, make_mesh, shard_net, sync_gradients
 from distill.engine.progress import Progress
 from distill.engine.update import Optim, Step, Update
 from distill.models.denoiser import Denoiser
 from distill.models.spec import SamplerSpec
+from distill.world import World
 
 STUDENT = "student"
 
@@ -40,8 +43,18 @@ class DistillModule(L.LightningModule):
         self.student = student
         self.frozen: dict[str, nn.Module] = {}
         self.progress = Progress()
-        self.seed, self.stream = 0, "train"
+        self.nonfinite = NonFinite()
+        self.world, self.seed, self.stream = World(), 0, "train"
         self.on_step: Callable[[DistillModule, Mapping[str, Tensor]], None] | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A frozen network may be kept under any attribute without becoming a submodule (and part of checkpoints)."""
+        if isinstance(value, nn.Module) and any(
+            value is kept for kept in self.__dict__.get("frozen", {}).values()
+        ):
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     # --- what a method declares
     # -------------------------------------------------------------------------------------
@@ -64,11 +77,16 @@ class DistillModule(L.LightningModule):
     # -----------------------------------------------------------------------------------------------------
 
     def prepare(
-        self, optim: Mapping[str, Mapping[str, Any] | Optim], *, seed: int, stream: str = "train"
+        self,
+        optim: Mapping[str, Mapping[str, Any] | Optim],
+        *,
+        seed: int,
+        stream: str = "train",
+        world: World | None = None,
     ) -> None:
-        """Derive optimizers and averages from the updates. `optim` has one entry (an `Optim` or its fields)
-        an update."""
-        self.seed, self.stream = seed, stream
+        """Derive everything from the updates: what is trained, averages, counters. `optim` has one entry (an
+        `Optim` or its fields) for each optimizer that the updates name."""
+        self.seed, self.stream, self.world = seed, stream, world or World()
         self.plan = list(self.updates())
         names = [update.name for update in self.plan]
         if len(set(names)) != len(names):
@@ -88,11 +106,23 @@ class DistillModule(L.LightningModule):
                 self.networks[role] = network
                 if self.optim[update.optim_key].ema is not None and role not in self.ema:
                     self.ema[role] = shadow(network)
-        self.parameters_of = {
-            update.name: [p for network in update.trains.values() for p in network.parameters()]
-            for update in self.plan
-        }
         self.student_update = next(update for update in self.plan if STUDENT in update.trains)
+
+    def distribute(self, shard: str, device: torch.device) -> None:
+        """Move all networks to their device and, with several processes, shard them: each on its own, averages
+        like what they average, so that averaging never communicates. Once, before optimizers are made."""
+        mesh = make_mesh(self.world, shard, device)
+        for network in [*self.networks.values(), *self.ema.values()]:
+            network.to(device)
+            shard_net(network.net if isinstance(network, Denoiser) else network, mesh)
+        for network in self.frozen.values():
+            network.to(device)
+            if shard != "none":
+                shard_net(network.net if isinstance(network, Denoiser) else network, mesh)
+
+    def parameters_of(self, update: Update) -> list[nn.Parameter]:
+        """Parameters of everything that an update trains."""
+        return [p for network in update.trains.values() for p in network.parameters()]
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """One optimizer an optim key, in sorted order, over the networks of the updates that share it."""
@@ -101,7 +131,7 @@ class DistillModule(L.LightningModule):
             parameters: dict[int, nn.Parameter] = {}
             for update in self.plan:
                 if update.optim_key == key:
-                    parameters |= {id(p): p for p in self.parameters_of[update.name]}
+                    parameters |= {id(p): p for p in self.parameters_of(update)}
             self.optimizers_by_key[key] = settings.optimizer(list(parameters.values()))
         self.base_lr = {
             key: [group["lr"] for group in optimizer.param_groups]
@@ -109,13 +139,19 @@ class DistillModule(L.LightningModule):
         }
         return list(self.optimizers_by_key.values())
 
+    def parameter_names(self) -> dict[int, str]:
+        """id(parameter) -> "role.name", the same however the network is sharded."""
+        return {
+            id(p): f"{role}.{name}"
+            for role, network in self.networks.items()
+            for name, p in network.named_parameters()
+        }
+
     def on_fit_start(self) -> None:
-        """Frozen networks are not submodules: move them by hand. Nothing requires a gradient until its update
-        runs."""
-        for network in self.frozen.values():
-            network.to(self.device)
+        """Nothing requires a gradient until its update runs."""
         for network in self.networks.values():
             network.requires_grad_(False).train()
+        self.nonfinite.to(self.device)
         self._clock = time.perf_counter()
 
     def transfer_batch_to_device(
@@ -145,28 +181,26 @@ class DistillModule(L.LightningModule):
         self, update: Update, batch: list[Batch], shared: list[dict[str, Tensor]], iteration: int
     ) -> dict[str, Tensor]:
         """One optimizer step: losses of all micro batches, clip, step, average. Returns what to log, still on
-        the device."""
+        the device.
+
+        A step whose loss or gradient is not finite anywhere changes no weight, on any process; it is counted,
+        and it keeps its place in schedules and averages."""
         settings, optimizer = self.optim[update.optim_key], self.optimizers_by_key[update.optim_key]
-        parameters = self.parameters_of[update.name]
-        logs: dict[str, Tensor] = {}
+        parameters = self.parameters_of(update)
         for parameter in parameters:
             parameter.requires_grad_(True)
-        for micro, scratch in zip(batch, shared, strict=True):
-            draws = Draws(self.seed, f"{self.stream}/{update.name}", iteration, micro.index)
-            loss = update.loss(micro, Step(iteration, draws, scratch))
-            total = loss.total / len(batch)
-            (update.backward or self.manual_backward)(total)
-            for name, value in {"loss": loss.total, **loss.logs}.items():
-                key = f"{update.name}/{name}"
-                logs[key] = logs.get(key, 0.0) + value.detach() / len(batch)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        logs = self._backward(update, batch, shared, iteration)
+        norm = full_norm(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        bad = ~(norm.isfinite() & logs[f"{update.name}/loss"].isfinite())
+        bad = self.world.maximum(bad.to(torch.float32))
+        self.nonfinite.count(update.name, bad)
         if settings.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, settings.clip, norm)
         step = self._step_of(update, iteration)
         factor = settings.schedule(step)
         for group, base in zip(optimizer.param_groups, self.base_lr[update.optim_key], strict=True):
             group["lr"] = base * factor
-        optimizer.step()
+        step_unless(optimizer, bad)
         optimizer.zero_grad(set_to_none=True)
         for parameter in parameters:
             parameter.requires_grad_(False)
@@ -175,21 +209,30 @@ class DistillModule(L.LightningModule):
                 update_ema(self.ema[role], network, decay_at(step, settings.ema, settings.ema_ramp))
         if update is self.student_update:
             self.progress.step += 1
-            self.progress.images += sum(len(micro) for micro in batch) * self.world_size
-        return logs | {
-            f"{update.name}/grad_norm": norm,
-            f"{update.name}/lr": torch.tensor(optimizer.param_groups[0]["lr"]),
-        }
+            self.progress.images += sum(len(micro) for micro in batch) * self.world.size
+        rate = torch.tensor(optimizer.param_groups[0]["lr"])
+        return logs | {f"{update.name}/grad_norm": norm, f"{update.name}/lr": rate}
+
+    def _backward(
+        self, update: Update, batch: list[Batch], shared: list[dict[str, Tensor]], iteration: int
+    ) -> dict[str, Tensor]:
+        """Accumulate the gradients of all micro batches; returns the means of what the losses log."""
+        logs: dict[str, Tensor] = {}
+        for number, (micro, scratch) in enumerate(zip(batch, shared, strict=True)):
+            if self.world.size > 1:
+                sync_gradients(update.trains.values(), number == len(batch) - 1)
+            draws = Draws(self.seed, f"{self.stream}/{update.name}", iteration, micro.index)
+            loss = update.loss(micro, Step(iteration, draws, scratch))
+            (update.backward or self.manual_backward)(loss.total / len(batch))
+            for name, value in {"loss": loss.total, **loss.logs}.items():
+                key = f"{update.name}/{name}"
+                logs[key] = logs.get(key, 0.0) + value.detach() / len(batch)
+        return logs
 
     @staticmethod
     def _step_of(update: Update, iteration: int) -> int:
         """How often this update has run before `iteration`."""
         return (iteration - update.start) // update.every
-
-    @property
-    def world_size(self) -> int:
-        """Processes that share the batch."""
-        return self.trainer.world_size if self._trainer is not None else 1
 
     # --- results
     # ----------------------------------------------------------------------------------------------------

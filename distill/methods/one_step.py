@@ -14,10 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from distill.data.batch import Batch
 from distill.engine.module import DistillModule
 from distill.engine.update import Loss, Step, Update
-from distill.methods.losses.flow import flow_matching_loss, k_step_times
+from distill.methods.losses.flow import flow_matching_loss, k_step_times, require_flow
 from distill.models.denoiser import Denoiser
 from distill.models.spec import SamplerSpec
 
@@ -29,15 +31,16 @@ class OneStep(DistillModule):
         student: starts from the teacher (a flow).
         steps: k; the student learns the k left points of the uniform grid and is sampled with k Euler steps.
             1: one step.
-        t_eps: training times stay this far below t = 1.
+        t_eps: training and sampling times stay this far below t = 1.
     """
 
     coupling = "endpoint"
 
     def __init__(self, student: Denoiser, *, steps: int = 1, t_eps: float = 0.0) -> None:
         super().__init__(student)
-        if steps < 1:
-            raise ValueError(f"steps: expected an integer >= 1, found {steps}")
+        require_flow(student.process)
+        if not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"steps: expected an integer >= 1, found {steps!r}")
         if not 0 <= t_eps < 1:
             raise ValueError(f"t_eps: expected a time in [0, 1), found {t_eps}")
         self.steps, self.t_eps = steps, t_eps
@@ -50,8 +53,8 @@ class OneStep(DistillModule):
 
     def spec(self) -> SamplerSpec:
         """Exactly the steps that it was trained for."""
-        grid = tuple(1.0 - j / self.steps for j in range(self.steps + 1))
-        return SamplerSpec(steps=self.steps, times={self.steps: grid}, solver="euler", kind=self.student.kind)
+        starts = k_step_times(torch.arange(self.steps), self.steps, self.t_eps).tolist()
+        return SamplerSpec(steps=self.steps, times={self.steps: (*starts, 0.0)}, kind=self.student.kind)
 
     def loss(self, batch: Batch, step: Step) -> Loss:
         """E |v - (z - x0)|^2 at the sampling times; for one step this is |G(z) - x0|^2."""

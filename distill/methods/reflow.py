@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from distill.data.batch import Batch
 from distill.engine.module import DistillModule
 from distill.engine.update import Loss, Step, Update
-from distill.methods.losses.flow import flow_matching_loss
+from distill.methods.losses.flow import flow_matching_loss, require_flow
 from distill.models.denoiser import Denoiser
 from distill.models.spec import SamplerSpec
 from distill.process.times import uniform_times
@@ -34,12 +34,13 @@ class Reflow(DistillModule):
 
     def __init__(self, student: Denoiser, *, null_prob: float = 0.1) -> None:
         super().__init__(student)
+        require_flow(student.process)
         if student.coupling == "endpoint":
             raise ValueError("init: reflow cannot start from a one-step student: it is valid at t_max alone")
         if not 0 <= null_prob < 1:
             raise ValueError(f"null_prob: expected a probability in [0, 1), found {null_prob}")
         self.null_prob = null_prob
-        student.guidable = null_prob > 0
+        student.guidable = null_prob > 0 and student.num_classes > 0
 
     def updates(self) -> Sequence[Update]:
         """One update: the student."""

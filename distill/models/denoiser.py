@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from distill.data.cond import Cond
 from distill.models.guidance import guide
-from distill.process.base import Process
+from distill.process.base import Process, at_least_float32
 from distill.process.times import uniform_grid
 from distill.samplers.ode import ddim, euler, heun
 
@@ -25,6 +25,7 @@ class Denoiser(nn.Module):
         process: the noise process that the net was trained under.
         kind: "x0", "eps", "v" or "velocity": what the net's output is.
         sample_shape: S.
+        num_classes: class labels that the net is conditioned on; 0 for none.
         guidable: trained with dropped conditions, so guidance scales other than 1 make sense.
         coupling: which pairs of noise and data it was trained on: "independent" (the velocity is a score in
             disguise), "paired" (reflow; no score can be read off) or "endpoint" (a one-step student, valid at
@@ -38,13 +39,20 @@ class Denoiser(nn.Module):
         kind: str,
         sample_shape: Sequence[int],
         *,
+        num_classes: int = 0,
         guidable: bool = False,
         coupling: str = "independent",
     ) -> None:
         super().__init__()
+        process.check_kind(kind)
+        if kind == "eps" and float(process.alpha(torch.tensor([process.t_max], dtype=torch.float64))) == 0:
+            raise ValueError(
+                f"kind: found 'eps', but under {process!r} nothing of the data is left at t_max, where predicted noise "
+                "says nothing about it; expected 'x0', 'v' or 'velocity'"
+            )
         if coupling not in ("independent", "paired", "endpoint"):
             raise ValueError(f"coupling: found {coupling!r}, expected 'independent', 'paired' or 'endpoint'")
-        self.net, self.process, self.kind = net, process, kind
+        self.net, self.process, self.kind, self.num_classes = net, process, kind, num_classes
         self.sample_shape, self.guidable, self.coupling = tuple(sample_shape), guidable, coupling
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond, guidance_scale: float | Tensor = 1.0) -> Tensor:
@@ -68,10 +76,10 @@ class Denoiser(nn.Module):
         if kind in ("score", "eps") and self.coupling != "independent" and kind != self.kind:
             raise ValueError(
                 f"{kind}: a model trained on {self.coupling} noise and data is a transport, not a score; "
-                "only models with "
-                "independent coupling have one"
+                "only models with independent coupling have one"
             )
-        return self.process.convert(self.kind, self(x_t, t, cond, guidance_scale), x_t, t, kind)
+        out = at_least_float32(self(x_t, t, cond, guidance_scale))
+        return self.process.convert(self.kind, out, x_t, t, kind)
 
     def x0(self, x_t: Tensor, t: Tensor, cond: Cond, guidance_scale: float | Tensor = 1.0) -> Tensor:
         """Predicted data."""
@@ -110,16 +118,21 @@ class Denoiser(nn.Module):
             if steps is None or steps < 1:
                 raise ValueError(f"steps: expected at least 1, found {steps}")
             grid = uniform_grid(self.process, steps)
-        grid = grid.to(z.device)
-        start, kept = self.process.prior(z), times is not None
-        states = _solve(solver, self, cond, guidance_scale)(start, grid, kept)
-        if times is None:
-            return states[None]
-        wanted = torch.tensor(list(times), dtype=grid.dtype, device=grid.device)
-        distance, index = (wanted[:, None] - grid[None]).abs().min(dim=1)
-        if float(distance.max()) > 1e-6:
-            raise ValueError(f"times: {list(times)} are not all points of the solver's grid {grid.tolist()}")
-        return states[index]
+        index = None if times is None else _places(times, grid)
+        on_device = grid.to(z.device, non_blocking=True)
+        states = _solve(solver, self, cond, guidance_scale)(
+            self.process.prior(z), on_device, index is not None
+        )
+        return states[None] if index is None else torch.stack([states[i] for i in index])
+
+
+def _places(times: Sequence[float], grid: Tensor) -> list[int]:
+    """Where the times stand on a grid (on the CPU)."""
+    points = grid.tolist()
+    places = [min(range(len(points)), key=lambda i: abs(points[i] - time)) for time in times]
+    if any(abs(points[i] - time) > 1e-6 for i, time in zip(places, times, strict=True)):
+        raise ValueError(f"times: {list(times)} are not all points of the solver's grid {points}")
+    return places
 
 
 def _solve(
@@ -136,7 +149,8 @@ def _solve(
     if solver == "euler":
         return lambda x, grid, path: euler(velocity, x, grid, return_path=path)
     if solver == "heun":
-        return lambda x, grid, path: heun(velocity, x, grid, return_path=path)
+        singular = not model.process.regular_end
+        return lambda x, grid, path: heun(velocity, x, grid, return_path=path, last_euler=singular)
     if solver == "ddim":
         return lambda x, grid, path: ddim(
             prediction, model.process, x, grid, kind=model.kind, return_path=path

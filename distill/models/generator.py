@@ -16,8 +16,8 @@ from distill.models.spec import SamplerSpec
 class Generator:
     """z ~ N(0, I) -> images in [-1, 1], in the few steps that `spec` names."""
 
-    def __init__(self, denoiser: Denoiser, spec: SamplerSpec, *, num_classes: int = 0) -> None:
-        self.denoiser, self.spec, self.num_classes = denoiser, spec, num_classes
+    def __init__(self, denoiser: Denoiser, spec: SamplerSpec) -> None:
+        self.denoiser, self.spec, self.num_classes = denoiser, spec, denoiser.num_classes
 
     @property
     def device(self) -> torch.device:
@@ -35,9 +35,17 @@ class Generator:
         t = torch.full((len(z),), self.denoiser.process.t_max, device=z.device)
         return self.denoiser.x0(start, t, cond, self.spec.guidance_scale)
 
-    def generate(self, z: Tensor, cond: Cond, steps: int | None = None, *, force: bool = False) -> Tensor:
+    def generate(
+        self,
+        z: Tensor,
+        cond: Cond,
+        steps: int | None = None,
+        *,
+        force: bool = False,
+        guidance_scale: float | None = None,
+    ) -> Tensor:
         """[B,*S] noise -> [B,*S] samples in `steps` steps (default: the spec's); refuses counts that the
-        model is not valid for.
+        model is not valid for. `guidance_scale` replaces the spec's.
 
         Differentiable with respect to z."""
         grid = self.spec.grid(self.denoiser.process, steps, force=force)
@@ -46,7 +54,7 @@ class Generator:
             cond,
             solver=self.spec.solver,
             grid=grid,
-            guidance_scale=self.spec.guidance_scale,
+            guidance_scale=self.spec.guidance_scale if guidance_scale is None else guidance_scale,
         )[0]
 
     @torch.no_grad()
@@ -59,6 +67,7 @@ class Generator:
         stream: str = "sample",
         steps: int | None = None,
         force: bool = False,
+        guidance_scale: float | None = None,
         batch_size: int = 500,
     ) -> Tensor:
         """`count` images [count,*S] in [-1, 1] on the CPU; image i is a function of (seed, stream, i) and its
@@ -68,13 +77,36 @@ class Generator:
         if count < 1:
             raise ValueError(f"count: expected at least 1, found {count}")
         labels = self.labels(count, label)
-        self.denoiser.eval()
-        images = []
-        for ids in torch.arange(count).split(batch_size):
-            z = sample_noise(seed, stream, ids, self.denoiser.sample_shape).to(self.device)
-            cond = (Cond.nothing(len(ids)) if labels is None else Cond.of_labels(labels[ids])).to(self.device)
-            images.append(self.generate(z, cond, steps, force=force).clamp(-1, 1).cpu())
-        return torch.cat(images)
+        parts = [
+            self.sample_ids(
+                ids,
+                labels,
+                seed=seed,
+                stream=stream,
+                steps=steps,
+                force=force,
+                guidance_scale=guidance_scale,
+            )
+            for ids in torch.arange(count).split(batch_size)
+        ]
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def sample_ids(
+        self,
+        ids: Tensor,
+        labels: Tensor | None,
+        *,
+        seed: int,
+        stream: str,
+        steps: int | None = None,
+        force: bool = False,
+        guidance_scale: float | None = None,
+    ) -> Tensor:
+        """The samples `ids` [n] of `sample`, in one batch; `labels` holds those of all samples."""
+        z = sample_noise(seed, stream, ids, self.denoiser.sample_shape).to(self.device)
+        cond = (Cond.nothing(len(ids)) if labels is None else Cond.of_labels(labels[ids])).to(self.device)
+        return self.generate(z, cond, steps, force=force, guidance_scale=guidance_scale).clamp(-1, 1).cpu()
 
     def labels(self, count: int, label: int | Sequence[int] | Tensor | None = None) -> Tensor | None:
         """[count] int64 labels as `sample` reads them; None for an unconditional model."""

@@ -11,6 +11,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from distill.files import read_json, sha256_file, write_json, write_safetensors
 from distill.models.denoiser import Denoiser
@@ -18,6 +19,17 @@ from distill.models.generator import Generator
 from distill.models.spec import SamplerSpec
 
 SCHEMA = 1
+REQUIRED = (
+    "net",
+    "process",
+    "kind",
+    "sample_shape",
+    "guidable",
+    "coupling",
+    "num_classes",
+    "sampler",
+    "weights",
+)
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
 
 
@@ -35,9 +47,7 @@ def build(config: Mapping[str, Any]) -> Any:
     )
 
 
-def describe(
-    denoiser: Denoiser, net: Mapping[str, Any], spec: SamplerSpec, num_classes: int
-) -> dict[str, Any]:
+def describe(denoiser: Denoiser, net: Mapping[str, Any], spec: SamplerSpec) -> dict[str, Any]:
     """The contents of `model.json` except the weights' digest; `net` is the config that `build` makes the net
     from."""
     return {
@@ -48,15 +58,15 @@ def describe(
         "sample_shape": list(denoiser.sample_shape),
         "guidable": denoiser.guidable,
         "coupling": denoiser.coupling,
-        "num_classes": num_classes,
+        "num_classes": denoiser.num_classes,
         "value_range": [-1.0, 1.0],
         "sampler": spec.to_dict(),
     }
 
 
-def save_model(folder: Path, denoiser: Denoiser, description: Mapping[str, Any]) -> None:
-    """Write weights, then their description; both atomically."""
-    write_safetensors(folder / WEIGHTS, denoiser.net.state_dict())
+def save_model(folder: Path, state: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
+    """Write weights (the net's state dict), then their description; both atomically."""
+    write_safetensors(folder / WEIGHTS, state)
     weights = {"file": WEIGHTS, "sha256": sha256_file(folder / WEIGHTS)}
     write_json(folder / DESCRIPTION, dict(description) | {"weights": weights})
 
@@ -78,6 +88,9 @@ def load_model(folder: Path | str, *, device: torch.device | str = "cpu") -> Gen
     """Read a model folder into a `Generator` in eval mode; checks the weights' sha256 and loads strictly."""
     folder = Path(folder)
     description = read_description(folder)
+    missing = [key for key in REQUIRED if key not in description]
+    if missing:
+        raise ValueError(f"{folder / DESCRIPTION}: {missing[0]}: missing; expected {', '.join(REQUIRED)}")
     path = folder / description["weights"]["file"]
     if not path.is_file():
         raise FileNotFoundError(f"{path}: missing; {folder / DESCRIPTION} names it as the weights")
@@ -95,9 +108,10 @@ def load_model(folder: Path | str, *, device: torch.device | str = "cpu") -> Gen
         build(description["process"]),
         description["kind"],
         description["sample_shape"],
+        num_classes=description["num_classes"],
         guidable=description["guidable"],
         coupling=description["coupling"],
     )
     spec = SamplerSpec.from_dict(description["sampler"])
-    generator = Generator(denoiser.eval(), spec, num_classes=description["num_classes"])
+    generator = Generator(denoiser.eval(), spec)
     return generator.to(device)

@@ -65,6 +65,12 @@ class SamplerSpec:
         if steps < 1:
             raise ValueError(f"steps: expected at least 1, found {steps}")
         if steps in self.times:
+            first, last = self.times[steps][0], self.times[steps][-1]
+            if not process.t_min <= last < first <= process.t_max:
+                raise ValueError(
+                    f"sampler.times[{steps}]: found {last} .. {first}, expected times of {process!r}: "
+                    f"{process.t_min} .. {process.t_max}"
+                )
             return torch.tensor(self.times[steps], dtype=torch.float64)
         if not (self.any_steps or force):
             raise ValueError(

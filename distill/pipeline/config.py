@@ -1,27 +1,45 @@
-"""Where configs and recipes lie, and how recipes become the Hydra group `recipe`."""
+"""Where configs and recipes lie, how recipes become the Hydra group `recipe`, and what a wrong override is
+answered."""
 
 from __future__ import annotations
 
+import difflib
 import os
-from collections.abc import Mapping
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
+from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-ROOT = Path(__file__).resolve().parents[2]
-CONFIGS, RECIPES = ROOT / "configs", ROOT / "recipes"
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def _root() -> Path:
+    """A wheel carries both folders as package data; a checkout has them beside the package."""
+    installed = PACKAGE / "_conf"
+    return installed if installed.is_dir() else PACKAGE.parent
+
+
+CONFIGS, RECIPES = _root() / "configs", _root() / "recipes"
+
+# Overrides that do not tell the runs of a sweep apart.
+NOT_IN_NAMES = ("recipe", "profile", "runs_dir", "name", "plan", "redo", "trainer", "loggers")
 
 
 def recipes() -> dict[str, Path]:
-    """name -> file of every recipe on disk."""
+    """name -> file of every recipe that the package ships."""
     return {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
 
 
 def register_recipes() -> None:
-    """Register every file of `recipes/` as an option of the group `recipe`, merged at the top of the
-    config."""
+    """Register every file of `recipes/` as an option of the group `recipe`, merged at the top of the config.
+    A user's own recipes are `recipe/*.yaml` under `--config-dir` or a search path."""
     store = ConfigStore.instance()
     for name, path in recipes().items():
         store.store(
@@ -40,13 +58,87 @@ def chosen_recipe(choices: Mapping[str, Any]) -> str:
     return str(name)
 
 
-def default_name(recipe: str, choices: Mapping[str, Any]) -> str:
-    """Name of the run folder: the recipe, with the profile where it is not the full one, so that a trial
-    never blocks the real run."""
-    profile = choices.get("profile", "full")
-    return recipe if profile == "full" else f"{recipe}-{profile}"
+def run_name(given: Any, recipe: str, hydra_config: Any) -> str:
+    """Name of the run folder: `name`, or the recipe, with the profile where it is not the full one, so that a
+    trial never blocks the real run. Each run of a multirun adds what it overrides."""
+    if given is not None and not isinstance(given, str):
+        given = str(given)  # name=2024 is a number to YAML
+    profile = hydra_config.runtime.choices.get("profile", "full")
+    name = given or (recipe if profile == "full" else f"{recipe}-{profile}")
+    if hydra_config.mode != RunMode.MULTIRUN:
+        return name
+    told = [o for o in hydra_config.overrides.task if re.split(r"[=.@]", o)[0] not in NOT_IN_NAMES]
+    slug = "-".join(re.sub(r"[^\w.]+", "-", o.lstrip("+~")).strip("-") for o in sorted(told))
+    return f"{name}-{slug}" if slug else name
+
+
+def arguments(hydra_config: Any, name: str) -> list[str]:
+    """The command line of one process of this run (of a multirun, of this job)."""
+    task = [o for o in hydra_config.overrides.task if not o.startswith("name=")]
+    hydra = [o for o in hydra_config.overrides.hydra if not o.startswith(("hydra.mode=", "hydra.sweep"))]
+    folders = [
+        s.path
+        for s in hydra_config.runtime.config_sources
+        if s.provider == "command-line" and s.schema == "file"
+    ]
+    return [*(part for folder in folders for part in ("--config-dir", folder)), *hydra, *task, f"name={name}"]
 
 
 def full_errors() -> bool:
-    """Whether HYDRA_FULL_ERROR=1 asks for tracebacks."""
-    return os.environ.get("HYDRA_FULL_ERROR", "0") == "1"
+    """Whether DISTILL_TRACEBACK=1 asks for tracebacks."""
+    return os.environ.get("DISTILL_TRACEBACK", "0") == "1"
+
+
+def is_main() -> bool:
+    """Whether this process talks (of several, the one of rank 0)."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def run_verb(main: Callable[[], None]) -> None:
+    """Run a Hydra main; an override that does not fit ends in one message that names the key and the nearest
+    valid one."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print and exit; its exception says more
+    try:
+        main()
+    except (HydraException, OmegaConfBaseException) as error:
+        if full_errors():
+            raise
+        sys.exit(f"error: {explain(error)}")
+
+
+def explain(error: BaseException) -> str:
+    """One message for an error of composing a config."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ConfigAttributeError | ConfigKeyError):
+        cause = cause.__cause__
+    if cause is not None and cause.parent_node is not None:
+        return _unknown_key(cause)
+    if isinstance(error, MissingConfigException) and error.options:
+        wanted = str(error.missing_cfg_file)
+        group, _, option = wanted.rpartition("/")
+        listed = ", ".join(error.options)
+        return (
+            f"{group}: found no option {option!r}; {group} is one of: {listed}{_near(option, error.options)}"
+        )
+    return str(error)
+
+
+def _unknown_key(error: Any) -> str:
+    """An override names a key that is not there: which part is wrong, and what is near it."""
+    parent, key, path = error.parent_node, str(error.key), str(error.full_key)
+    where = path.rpartition(".")[0]
+    if isinstance(parent, DictConfig) and parent._is_interpolation():
+        target = str(parent._value()).strip("${}")
+        return f"{path}: {where} is the group {target!r}; override {target}.{key}=..."
+    keys = [str(k) for k in parent if str(k) != "hydra"] if isinstance(parent, DictConfig) else []
+    keys += [] if where else ["recipe", "data", "net", "teacher", "trainer", "profile", "eval", "loggers"]
+    keys = sorted(set(keys))
+    inside = f"{where} has" if where else "the options are"
+    return f"{path}: no such key{_near(key, keys, where)}; {inside}: {', '.join(keys)}"
+
+
+def _near(found: str, valid: Sequence[str], where: str = "") -> str:
+    """ ", did you mean x?", where something is near."""
+    near = difflib.get_close_matches(found, valid, n=1, cutoff=0.5)
+    prefix = f"{where}." if where else ""
+    return f", did you mean {prefix}{near[0]}?" if near else ""

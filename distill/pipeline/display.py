@@ -18,6 +18,7 @@ class Display:
     name: str = ""
     number: int = 1
     total: int = 1
+    silent: bool = False
 
     @contextmanager
     def bar(self, total: int, *, initial: int = 0, unit: str = "step") -> Iterator[tqdm]:
@@ -32,10 +33,13 @@ class Display:
             mininterval=0.2 if interactive else 10.0,
             ascii=not interactive,
             file=sys.stderr,
+            disable=self.silent,
         )
         with bar:
             yield bar
 
     def line(self, text: str) -> None:
         """One line that does not break a bar."""
+        if self.silent:
+            return
         tqdm.write(f"[{self.number}/{self.total}] {self.name}: {text}", file=sys.stderr)

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,16 +21,44 @@ from distill.evaluation.grid import image_grid, save_png
 from distill.evaluation.measure import Reference, measure
 from distill.evaluation.protocol import Protocol
 from distill.evaluation.report import report
-from distill.files import write_json, write_text
+from distill.files import write_atomic, write_json, write_text
 from distill.models.features import FeatureExtractor
 from distill.models.generator import Generator
 from distill.models.native import load_model
-from distill.pipeline.stage import Room, Stage, read_artifact
-from distill.pipeline.stages import Load, Train, use_threads
+from distill.pipeline.execution import use_threads
+from distill.pipeline.stage import Room, Stage, check_types, read_artifact
+from distill.pipeline.stages import Load, Train
 from distill.samplers.ode import rollout
 from distill.samplers.straightness import straightness
 
 SCHEMA = 1
+PUBLISHED = ("metrics.json", "report.md", "grid.png")
+METRICS = (
+    "fd",
+    "kid",
+    "sliced_wasserstein",
+    "precision",
+    "recall",
+    "density",
+    "coverage",
+    "class_std",
+    "pixel_std",
+    "nn_train",
+    "class_accuracy",
+    "teacher_mse",
+    "straightness",
+    "images_per_second",
+    "nfe",
+    "train_seconds",
+    "peak_memory_bytes",
+)
+
+
+@dataclass(frozen=True)
+class _Bench:
+    extractor: FeatureExtractor
+    reference: Reference
+    description: str
 
 
 @dataclass
@@ -44,6 +74,7 @@ class Evaluate(Stage):
         count: samples a row; labels go round the classes. batch_size: samples a network call.
         straightness: {steps, count} of the Euler run that measures flows, or None.
         grid: [label, steps] of the picture's rows; grid_columns: noises in it.
+        k: neighbours of precision, recall, density and coverage.
         gates: see `evaluation.gates.Gate`.
     """
 
@@ -61,6 +92,7 @@ class Evaluate(Stage):
     stream: str = "evaluate"
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.count < self.k + 2:
             raise ValueError(f"count: expected at least k + 2 = {self.k + 2} samples, found {self.count}")
         rows = {(label, steps) for label, model in self.models.items() for steps in model["steps"]}
@@ -69,7 +101,17 @@ class Evaluate(Stage):
             raise ValueError(f"grid, follows: name {missing}, found only the rows {sorted(rows)}")
         if self.follows is not None:
             self.follows = (str(self.follows[0]), int(self.follows[1]))
+        if self.straightness is not None and self.straightness["steps"] < 2:
+            raise ValueError(f"straightness.steps: found {self.straightness['steps']}, expected at least 2")
         self._gates = [Gate(**gate) for gate in self.gates]
+        for gate in self._gates:
+            for row in (gate.row, gate.times, gate.plus):
+                if isinstance(row, tuple) and row not in rows:
+                    raise ValueError(f"gates: {gate.name!r} names the row {row}, found only {sorted(rows)}")
+            if gate.metric not in METRICS:
+                raise ValueError(
+                    f"gates: {gate.name!r} names the metric {gate.metric!r}, expected one of {METRICS}"
+                )
 
     def inputs(self) -> dict[str, str]:
         """Every evaluated model is an input, by its label."""
@@ -83,65 +125,104 @@ class Evaluate(Stage):
                 raise ValueError(f"models.{label}.stage: {name!r} makes no model")
 
     def fingerprint(self) -> str:
-        """The real data."""
-        return instantiate(self.data).fingerprint()
+        """The real data and the feature extractor."""
+        features = instantiate(self.features)
+        return f"{instantiate(self.data).fingerprint()} {features.name} {features.sha256}"
+
+    def publish(self, room: Room) -> None:
+        """Copies of the three files at the top of the run."""
+        for name in PUBLISHED:
+            source = room.folder / name
+            if source.is_file():
+                write_atomic(room.run_folder / name, partial(shutil.copyfile, source))
 
     def run(self, room: Room) -> dict[str, Any]:
-        """Write metrics.json, report.md and grid.png, here and at the top of the run."""
-        device = room.settings.device
-        extractor: FeatureExtractor = instantiate(self.features, device=str(device))
-        data = instantiate(self.data)
-        reference = Reference(data.images.to(device), data.labels, extractor, k=self.k, seed=room.seed)
-        floor = reference.floor()
-        generators = {label: load_model(room.inputs[label], device=device) for label in self.models}
+        """Write metrics.json, report.md and grid.png, here and at the top of the run. All processes sample; the
+        main one measures."""
+        generators = {label: load_model(room.inputs[label], device=room.device) for label in self.models}
         threads = use_threads(room, max(_parameters(g) for g in generators.values()))
         jobs = [(label, steps) for label, model in self.models.items() for steps in model["steps"]]
+        bench = self._bench(room) if room.world.main else None
         rows: list[dict[str, Any]] = []
         images: dict[tuple[str, int], Tensor] = {}
         with room.display.bar(len(jobs), unit="row") as bar:
-            straight = {label: self._straightness(g, room) for label, g in generators.items()}
             for label, steps in sorted(jobs, key=lambda job: job != self.follows):
                 bar.set_postfix_str(f"{label} in {steps}", refresh=True)
-                samples, labels, seconds = self._sample(generators[label], steps, room)
-                images[label, steps] = samples
-                row = self._row(label, steps, seconds, generators[label], room) | {
-                    "straightness": straight[label]
-                }
-                row |= measure(samples.to(device), labels, reference, extractor)
-                if self.follows is not None and self.models[label].get("follows_teacher", False):
-                    row["teacher_mse"] = float((samples - images[self.follows]).double().square().mean())
-                rows.append(row)
+                generator = generators[label]
+                samples, seconds = self._sample(generator, steps, room)
+                if bench is not None and samples is not None:
+                    # Whole only where later rows are compared with it; else what the picture shows.
+                    images[label, steps] = (
+                        samples if (label, steps) == self.follows else samples[: self.grid_columns]
+                    )
+                    row = self._row(label, steps, seconds, generator, room)
+                    row |= measure(
+                        samples.to(room.device),
+                        generator.labels(self.count),
+                        bench.reference,
+                        bench.extractor,
+                    )
+                    if self.follows is not None and self.models[label].get("follows_teacher", False):
+                        row["teacher_mse"] = float((samples - images[self.follows]).double().square().mean())
+                    rows.append(row)
                 bar.update()
+        if bench is None:
+            return {}
         rows.sort(key=lambda row: jobs.index((row["model"], row["steps"])))
-        protocol = reference.protocol(
+        straight = {label: self._straightness(g, room) for label, g in generators.items()}
+        rows = [row | {"straightness": straight[row["model"]]} for row in rows]
+        passed = self._publish(room, rows, bench, self._balanced(generators), images)
+        return {"rows": len(rows), "gates_passed": passed, "gates": len(self._gates), "threads": threads}
+
+    def _balanced(self, generators: Mapping[str, Generator]) -> bool:
+        """Whether every class has equally many samples."""
+        classes = next(iter(generators.values())).num_classes
+        return classes > 0 and self.count % classes == 0
+
+    def _bench(self, room: Room) -> _Bench:
+        """What samples are measured with."""
+        extractor: FeatureExtractor = instantiate(self.features, device=str(room.device))
+        data = instantiate(self.data)
+        images = data.images.to(room.device)
+        reference = Reference(images, data.labels, extractor, k=self.k, seed=room.seed)
+        return _Bench(extractor, reference, f"{data.name}, all images")
+
+    def _publish(
+        self,
+        room: Room,
+        rows: Sequence[Mapping[str, Any]],
+        bench: _Bench,
+        balanced: bool,
+        images: Mapping[tuple[str, int], Tensor],
+    ) -> int:
+        """Check the gates, write the files, tell of missed gates; returns how many passed."""
+        floor = bench.reference.floor()
+        protocol = bench.reference.protocol(
             self.count,
-            f"{data.name}, all images",
-            class_balanced=generators[jobs[0][0]].num_classes > 0,
+            bench.description,
+            class_balanced=balanced,
             straightness_steps=(self.straightness or {}).get("steps"),
             floor=floor,
         )
-        real = reference.references(floor)
+        real = bench.reference.references(floor)
         gates = check(self._gates, rows, real)
         self._write(room, rows, protocol, real, gates, images)
         for gate in gates:
             if not gate.passed:
                 room.display.line(f"gate {gate.describe()}")
-        return {
-            "rows": len(rows),
-            "gates_passed": sum(g.passed for g in gates),
-            "gates": len(gates),
-            "threads": threads,
-        }
+        return sum(gate.passed for gate in gates)
 
-    @torch.inference_mode()
-    def _sample(self, generator: Generator, steps: int, room: Room) -> tuple[Tensor, Tensor | None, float]:
-        """(images clamped to [-1, 1] on the CPU, labels, seconds) of the samples 0 .. count - 1."""
+    def _sample(self, generator: Generator, steps: int, room: Room) -> tuple[Tensor | None, float]:
+        """(images clamped to [-1, 1] on the CPU of the main process, seconds) of the samples 0 .. count - 1."""
         labels = generator.labels(self.count)
+        warm = torch.arange(min(self.count, self.batch_size))
+        generator.sample_ids(warm, labels, seed=room.seed, stream=self.stream, steps=1, force=True)
         start = time.perf_counter()
-        images = generator.sample(
-            self.count, labels, seed=room.seed, stream=self.stream, steps=steps, batch_size=self.batch_size
-        )
-        return images, labels, time.perf_counter() - start
+        parts = {
+            number: generator.sample_ids(ids, labels, seed=room.seed, stream=self.stream, steps=steps)
+            for number, ids in room.world.share(torch.arange(self.count).split(self.batch_size))
+        }
+        return room.world.collect(parts), time.perf_counter() - start
 
     @torch.inference_mode()
     def _straightness(self, generator: Generator, room: Room) -> float | None:
@@ -158,7 +239,9 @@ class Evaluate(Stage):
         labels = generator.labels(len(ids))
         cond = (Cond.nothing(len(ids)) if labels is None else Cond.of_labels(labels)).to(generator.device)
         grid = torch.linspace(1.0, 0.0, self.straightness["steps"] + 1, dtype=torch.float64, device=z.device)
-        path, velocities = rollout(lambda x, t: model.velocity(x, t, cond), z, grid)
+        path, velocities = rollout(
+            lambda x, t: model.velocity(x, t, cond, generator.spec.guidance_scale), z, grid
+        )
         return float(straightness(path, velocities)[0])
 
     def _row(
@@ -189,7 +272,7 @@ class Evaluate(Stage):
         gates: Sequence[GateResult],
         images: Mapping[tuple[str, int], Tensor],
     ) -> None:
-        """The three files, then their copies at the top of the run."""
+        """The three files."""
         metrics = {
             "schema": SCHEMA,
             "recipe": room.recipe,
@@ -198,28 +281,17 @@ class Evaluate(Stage):
             "protocol": protocol.to_dict(),
             "real": dict(real),
             "rows": list(rows),
-            "gates": [
-                {
-                    "name": g.name,
-                    "value": g.value,
-                    "relation": g.relation,
-                    "bound": g.bound,
-                    "passed": g.passed,
-                }
-                for g in gates
-            ],
+            "gates": [asdict(gate) for gate in gates],
         }
-        for folder in (room.folder, room.run_folder):
-            if self.grid:
-                picture = [
-                    (f"{label}, {steps} step{'s' * (steps > 1)}", images[label, steps][: self.grid_columns])
-                    for label, steps in self.grid
-                ]
-                save_png(image_grid(picture), folder / "grid.png")
-            write_json(folder / "metrics.json", metrics)
-            write_text(
-                folder / "report.md", report(room.recipe, rows, protocol, real, gates, grid=bool(self.grid))
-            )
+        if self.grid:
+            picture = [
+                (f"{label}, {steps} step{'s' * (steps > 1)}", images[label, steps][: self.grid_columns])
+                for label, steps in self.grid
+            ]
+            save_png(image_grid(picture), room.folder / "grid.png")
+        write_json(room.folder / "metrics.json", metrics)
+        page = report(room.recipe, rows, protocol, real, gates, grid=bool(self.grid))
+        write_text(room.folder / "report.md", page)
 
 
 def _parameters(generator: Generator) -> int:

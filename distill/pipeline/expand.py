@@ -7,8 +7,9 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-LOAD = "distill.pipeline.stages.Load"
-REFERENCE_KEYS = ("teacher", "init", "data", "student", "evaluate")
+from hydra.utils import get_class
+
+LOAD, TRAIN = "distill.pipeline.stages.Load", "distill.pipeline.stages.Train"
 
 
 def expand(recipe: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -22,18 +23,26 @@ def expand(recipe: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             raise ValueError(
                 f"stages.{name}: has no _target_; expected a stage such as distill.pipeline.stages.Train"
             )
-        if config.get("path"):
+        if config["_target_"] == TRAIN and config.get("path") is not None:
             stages[name] = {"_target_": LOAD, "path": config["path"]}
     stages = in_order(stages)
     if recipe.get("repeat"):
         stages = repeat(stages, recipe["repeat"])
     limits = {key: value for key, value in (recipe.get("profile") or {}).items() if value is not None}
+    if wrong := [key for key, value in limits.items() if not isinstance(value, int) or value < 1]:
+        raise ValueError(f"profile.{wrong[0]}: found {limits[wrong[0]]!r}, expected an integer of at least 1")
     return {name: limit(config, limits) for name, config in stages.items()}
+
+
+def reference_keys(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The fields of a stage that name other stages, as its class says."""
+    stage: Any = get_class(config["_target_"])
+    return tuple(stage.REFERENCES)
 
 
 def references(config: Mapping[str, Any]) -> list[str]:
     """Names of the stages that a stage config refers to."""
-    named = [config[key] for key in REFERENCE_KEYS if isinstance(config.get(key), str)]
+    named = [config[key] for key in reference_keys(config) if isinstance(config.get(key), str)]
     models = config.get("models")
     return named + ([model["stage"] for model in models.values()] if isinstance(models, Mapping) else [])
 
@@ -67,9 +76,9 @@ def repeat(stages: dict[str, dict[str, Any]], block: Mapping[str, Any]) -> dict[
     stage's place the previous round's result takes. Stages after the block refer to the last round; evaluated
     models of the block get a row set a round.
     """
-    names, times, carry = list(block["stages"]), int(block["times"]), dict(block.get("carry") or {})
-    if times < 1:
-        raise ValueError(f"rounds: expected at least 1, found {times}")
+    names, times, carry = list(block["stages"]), block["times"], dict(block.get("carry") or {})
+    if not isinstance(times, int) or times < 1:
+        raise ValueError(f"rounds: expected an integer of at least 1, found {times!r}")
     if missing := [name for name in [*names, *carry, *carry.values()] if name not in stages]:
         raise ValueError(f"repeat: names the stages {missing}, found only {list(stages)}")
     result: dict[str, dict[str, Any]] = {}
@@ -100,7 +109,7 @@ def _redirect(config: Mapping[str, Any], mapping: Mapping[str, str]) -> dict[str
     """The same stage with its references to other stages renamed."""
     return copy.deepcopy(dict(config)) | {
         key: mapping[value]
-        for key in REFERENCE_KEYS
+        for key in reference_keys(config)
         if isinstance(value := config.get(key), str) and value in mapping
     }
 

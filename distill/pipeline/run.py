@@ -10,142 +10,27 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import yaml
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 
-from distill.files import read_json, write_json, write_text
+from distill.files import TEMPORARY_SUFFIX, read_json, write_json, write_text
 from distill.pipeline.display import Display
-from distill.pipeline.expand import expand
+from distill.pipeline.plan import IDENTITY, Planned, describe_plan, plan, redo, refuse_changes
 from distill.pipeline.stage import (
+    ARTIFACT,
     Room,
     Settings,
-    Stage,
-    differences,
-    digest_of,
-    identity,
     read_artifact,
     verify_files,
     write_artifact,
 )
+from distill.world import join
 
 LOCK, PLAN, CONFIG = ".lock", "plan.json", "config.yaml"
-
-
-@dataclass
-class Planned:
-    """A stage, what it depends on, and how far it is: "finished", "extend", "interrupted", "changed" or
-    "new"."""
-
-    name: str
-    stage: Stage
-    config: dict[str, Any]
-    folder: Path
-    identity: dict[str, Any]
-    state: str = "new"
-    changes: tuple[str, ...] = ()
-
-    @property
-    def digest(self) -> str:
-        """Digest of the identity."""
-        return digest_of(self.identity)
-
-
-def build_stages(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Stage]:
-    """Make and check every stage before anything runs; errors name the stage and the field."""
-    stages: dict[str, Stage] = {}
-    for name, config in configs.items():
-        try:
-            stage: Stage = instantiate(dict(config), _recursive_=False, _convert_="all")
-            stage.check(stages)
-        except Exception as error:
-            cause = error.__cause__ if error.__cause__ is not None else error
-            raise ValueError(f"stages.{name}.{cause}") from error
-        stages[name] = stage
-    return stages
-
-
-def plan(recipe: Mapping[str, Any], run_folder: Path, seed: int) -> list[Planned]:
-    """All stages in order with digests and states."""
-    configs = expand(recipe)
-    stages = build_stages(configs)
-    planned: list[Planned] = []
-    digests: dict[str, str] = {}
-    for name, stage in stages.items():
-        config, folder = dict(configs[name]), run_folder / name
-        inputs = {role: digests[target] for role, target in stage.inputs().items()}
-        content = identity(config, stage.REFERENCES, inputs, seed, stage.fingerprint())
-        entry = Planned(name, stage, config, folder, content)
-        digests[name] = entry.digest
-        _state(entry)
-        planned.append(entry)
-    return planned
-
-
-def _state(entry: Planned) -> None:
-    """Compare a stage with what lies in its folder."""
-    record = read_artifact(entry.folder)
-    begun = entry.folder / "identity.json"
-    if record is not None:
-        found, finished = record["identity"], True
-    elif begun.is_file():
-        found, finished = read_json(begun), False
-    else:
-        return
-    changes = tuple(differences(found, entry.identity))
-    if not changes:
-        entry.state = "finished" if finished else "interrupted"
-    elif _only_longer(entry.stage, found, entry.identity):
-        entry.state = "extend" if finished else "interrupted"
-    else:
-        entry.state, entry.changes = "changed", changes
-
-
-def _only_longer(stage: Stage, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Whether the one difference is that the stage's length grew."""
-
-    def without(content: Mapping[str, Any]) -> dict[str, Any]:
-        return dict(content) | {
-            "config": {k: v for k, v in content["config"].items() if k not in stage.LENGTH}
-        }
-
-    if not stage.LENGTH or differences(without(old), without(new)):
-        return False
-    return all(new["config"][key] >= old["config"].get(key, 0) for key in stage.LENGTH)
-
-
-def redo(planned: Sequence[Planned], names: Sequence[str]) -> None:
-    """Delete the results of the named stages and of everything that depends on them."""
-    known = [entry.name for entry in planned]
-    if wrong := [name for name in names if name not in known]:
-        raise ValueError(f"redo: found {wrong}, expected stages of this recipe: {known}")
-    gone = set(names)
-    for entry in planned:
-        if entry.name in gone or gone & set(entry.stage.inputs().values()):
-            gone.add(entry.name)
-            shutil.rmtree(entry.folder, ignore_errors=True)
-            entry.state, entry.changes = "new", ()
-
-
-def refuse_changes(planned: Sequence[Planned], run_folder: Path) -> None:
-    """Raise if finished or begun work does not fit the config: what changed, and the two ways out."""
-    extended = [entry.name for entry in planned if entry.state == "extend"]
-    changed = [entry for entry in planned if entry.state == "changed"]
-    if not changed:
-        return
-    first = changed[0]
-    reason = f" (because {', '.join(extended)} would be trained further)" if extended else ""
-    lines = "\n".join(f"  {line}" for line in first.changes[:20])
-    raise ValueError(
-        f"stages.{first.name}: {first.folder} was made with other settings{reason}:\n{lines}\n"
-        f"Either redo={first.name} (makes it and what depends on it again) "
-        f"or another name=... (a new run beside {run_folder})."
-    )
 
 
 @contextmanager
@@ -172,71 +57,96 @@ def lock(run_folder: Path) -> Iterator[None]:
         yield
 
 
-def describe_plan(planned: Sequence[Planned], run_folder: Path) -> str:
-    """The table that `plan=true` prints."""
-    width = max(len(entry.name) for entry in planned)
-    lines = [f"{run_folder}: {len(planned)} stages"]
-    for number, entry in enumerate(planned, 1):
-        size = ", ".join(
-            f"{key} {entry.config[key]}"
-            for key in ("steps", "batch_size", "count")
-            if isinstance(entry.config.get(key), int)
-        )
-        inputs = ", ".join(f"{role}={name}" for role, name in entry.stage.inputs().items())
-        kind = type(entry.stage).__name__
-        lines.append(
-            f"  {number}. {entry.name:<{width}}  {entry.state:<11}  {kind:<8}  {size}  {inputs}".rstrip()
-        )
-        lines += [f"       {line}" for line in entry.changes[:5]]
-    return "\n".join(lines)
-
-
 def run(recipe: Mapping[str, Any], *, name: str, recipe_name: str) -> Path:
-    """Run (or continue) a composed recipe in `runs_dir/name`; returns the run folder."""
-    run_folder, seed = Path(recipe["runs_dir"]) / name, int(recipe["seed"])
+    """Run (or continue) a composed recipe in `runs_dir/name`; returns the run folder. Several processes call it
+    together: all run every stage, the main one writes."""
+    run_folder, seed = run_place(recipe, name)
     settings = Settings(**recipe["trainer"])
-    loggers = tuple(recipe.get("loggers") or ())
-    planned = plan(recipe, run_folder, seed)
-    wanted = [recipe["redo"]] if isinstance(recipe.get("redo"), str) else list(recipe.get("redo") or [])
     if recipe.get("plan"):
+        planned = plan(recipe, run_folder, seed)
+        redo(planned, recipe.get("redo"))
         print(describe_plan(planned, run_folder))
         return run_folder
-    with lock(run_folder):
-        redo(planned, wanted)
+    world = join(settings.device)
+    with lock(run_folder) if world.main else nullcontext():
+        world.barrier()
+        planned = plan(recipe, run_folder, seed)  # under the lock: nobody changes what it looks at
+        again = redo(planned, recipe.get("redo"))
         refuse_changes(planned, run_folder)
-        write_json(
-            run_folder / PLAN,
-            {"recipe": recipe_name, "seed": seed, "stages": {e.name: e.config for e in planned}},
-        )
+        world.barrier()  # all have looked before anything changes
+        if world.main:
+            clean(run_folder, again)
+            stages = {entry.name: entry.config for entry in planned}
+            write_json(run_folder / PLAN, {"recipe": recipe_name, "seed": seed, "stages": stages})
         folders = {entry.name: entry.folder for entry in planned}
         for number, entry in enumerate(planned, 1):
-            display = Display(entry.name, number, len(planned))
-            if entry.state == "finished":
-                record = read_artifact(entry.folder)
-                assert record is not None
-                verify_files(entry.folder, record)
-                display.line("finished before, skipped")
-                continue
-            entry.folder.mkdir(parents=True, exist_ok=True)
-            (entry.folder / "artifact.json").unlink(missing_ok=True)
-            write_text(entry.folder / CONFIG, yaml.safe_dump(entry.config, sort_keys=False))
-            write_json(entry.folder / "identity.json", entry.identity)
-            inputs = {role: folders[target] for role, target in entry.stage.inputs().items()}
             room = Room(
-                entry.name,
-                entry.folder,
-                inputs,
-                seed,
-                settings,
-                loggers,
-                display,
-                run_folder,
-                recipe_name,
-                entry.digest,
+                name=entry.name,
+                folder=entry.folder,
+                inputs={role: folders[target] for role, target in entry.stage.inputs().items()},
+                seed=seed,
+                settings=settings,
+                loggers=tuple(recipe.get("loggers") or ()),
+                display=Display(entry.name, number, len(planned), silent=not world.main),
+                run_folder=run_folder,
+                recipe=recipe_name,
+                digest=entry.digest,
+                world=world,
             )
-            facts = _run_stage(entry, room)
-            write_artifact(entry.folder, entry.identity, facts)
+            _advance(entry, room)
     return run_folder
+
+
+def run_place(recipe: Mapping[str, Any], name: str) -> tuple[Path, int]:
+    """(run folder, seed) of a composed recipe."""
+    seed, runs_dir = recipe["seed"], recipe["runs_dir"]
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise ValueError(f"seed: found {seed!r}, expected an integer")
+    if not isinstance(runs_dir, str):
+        raise ValueError(f"runs_dir: found {runs_dir!r}, expected a folder")
+    return Path(runs_dir) / name, seed
+
+
+def check(recipe: Mapping[str, Any], *, name: str) -> None:
+    """Raise what `run` would raise before its first stage; changes nothing."""
+    Settings(**recipe["trainer"])
+    run_folder, seed = run_place(recipe, name)
+    planned = plan(recipe, run_folder, seed)
+    redo(planned, recipe.get("redo"))
+    refuse_changes(planned, run_folder)
+
+
+def clean(run_folder: Path, stages: Sequence[Path]) -> None:
+    """Delete the stages that are made again, and what killed writers left under temporary names."""
+    for folder in stages:
+        shutil.rmtree(folder, ignore_errors=True)
+    for left in run_folder.rglob(f".*{TEMPORARY_SUFFIX}"):
+        left.unlink(missing_ok=True)
+
+
+def _advance(entry: Planned, room: Room) -> None:
+    """Skip a finished stage after checking its files; run any other and record it."""
+    world = room.world
+    if entry.state == "finished":
+        record = read_artifact(entry.folder)
+        assert record is not None
+        if world.main:
+            verify_files(entry.folder, record)
+            entry.stage.publish(room)
+        room.display.line("finished before, skipped")
+        return
+    if world.main:
+        entry.folder.mkdir(parents=True, exist_ok=True)
+        (entry.folder / ARTIFACT).unlink(missing_ok=True)
+        write_text(entry.folder / CONFIG, yaml.safe_dump(entry.config, sort_keys=False))
+        write_json(entry.folder / IDENTITY, entry.identity)
+    world.barrier()
+    facts = _run_stage(entry, room)
+    world.barrier()
+    if world.main:
+        write_artifact(entry.folder, entry.identity, facts)
+        entry.stage.publish(room)
+    world.barrier()  # the next stage reads it on every process
 
 
 def _run_stage(entry: Planned, room: Room) -> dict[str, Any]:
@@ -249,7 +159,7 @@ def _run_stage(entry: Planned, room: Room) -> dict[str, Any]:
 
 
 def summary(run_folder: Path) -> str:
-    """Where everything lies, for the end of a run."""
+    """Where everything lies and which gates were missed, for the end of a run."""
     places = {
         "report.md": "table of all models, gates, protocol",
         "metrics.json": "the same numbers for programs",
@@ -259,4 +169,10 @@ def summary(run_folder: Path) -> str:
     lines = [
         f"  {run_folder / name}  {what}" for name, what in places.items() if (run_folder / name).exists()
     ]
+    metrics = run_folder / "metrics.json"
+    gates = read_json(metrics)["gates"] if metrics.is_file() else []
+    missed = [gate["name"] for gate in gates if not gate["passed"]]
+    if gates:
+        lines.append(f"  {len(gates) - len(missed)} of {len(gates)} quality gates passed")
+    lines += [f"  MISSED: {name}" for name in missed]
     return "\n".join([f"{run_folder}: done.", *lines])

@@ -5,34 +5,40 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 
 import distill
+from distill.engine.parallel import SHARD
 from distill.files import canonical_json, read_json, sha256_file, sha256_text, write_json
 from distill.pipeline.display import Display
+from distill.world import World
 
 SCHEMA = 1
 ARTIFACT = "artifact.json"
 
-# Options that change how a stage runs and not what it makes: they never enter a digest. What lies at a `path` enters by its
-# fingerprint, whatever the path is called.
-EXECUTION_ONLY = frozenset(
-    {
-        "devices",
-        "workers",
-        "threads",
-        "logger",
-        "compile",
-        "checkpoint_every",
-        "log_every",
-        "accelerator",
-        "path",
-    }
-)
+# Options of a stage that change how it runs and not what it makes: they never enter a digest. (Those of the
+# group `trainer` are no part of a stage's config at all.) What lies at a `path` enters by its fingerprint,
+# whatever the path is called.
+EXECUTION_ONLY = frozenset({"path"})
+
+
+def check_types(value: Any, where: str = "") -> None:
+    """Refuse a config dataclass whose fields have other types than it declares; the error names the field."""
+    for name, declared in get_type_hints(type(value)).items():
+        if get_origin(declared) is ClassVar or name.startswith("_"):
+            continue
+        options = get_args(declared) if get_origin(declared) in (Union, UnionType) else (declared,)
+        kinds = tuple(get_origin(option) or option for option in options)
+        found = getattr(value, name)
+        accepted = (*kinds, int) if float in kinds else (*kinds, list) if tuple in kinds else kinds
+        if not isinstance(found, accepted) or (isinstance(found, bool) and bool not in kinds):
+            expected = " or ".join("null" if kind is NoneType else kind.__name__ for kind in kinds)
+            raise ValueError(f"{where}{name}: found {found!r}, expected {expected}")
 
 
 @dataclass(frozen=True)
@@ -41,18 +47,32 @@ class Settings:
 
     accelerator: str = "auto"
     devices: int = 1
+    shard: str = "none"
     threads: int | None = None
     checkpoint_every: int = 200
     log_every: int = 20
+    max_nonfinite: int = 10
+
+    def __post_init__(self) -> None:
+        check_types(self, "trainer.")
+        for name in ("devices", "checkpoint_every", "log_every", "max_nonfinite", "threads"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"trainer.{name}: expected at least 1, found {getattr(self, name)}")
+        if self.shard not in SHARD:
+            raise ValueError(f"trainer.shard: found {self.shard!r}, expected one of {list(SHARD)}")
 
     @property
     def device(self) -> torch.device:
-        """The device of this process."""
+        """The kind of device that stages run on."""
         if self.accelerator not in ("auto", "cpu", "gpu"):
             raise ValueError(
                 f"trainer.accelerator: found {self.accelerator!r}, expected 'auto', 'cpu' or 'gpu'"
             )
-        wanted = torch.cuda.is_available() if self.accelerator == "auto" else self.accelerator == "gpu"
+        if self.accelerator == "gpu" and not torch.cuda.is_available():
+            raise ValueError(
+                "trainer.accelerator: found 'gpu', but this machine has no CUDA device; expected 'cpu'"
+            )
+        wanted = torch.cuda.is_available() and self.accelerator != "cpu"
         return torch.device("cuda") if wanted else torch.device("cpu")
 
 
@@ -71,6 +91,13 @@ class Room:
     run_folder: Path
     recipe: str
     digest: str
+    world: World = field(default_factory=World)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this process."""
+        device = self.settings.device
+        return torch.device("cuda", self.world.local_rank) if device.type == "cuda" else device
 
 
 @dataclass
@@ -80,7 +107,7 @@ class Stage(ABC):
 
     # Fields by which a finished stage may be extended.
     LENGTH: ClassVar[tuple[str, ...]] = ()
-    # Fields whose value is the name of another stage (or a list of such names).
+    # Fields whose value is the name of another stage.
     REFERENCES: ClassVar[tuple[str, ...]] = ()
 
     def inputs(self) -> dict[str, str]:
@@ -99,6 +126,14 @@ class Stage(ABC):
                     f"{role}: found {name!r}, expected a stage before this one: one of {list(stages)}"
                 )
 
+    def begun(self, folder: Path) -> bool:
+        """Whether an interrupted run of the stage left work in `folder` that would be continued."""
+        return False
+
+    def publish(self, room: Room) -> None:
+        """Put copies of a finished stage's files where people look for them."""
+        return
+
     @abstractmethod
     def run(self, room: Room) -> dict[str, Any]:
         """Make the artifact in `room.folder`, continuing what is there; returns facts to record
@@ -109,16 +144,8 @@ def hashed_config(config: Mapping[str, Any], references: tuple[str, ...]) -> dic
     """The part of a stage's config that enters its digest: no execution-only option and no reference to
     another stage (their digests stand for them)."""
 
-    def strip(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {k: strip(v) for k, v in value.items() if k not in EXECUTION_ONLY}
-        return [strip(v) for v in value] if isinstance(value, list | tuple) else value
-
-    return {
-        k: strip(v)
-        for k, v in config.items()
-        if k not in EXECUTION_ONLY and not (k in references and isinstance(v, str))
-    }
+    left_out = EXECUTION_ONLY | {key for key in references if isinstance(config.get(key), str)}
+    return {key: value for key, value in config.items() if key not in left_out}
 
 
 def identity(

@@ -84,6 +84,8 @@ class Process(ABC):
     t_max: float
     variance_preserving: bool = False
     """alpha^2 + sigma^2 = 1 at every time: only then does the kind ``v`` exist."""
+    regular_end: bool = True
+    """Whether velocities are finite at t_min; if not, solvers must not evaluate there."""
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
@@ -165,7 +167,7 @@ class Process(ABC):
         Raises:
             ValueError: unknown kind, or ``v`` on a process that does not preserve variance.
         """
-        self._check(kind)
+        self.check_kind(kind)
         if kind == "score":
             return combine(torch.zeros_like(at_least_float32(t)), x0, -1 / self.sigma(t), eps)
         p, q = self._parts(kind, t)
@@ -183,8 +185,8 @@ class Process(ABC):
             ValueError: unknown kind, ``v`` on a process that does not preserve variance, or shapes that
             differ.
         """
-        self._check(kind_from)
-        self._check(kind_to)
+        self.check_kind(kind_from)
+        self.check_kind(kind_to)
         if kind_from == kind_to:
             return out
         if kind_from == "score":
@@ -221,7 +223,8 @@ class Process(ABC):
         zero, one = torch.zeros_like(at_least_float32(t)), torch.ones_like(at_least_float32(t))
         return (one, zero) if kind == "x0" else (zero, one)
 
-    def _check(self, kind: str) -> None:
+    def check_kind(self, kind: str) -> None:
+        """Raise ValueError for a kind that does not exist, or not under this process."""
         if kind not in KINDS:
             raise ValueError(f"unknown prediction kind {kind!r}; kinds are {', '.join(KINDS)}")
         if kind == "v" and not self.variance_preserving:

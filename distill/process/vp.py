@@ -59,6 +59,7 @@ class VPLinear(Process):
     t_min = 0.0
     t_max = 1.0
     variance_preserving = True
+    regular_end = False
 
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0) -> None:
         if not 0 < beta_min <= beta_max:

@@ -14,31 +14,37 @@ PACKAGE = ROOT / "distill"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # room -> rooms that it may import (besides itself). What is not listed is forbidden.
+BASE = {"files", "world", "interrupt"}
 BELOW = {
     "files": set(),
+    "world": set(),
+    "interrupt": set(),
+    "launch": set(),
     "process": set(),
     "data": set(),
     "nets": {"data"},
     "samplers": {"process"},
     "assets": set(),
     "models": {"process", "nets", "data", "samplers", "files", "assets"},
-    "cache": {"models", "process", "data", "samplers", "files"},
-    "evaluation": {"models", "process", "data", "samplers", "files"},
-    "exporters": {"models", "evaluation", "files"},
-    "engine": {"models", "process", "data", "samplers", "files"},
+    "cache": {"models", "process", "data", "samplers", *BASE},
+    "evaluation": {"models", "process", "data", "samplers", *BASE},
+    "exporters": {"models", "evaluation", *BASE},
+    "engine": {"models", "process", "data", "samplers", *BASE},
     "methods": {"engine", "models", "process", "data", "samplers"},
     "pipeline": {
-        "methods",
-        "engine",
-        "exporters",
-        "evaluation",
-        "cache",
-        "models",
-        "process",
-        "data",
-        "samplers",
-        "nets",
-        "files",
+        *(
+            "methods",
+            "engine",
+            "exporters",
+            "evaluation",
+            "cache",
+            "models",
+            "process",
+            "data",
+            "samplers",
+            "nets",
+        ),
+        *BASE,
     },
 }
 VERBS = {"train", "sample"}

@@ -42,8 +42,7 @@ class Two(DistillModule):
     def __init__(self, student, teacher):
         super().__init__(student)
         self.fake = Denoiser(copy.deepcopy(teacher.net), Flow(), "velocity", (4,))
-        self.teacher = None
-        object.__setattr__(self, "teacher", self.keep_frozen("teacher", teacher))
+        self.teacher = self.keep_frozen("teacher", teacher)
         self.seen = []
 
     def updates(self):
@@ -144,6 +143,7 @@ def test_frozen_networks_are_neither_registered_nor_saved(tmp_path):
         "config",
         "ema",
         "networks",
+        "nonfinite",
         "optimizers",
         "progress",
         "sampler",

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distill.process.base import at_least_float32
+from distill.process.base import Process, at_least_float32
+from distill.process.flow import Flow
 
 
 def flow_matching_loss(pred_velocity: Tensor, x0: Tensor, eps: Tensor, reduction: str = "mean") -> Tensor:
@@ -33,6 +34,12 @@ def flow_matching_loss(pred_velocity: Tensor, x0: Tensor, eps: Tensor, reduction
     if reduction == "halfsum":
         return 0.5 * squares.sum(1)
     raise ValueError(f"unknown reduction {reduction!r}; it is 'mean' or 'halfsum'")
+
+
+def require_flow(process: Process) -> None:
+    """Raise ValueError unless velocities are eps - x0, which is what these losses regress."""
+    if not isinstance(process, Flow):
+        raise ValueError(f"process: found {process!r}, but this method trains flows; expected Flow()")
 
 
 def k_step_times(index: Tensor, k: int, t_eps: float = 0.0) -> Tensor:

@@ -1,0 +1,51 @@
+"""Steps whose loss or gradient is not finite: counted on the device, skipped without asking the host."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+
+class NonFinite:
+    """By update: how many steps were skipped, in all and in a row."""
+
+    def __init__(self) -> None:
+        self.total: dict[str, Tensor] = {}
+        self.streak: dict[str, Tensor] = {}
+
+    def to(self, device: torch.device) -> None:
+        """Move the counters."""
+        for counters in (self.total, self.streak):
+            for name in counters:
+                counters[name] = counters[name].to(device)
+
+    def count(self, update: str, bad: Tensor) -> None:
+        """Note a step; `bad` is a scalar, 1 where it is skipped and 0 where not."""
+        if update not in self.total:
+            self.total[update], self.streak[update] = torch.zeros_like(bad), torch.zeros_like(bad)
+        self.total[update] = self.total[update] + bad
+        self.streak[update] = (self.streak[update] + 1) * bad
+
+    def to_dict(self) -> dict[str, list[int]]:
+        """update -> [in all, in a row]; reads the device."""
+        return {name: [int(self.total[name]), int(self.streak[name])] for name in self.total}
+
+    def load(self, value: dict[str, list[int]]) -> None:
+        """Inverse of `to_dict`."""
+        self.total = {name: torch.tensor(float(pair[0])) for name, pair in value.items()}
+        self.streak = {name: torch.tensor(float(pair[1])) for name, pair in value.items()}
+
+
+def step_unless(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
+    """`optimizer.step()`, or nothing at all where `bad` (a scalar, 1 or 0) is set.
+
+    Fused optimizers read the flag themselves, on the device (the mechanism that gradient scaling uses);
+    others cost one read by the host."""
+    if optimizer.defaults.get("fused"):
+        fused = cast(Any, optimizer)
+        fused.grad_scale, fused.found_inf = None, bad
+        optimizer.step()
+    elif not bool(bad):
+        optimizer.step()

@@ -1,0 +1,123 @@
+"""Parallelism, applied from outside and only here: FSDP2 (`fully_shard`) a network on one (replicate, shard)
+mesh.
+
+Methods and nets know nothing of it. `shard` says how the mesh is cut: "none" replicates (replicate = world,
+shard = 1), "world" shards over all processes, "node" shards within a machine and replicates between machines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from distill.world import World
+
+SHARD = ("none", "world", "node")
+# Parts of a net with at least this many parameters are gathered on their own, so that never the whole net is.
+UNIT_PARAMETERS = 1_000_000
+
+
+def make_mesh(world: World, shard: str, device: torch.device) -> DeviceMesh | None:
+    """The (replicate, shard) mesh; None for one process."""
+    if shard not in SHARD:
+        raise ValueError(f"trainer.shard: found {shard!r}, expected one of {list(SHARD)}")
+    if world.size == 1:
+        return None
+    width = {"none": 1, "world": world.size, "node": world.local_size}[shard]
+    return init_device_mesh(device.type, (world.size // width, width), mesh_dim_names=("replicate", "shard"))
+
+
+def units(net: nn.Module, least: int = UNIT_PARAMETERS) -> list[nn.Module]:
+    """The blocks of a net that are worth a unit of their own: members of module lists with at least `least`
+    parameters."""
+    return [
+        child
+        for module in net.modules()
+        if isinstance(module, nn.ModuleList)
+        for child in module
+        if not isinstance(child, nn.ModuleList) and sum(p.numel() for p in child.parameters()) >= least
+    ]
+
+
+def shard_net(net: nn.Module, mesh: DeviceMesh | None, *, least: int = UNIT_PARAMETERS) -> None:
+    """Shard a net in place: blocks first, then the root.
+
+    The root is resharded after its forward like every other unit. By default it is not, and then a forward
+    under no_grad followed by an optimizer step leaves the next forward with the old weights, silently."""
+    if mesh is None:
+        return
+    for parameter in net.parameters():
+        parameter.data = parameter.data.contiguous()  # channels-last weights cannot be sharded
+    for block in units(net, least):
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    fully_shard(net, mesh=mesh, reshard_after_forward=True)
+
+
+def sync_gradients(networks: Iterable[nn.Module], now: bool) -> None:
+    """Whether the coming backward reduces gradients over processes: only the last micro batch of a step needs
+    to."""
+    for network in networks:
+        for module in network.modules():
+            if isinstance(module, FSDPModule):
+                module.set_requires_gradient_sync(now, recurse=False)
+
+
+def full(value: Any) -> Any:
+    """A tensor with all its shards on the CPU, and whole numbers as they are. Collective: every process calls
+    it in one order."""
+    if isinstance(value, DTensor):
+        value = value.full_tensor()
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+
+
+def full_norm(norm: Tensor) -> Tensor:
+    """A gradient norm as a plain tensor on its device; of sharded gradients, the norm over all shards.
+    Collective."""
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def full_state(module: nn.Module) -> dict[str, Tensor]:
+    """`state_dict` of a module as plain CPU tensors, sharded or not. Collective."""
+    return {name: full(value) for name, value in module.state_dict().items()}
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, dict[str, Any]]:
+    """State by parameter name (`names`: id(parameter) -> name), as plain CPU tensors, so that it fits any
+    sharding. Collective."""
+    return {
+        names[id(p)]: {key: full(value) for key, value in optimizer.state[p].items()}
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if p in optimizer.state
+    }
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, state: Mapping[str, Mapping[str, Any]], names: Mapping[int, str]
+) -> None:
+    """Inverse of `optimizer_state`: each process keeps its own shards."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    known = [names[id(p)] for p in parameters]
+    if unknown := sorted(set(state) - set(known)):
+        raise ValueError(f"optimizers: state for unknown parameters {unknown[:4]}")
+    values = {
+        number: {key: _like(value, parameter) for key, value in state[name].items()}
+        for number, (name, parameter) in enumerate(zip(known, parameters, strict=True))
+        if name in state
+    }
+    # torch's own loading puts every value on the device that the optimizer's kernels want it on.
+    optimizer.load_state_dict({"state": values, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _like(value: Any, parameter: Tensor) -> Any:
+    """A saved value, sharded as its parameter is if it has its shape."""
+    if isinstance(value, Tensor) and isinstance(parameter, DTensor) and value.shape == parameter.shape:
+        local = value.to(parameter.device)
+        return distribute_tensor(local, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return value

@@ -1,0 +1,125 @@
+"""The Generate stage: pairs of noise and teacher sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from distill.cache.pairs import HEADER, MANIFEST, Header, Pairs
+from distill.cache.writer import write_pairs
+from distill.data.rng import noise_checksum
+from distill.files import link, sha256_file
+from distill.models.denoiser import SOLVERS, Denoiser
+from distill.models.native import WEIGHTS, load_model
+from distill.pipeline.execution import use_threads
+from distill.pipeline.stage import Room, Stage, check_types
+
+
+@dataclass
+class Generate(Stage):
+    """Pairs of noise and teacher sample.
+
+    Attributes:
+        teacher: name of the stage whose model makes them.
+        count: pairs. sampler: {solver, steps} of the transport. guidance_scale: g in u + g (c - u).
+        stream: names the noise; two stages with the same stream and seed start from the same noise.
+        path: a pair cache to use instead; it must have been made by this teacher in this way.
+    """
+
+    REFERENCES: ClassVar[tuple[str, ...]] = ("teacher",)
+
+    teacher: str
+    count: int
+    sampler: dict[str, Any] = field(default_factory=lambda: {"solver": "euler", "steps": 25})
+    guidance_scale: float = 1.0
+    stream: str = "pairs"
+    batch_size: int = 256
+    path: str | None = None
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if self.count < 1 or self.batch_size < 1:
+            raise ValueError(f"count, batch_size: expected at least 1, found {self.count}, {self.batch_size}")
+        if set(self.sampler) != {"solver", "steps"} or self.sampler["solver"] not in SOLVERS:
+            raise ValueError(f"sampler: found {self.sampler}, expected steps and a solver of {list(SOLVERS)}")
+        if not isinstance(self.sampler["steps"], int) or self.sampler["steps"] < 1:
+            raise ValueError(
+                f"sampler.steps: found {self.sampler['steps']!r}, expected an integer of at least 1"
+            )
+
+    def fingerprint(self) -> str:
+        """The manifest of a cache that is there already."""
+        return "" if self.path is None else sha256_file(Path(self.path) / MANIFEST)
+
+    def begun(self, folder: Path) -> bool:
+        """A header or a shard is there."""
+        return (folder / HEADER).is_file() or any(folder.glob("pairs-*.safetensors"))
+
+    def run(self, room: Room) -> dict[str, Any]:
+        """Write the cache, continuing with the first shard that is missing, then read it back once."""
+        teacher = load_model(room.inputs["teacher"])
+        denoiser = teacher.denoiser
+        if denoiser.coupling == "endpoint":
+            raise ValueError(
+                f"teacher: {self.teacher!r} is a one-step student, valid at t_max alone; pairs need an ODE"
+            )
+        if self.guidance_scale != 1 and not denoiser.guidable:
+            raise ValueError(
+                f"guidance_scale: found {self.guidance_scale}, but {self.teacher!r} was trained without a null "
+                "condition; expected 1"
+            )
+        use_threads(room, sum(p.numel() for p in denoiser.parameters()))
+        header = self._header(room, denoiser)
+        if self.path is not None:
+            self._adopt(room, header)
+        else:
+            with room.display.bar(self.count, unit="pair") as bar:
+                write_pairs(
+                    room.folder,
+                    denoiser,
+                    header,
+                    batch_size=self.batch_size,
+                    device=room.device,
+                    world=room.world,
+                    on_samples=bar.update,
+                )
+        Pairs(room.folder)
+        return {"count": self.count, "nfe_per_pair": self.sampler["steps"]}
+
+    def _header(self, room: Room, teacher: Denoiser) -> Header:
+        """What the cache must be."""
+        return Header(
+            sample_shape=teacher.sample_shape,
+            count=self.count,
+            seed=room.seed,
+            stream=self.stream,
+            noise_checksum=noise_checksum(room.seed, self.stream, teacher.sample_shape),
+            teacher=sha256_file(room.inputs["teacher"] / WEIGHTS),
+            solver=self.sampler["solver"],
+            steps=self.sampler["steps"],
+            guidance_scale=float(self.guidance_scale),
+            num_classes=teacher.num_classes,
+        )
+
+    def _adopt(self, room: Room, wanted: Header) -> None:
+        """Use a cache that is there already, if it was made by this teacher in this way."""
+        assert self.path is not None
+        source = Path(self.path)
+        found = Pairs(source).header.to_dict()
+        free = {
+            "seed",
+            "stream",
+            "noise_checksum",
+            "torch",
+            "noise",
+            "labels",
+        }  # the reader checks what matters of these
+        if changed := [k for k, v in wanted.to_dict().items() if k not in free and found[k] != v]:
+            what = ", ".join(f"{k}: found {found[k]!r}, expected {wanted.to_dict()[k]!r}" for k in changed)
+            raise ValueError(f"{source / MANIFEST}: not the pairs that this stage asks for: {what}")
+        if room.world.main:
+            for path in sorted(source.glob("pairs-*.safetensors")):
+                link(path, room.folder / path.name)
+            link(source / MANIFEST, room.folder / MANIFEST)
+        room.world.barrier()

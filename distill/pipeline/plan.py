@@ -1,0 +1,175 @@
+"""What a run will do: every stage with its digest, held against what lies in its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+
+from distill.files import read_json
+from distill.pipeline.expand import expand
+from distill.pipeline.stage import (
+    Stage,
+    check_types,
+    differences,
+    digest_of,
+    identity,
+    read_artifact,
+)
+
+IDENTITY = "identity.json"
+
+
+@dataclass
+class Planned:
+    """A stage, what it depends on, and how far it is: "finished", "extend", "interrupted", "changed" or
+    "new"."""
+
+    name: str
+    stage: Stage
+    config: dict[str, Any]
+    folder: Path
+    identity: dict[str, Any]
+    state: str = "new"
+    changes: tuple[str, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """Digest of the identity."""
+        return digest_of(self.identity)
+
+
+def build_stages(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Stage]:
+    """Make and check every stage before anything runs; errors name the stage and the field."""
+    stages: dict[str, Stage] = {}
+    for name, config in configs.items():
+        try:
+            stage: Stage = instantiate(dict(config), _recursive_=False, _convert_="all")
+            check_types(stage)
+            stage.check(stages)
+        except InstantiationException as error:
+            raise ValueError(f"stages.{name}.{error.__cause__ or error}") from error
+        except (ValueError, TypeError, KeyError, OSError, ImportError) as error:
+            raise ValueError(f"stages.{name}.{error}") from error
+        stages[name] = stage
+    return stages
+
+
+def plan(recipe: Mapping[str, Any], run_folder: Path, seed: int) -> list[Planned]:
+    """All stages in order with digests and states."""
+    configs = expand(recipe)
+    stages = build_stages(configs)
+    planned: list[Planned] = []
+    digests: dict[str, str] = {}
+    for name, stage in stages.items():
+        config, folder = dict(configs[name]), run_folder / name
+        inputs = {role: digests[target] for role, target in stage.inputs().items()}
+        try:
+            content = identity(config, stage.REFERENCES, inputs, seed, stage.fingerprint())
+        except InstantiationException as error:
+            raise ValueError(f"stages.{name}: {error.__cause__ or error}") from error
+        except (ValueError, OSError) as error:
+            raise ValueError(f"stages.{name}: {error}") from error
+        entry = Planned(name, stage, config, folder, content)
+        digests[name] = entry.digest
+        _state(entry)
+        planned.append(entry)
+    return planned
+
+
+def _state(entry: Planned) -> None:
+    """Compare a stage with what lies in its folder."""
+    record = read_artifact(entry.folder)
+    begun = entry.folder / IDENTITY
+    if record is not None:
+        found, finished = record["identity"], True
+    elif begun.is_file() and entry.stage.begun(entry.folder):
+        found, finished = read_json(begun), False
+    else:
+        return
+    changes = tuple(differences(found, entry.identity))
+    if not changes:
+        entry.state = "finished" if finished else "interrupted"
+    elif _only_longer(entry.stage, found, entry.identity):
+        entry.state = "extend" if finished else "interrupted"
+        if not entry.stage.begun(entry.folder):
+            raise FileNotFoundError(
+                f"stages.{entry.name}: {entry.folder} cannot be trained further: its last checkpoint is gone; "
+                f"redo={entry.name} trains it from the start"
+            )
+    else:
+        entry.state, entry.changes = "changed", changes
+
+
+def _only_longer(stage: Stage, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether the one difference is that the stage's length grew."""
+
+    def without(content: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(content) | {
+            "config": {k: v for k, v in content["config"].items() if k not in stage.LENGTH}
+        }
+
+    if not stage.LENGTH or differences(without(old), without(new)):
+        return False
+    return all(new["config"][key] >= old["config"].get(key, 0) for key in stage.LENGTH)
+
+
+def redo(planned: Sequence[Planned], named: str | Sequence[str] | None) -> list[Path]:
+    """Mark the named stages and everything that depends on them as not made; returns their folders."""
+    names = [named] if isinstance(named, str) else list(named or ())
+    known = [entry.name for entry in planned]
+    if wrong := [name for name in names if name not in known]:
+        raise ValueError(f"redo: found {wrong}, expected stages of this recipe: {known}")
+    gone = set(names)
+    for entry in planned:
+        if entry.name in gone or gone & set(entry.stage.inputs().values()):
+            gone.add(entry.name)
+            entry.state, entry.changes = "new", ()
+    return [entry.folder for entry in planned if entry.name in gone]
+
+
+def readable(change: str) -> str:
+    """A change of an identity for people: inputs and data are known by digests, which say nothing."""
+    where, _, what = change.partition(": ")
+    if where.startswith("inputs."):
+        return f"{where.removeprefix('inputs.')}: is not the one it was made from"
+    return "data: are not those it was made from" if where == "fingerprint" else f"{where}: {what}"
+
+
+def refuse_changes(planned: Sequence[Planned], run_folder: Path) -> None:
+    """Raise if finished or begun work does not fit the config: what changed, and the two ways out."""
+    extended = [entry.name for entry in planned if entry.state == "extend"]
+    changed = [entry for entry in planned if entry.state == "changed"]
+    if not changed:
+        return
+    first = changed[0]
+    reason = f" (because {', '.join(extended)} would be trained further)" if extended else ""
+    lines = "\n".join(f"  {readable(line)}" for line in first.changes[:20])
+    raise ValueError(
+        f"stages.{first.name}: {first.folder} was made with other settings{reason}:\n{lines}\n"
+        f"Either redo={first.name} (makes it and what depends on it again) "
+        f"or another name=... (a new run beside {run_folder})."
+    )
+
+
+def describe_plan(planned: Sequence[Planned], run_folder: Path) -> str:
+    """The table that `plan=true` prints."""
+    width = max(len(entry.name) for entry in planned)
+    lines = [f"{run_folder}: {len(planned)} stages"]
+    for number, entry in enumerate(planned, 1):
+        size = ", ".join(
+            f"{key} {entry.config[key]}"
+            for key in ("steps", "batch_size", "count")
+            if isinstance(entry.config.get(key), int)
+        )
+        inputs = ", ".join(f"{role}={name}" for role, name in entry.stage.inputs().items())
+        kind = type(entry.stage).__name__
+        lines.append(
+            f"  {number}. {entry.name:<{width}}  {entry.state:<11}  {kind:<8}  {size}  {inputs}".rstrip()
+        )
+        lines += [f"       {readable(line)}" for line in entry.changes[:5]]
+    return "\n".join(lines)

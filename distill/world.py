@@ -1,0 +1,105 @@
+"""The processes that share a run. One process needs none of this, and then everything here costs nothing.
+
+Ranks come from the environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), as `distill.launch`, torchrun and most
+schedulers set them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# An evaluation or a slow disk on one rank must not end the others.
+TIMEOUT = timedelta(hours=2)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place: `rank` of `size`, `local_rank` of `local_size` on this machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    # Flags and Python objects travel over the CPU, so they never wait for a device.
+    control: Any = None
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes files and talks."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all."""
+        if self.size > 1:
+            dist.barrier(group=self.control)
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set anywhere; the same answer everywhere."""
+        if self.size == 1:
+            return flag
+        value = torch.tensor([float(flag)])
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.control)
+        return bool(value.item())
+
+    def gather(self, value: Any) -> list[Any] | None:
+        """The values of all ranks in their order, on the main process; None elsewhere."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.size if self.main else None
+        dist.gather_object(value, values, dst=0, group=self.control)
+        return values
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean over ranks of a device tensor (in place); no host sync."""
+        if self.size > 1:
+            dist.all_reduce(values)
+            values /= self.size
+        return values
+
+    def maximum(self, values: Tensor) -> Tensor:
+        """Maximum over ranks of a device tensor (in place); no host sync."""
+        if self.size > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return values
+
+    def share(self, chunks: Sequence[Any]) -> list[tuple[int, Any]]:
+        """This rank's part of a list of work, as (number, chunk): every `size`-th, so the cut into chunks and with it every
+        result is the same on any number of processes."""
+        return [(number, chunk) for number, chunk in enumerate(chunks) if number % self.size == self.rank]
+
+    def collect(self, parts: dict[int, Tensor]) -> Tensor | None:
+        """Rows of all chunks in order, on the main process, from each rank's chunks by number; None elsewhere."""
+        gathered = self.gather(parts)
+        if gathered is None:
+            return None
+        merged = {number: rows for part in gathered for number, rows in part.items()}
+        return torch.cat([merged[number] for number in sorted(merged)])
+
+
+def join(device: torch.device) -> World:
+    """Join the processes that the environment names (once); a process on its own gets the trivial world."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return World()
+    local = int(os.environ["LOCAL_RANK"])
+    if not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(local)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    control = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return World(dist.get_rank(), size, local, local_size, control)
+
+
+def leave() -> None:
+    """Leave the group; safe to call always."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
