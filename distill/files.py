@@ -31,6 +31,10 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         with temporary.open("rb") as handle:
             os.fsync(handle.fileno())
         temporary.replace(path)
+    except Exception as error:
+        # Writers report a full disk each in their own way; the file and the space left say what happened.
+        free = shutil.disk_usage(path.parent).free
+        raise OSError(f"{path}: could not be written ({free} bytes free): {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)

@@ -116,8 +116,11 @@ def load_optimizer_state(
 
 
 def _like(value: Any, parameter: Tensor) -> Any:
-    """A saved value, sharded as its parameter is if it has its shape."""
-    if isinstance(value, Tensor) and isinstance(parameter, DTensor) and value.shape == parameter.shape:
-        local = value.to(parameter.device)
+    """A saved value laid out as its parameter is, if it has its shape: sharded like it, or with its strides (fused
+    optimizers walk over memory, and channels-last weights lie there in another order)."""
+    if not isinstance(value, Tensor) or value.shape != parameter.shape:
+        return value
+    if isinstance(parameter, DTensor):
+        local = value.to(parameter.device).contiguous()
         return distribute_tensor(local, parameter.device_mesh, parameter.placements, src_data_rank=None)
-    return value
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shutil
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -145,7 +146,7 @@ class Evaluate(Stage):
         bench = self._bench(room) if room.world.main else None
         rows: list[dict[str, Any]] = []
         images: dict[tuple[str, int], Tensor] = {}
-        with room.display.bar(len(jobs), unit="row") as bar:
+        with room.display.bar(len(jobs), unit="row") as bar, warnings.catch_warnings(record=True) as told:
             for label, steps in sorted(jobs, key=lambda job: job != self.follows):
                 bar.set_postfix_str(f"{label} in {steps}", refresh=True)
                 generator = generators[label]
@@ -166,6 +167,8 @@ class Evaluate(Stage):
                         row["teacher_mse"] = float((samples - images[self.follows]).double().square().mean())
                     rows.append(row)
                 bar.update()
+        for text in sorted({str(warning.message) for warning in told}):
+            room.display.line(text)
         if bench is None:
             return {}
         rows.sort(key=lambda row: jobs.index((row["model"], row["steps"])))

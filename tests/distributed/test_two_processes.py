@@ -1,0 +1,191 @@
+"""Two processes give what one gives: losses, gradients, weights, checkpoints, pairs, evaluation. Both on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from tests_support import environment, run_verb
+
+from distill.launch import free_port
+
+WORKER = Path(__file__).with_name("worker.py")
+
+
+def start(folder: Path, size: int, *jobs: str) -> None:
+    """Run jobs of `worker.py` on `size` processes, to the end."""
+    base = environment() | (
+        {
+            "WORLD_SIZE": str(size),
+            "LOCAL_WORLD_SIZE": str(size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            "GLOO_SOCKET_IFNAME": "lo",
+        }
+        if size > 1
+        else {}
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), str(folder), *jobs],
+            env=base | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if size > 1 else base,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output[-4000:]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> Path:
+    """The folder where both worlds have done all jobs."""
+    folder = tmp_path_factory.mktemp("two")
+    start(folder, 1, "train", "gradients", "poison")
+    start(folder, 2, "train", "gradients", "stale", "local", "mesh", "poison", "continue")
+    start(folder, 1, "continue")
+    return folder
+
+
+def load(folder: Path, name: str):
+    return torch.load(folder / f"{name}.pt", weights_only=True)
+
+
+def assert_close(one: dict, two: dict, tolerance: float = 1e-5) -> None:
+    assert set(one) == set(two)
+    for name, value in one.items():
+        difference = float((two[name].double() - value.double()).abs().max())
+        scale = max(1.0, float(value.double().abs().max()))
+        assert difference <= tolerance * scale, f"{name}: differs by {difference}"
+
+
+def test_gradients_equal(results):
+    one, two = load(results, "gradients-1"), load(results, "gradients-2")
+    assert len(one) == 2 * 111
+    assert sum(float(g.abs().sum()) > 0 for g in one.values()) == len(one)
+    assert_close(one, two)
+
+
+@pytest.mark.parametrize("shard", ["none", "world"])
+def test_losses_norms_weights_and_averages_equal_after_20_steps(results, shard):
+    one, two = load(results, f"{shard}-1"), load(results, f"{shard}-2")
+    assert len(one["student/loss"]) == 20
+    assert len(one["fake/loss"]) == 39
+    assert_close(one, two)
+
+
+def test_checkpoints_of_two_continue_on_one_and_the_reverse(results):
+    whole = load(results, "world-1")
+    for size in (1, 2):
+        continued = load(results, f"continued-on-{size}")
+        weights = {k: v for k, v in whole.items() if "/" not in k}
+        assert_close(weights, {k: v for k, v in continued.items() if "/" not in k})
+        assert len(continued["student/loss"]) == 10
+
+
+def test_root_weights_are_never_stale(results):
+    errors = load(results, "stale")
+    assert errors["ours"] < 1e-6
+    assert errors["default"] > 1e-2, "torch's default no longer goes stale; the comment in parallel.py may go"
+
+
+def test_averages_are_shard_local(results):
+    assert load(results, "local") == {"width": 2, "all sharded": True, "same shards": True, "units": 8}
+
+
+def test_meshes_and_collecting(results):
+    found = load(results, "mesh")
+    assert found["cuts"] == {"none": (2, 1), "world": (1, 2), "node": (1, 2)}
+    assert torch.equal(found["collected"], found["noise"])
+    assert found["flags"] == (True, False)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_nonfinite_steps_are_skipped_together_counted_and_end_the_run(results, size):
+    found = load(results, f"poison-{size}")
+    assert {i for i, moved in found["moved"].items() if moved == 0} == {3, 4}
+    assert set(found["moved"]) == set(range(7))
+    assert all(counts == {"student": [0, 0], "fake": [2, 0]} for counts in found["counts"])
+    assert len(found["messages"]) == size
+    for message in found["messages"]:
+        assert "update 'fake'" in message
+        assert "3 steps in a row" in message
+        assert f"last.ckpt at step {found['saved']}" in message
+    assert found["saved"] == 4
+
+
+SMOKE = ("recipe=instaflow", "profile=smoke", "name=run")
+
+
+def test_a_run_on_two_processes_makes_the_same_pairs_and_numbers(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        folder.mkdir()
+    run_verb(one, "train", *SMOKE)
+    shutil.copytree(one, two, dirs_exist_ok=True)
+    # Two processes make the pairs and the evaluation again, from the same trained models.
+    done = run_verb(two, "train", *SMOKE, "redo=[pairs2,evaluate]", "trainer.devices=2")
+    assert done.stdout.count("runs/run: done.") == 1
+    shards = [f / "runs/run/pairs2/pairs-00000.safetensors" for f in (one, two)]
+    assert shards[0].read_bytes() == shards[1].read_bytes()
+    rows = [json.loads((f / "runs/run/metrics.json").read_text())["rows"] for f in (one, two)]
+    timed = {"images_per_second", "train_seconds", "peak_memory_bytes"}
+    for a, b in zip(*rows, strict=True):
+        if a["model"] != "student":  # trained again on two processes
+            assert {k: v for k, v in a.items() if k not in timed} == {
+                k: v for k, v in b.items() if k not in timed
+            }
+
+
+def test_two_processes_killed_and_continued_are_bit_equal(tmp_path):
+    options = (
+        *SMOKE,
+        "profile.steps=40",
+        "trainer.checkpoint_every=5",
+        "trainer.devices=2",
+        "trainer.shard=world",
+    )
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for folder in (whole, parts):
+        folder.mkdir()
+    run_verb(whole, "train", *options)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "distill.train", *options],
+        cwd=parts,
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    checkpoint = parts / "runs/run/reflow/checkpoints/last.ckpt"
+    deadline = time.monotonic() + 200
+    while not checkpoint.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert checkpoint.exists()
+    run_verb(parts, "train", *options)
+    for stage in ("teacher", "reflow", "distill"):
+        path = f"runs/run/{stage}/model.safetensors"
+        one, other = (safetensors.torch.load_file(f / path) for f in (whole, parts))
+        for name, value in one.items():
+            assert torch.equal(value, other[name]), f"{stage}: {name}"
+
+
+def test_a_failing_rank_ends_the_run(tmp_path):
+    refused = run_verb(tmp_path, "train", *SMOKE, "trainer.devices=2", "teacher.batch_size=15", check=False)
+    assert refused.returncode != 0
+    assert "batch_size: 15 samples a step cannot be split" in refused.stderr
