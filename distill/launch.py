@@ -15,7 +15,7 @@ from types import FrameType
 
 def needed(devices: int) -> bool:
     """Whether this process should start the others rather than be one of them."""
-    return devices > 1 and "WORLD_SIZE" not in os.environ
+    return isinstance(devices, int) and devices > 1 and "WORLD_SIZE" not in os.environ
 
 
 def free_port() -> int:

@@ -17,6 +17,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from distill.files import sha256_text
+
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -69,6 +71,8 @@ def run_name(given: Any, recipe: str, hydra_config: Any) -> str:
         return name
     told = [o for o in hydra_config.overrides.task if re.split(r"[=.@]", o)[0] not in NOT_IN_NAMES]
     slug = "-".join(re.sub(r"[^\w.]+", "-", o.lstrip("+~")).strip("-") for o in sorted(told))
+    if len(slug) > 120:  # a file name has its limits
+        slug = f"{slug[:100]}-{sha256_text(slug)[:12]}"
     return f"{name}-{slug}" if slug else name
 
 
@@ -127,14 +131,24 @@ def _unknown_key(error: Any) -> str:
     """An override names a key that is not there: which part is wrong, and what is near it."""
     parent, key, path = error.parent_node, str(error.key), str(error.full_key)
     where = path.rpartition(".")[0]
-    if isinstance(parent, DictConfig) and parent._is_interpolation():
-        target = str(parent._value()).strip("${}")
+    if (target := _group_behind(where)) is not None:
         return f"{path}: {where} is the group {target!r}; override {target}.{key}=..."
     keys = [str(k) for k in parent if str(k) != "hydra"] if isinstance(parent, DictConfig) else []
     keys += [] if where else ["recipe", "data", "net", "teacher", "trainer", "profile", "eval", "loggers"]
     keys = sorted(set(keys))
     inside = f"{where} has" if where else "the options are"
     return f"{path}: no such key{_near(key, keys, where)}; {inside}: {', '.join(keys)}"
+
+
+def _group_behind(where: str) -> str | None:
+    """The group that a recipe puts at a place by ${group}, or None. (Hydra's error no longer tells.)"""
+    for file in recipes().values():
+        node: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+        for part in where.split("."):
+            node = node.get(part) if isinstance(node, dict) else None
+        if isinstance(node, str) and node.startswith("${"):
+            return node.strip("${}")
+    return None
 
 
 def _near(found: str, valid: Sequence[str], where: str = "") -> str:

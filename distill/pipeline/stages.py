@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 
 from distill.cache.pairs import Pairs
@@ -19,6 +20,7 @@ from distill.engine.fit import Fit, train
 from distill.engine.logging import Jsonl, Logger
 from distill.engine.module import STUDENT, DistillModule
 from distill.engine.parallel import full_state
+from distill.engine.update import Optim
 from distill.files import link, sha256_file
 from distill.models.denoiser import Denoiser
 from distill.models.native import (
@@ -80,6 +82,13 @@ class Train(Stage):
             raise ValueError("init: without a stage to start from, both `net` and `process` are needed")
         if self.init is None and self.process is not None:
             build(self.process).check_kind(self.kind)
+        for key, settings in self._optim().items():
+            try:  # a wrong option is told now, not when the stages before this one have run
+                probe = Optim(**settings)
+                probe.optimizer([torch.zeros(1, requires_grad=True)])
+                probe.schedule(0)
+            except (TypeError, ValueError, RuntimeError, InstantiationException) as error:
+                raise ValueError(f"optim.{key}: {error.__cause__ or error}") from error
         self._takes = inspect.signature(get_class(self.method["_target_"])).parameters
 
     def check(self, stages: Mapping[str, Stage]) -> None:

@@ -1,0 +1,262 @@
+"""Wrong input ends in one message: which file or field, what was found, what is expected."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from tests_support import run_verb
+
+from distill.pipeline import config
+from distill.train import main
+
+SMOKE = ("recipe=instaflow", "profile=smoke", "name=run")
+
+
+@pytest.fixture
+def refuse(tmp_path, monkeypatch):
+    """Run `distill.train` in this process and return the message that it ends with."""
+
+    def call(*arguments: str) -> str:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["distill.train", *arguments])
+        monkeypatch.setenv("HYDRA_FULL_ERROR", os.environ.get("HYDRA_FULL_ERROR", "0"))
+        GlobalHydra.instance().clear()
+        with pytest.raises(SystemExit) as ended:
+            config.run_verb(main)
+        assert isinstance(ended.value.code, str), "ended without a message"
+        assert not list(tmp_path.rglob("export/artifact.json"))
+        return ended.value.code
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        # misspelt at any depth
+        ("sed=1", "sed: no such key, did you mean seed?"),
+        ("recpie=instaflow", "recpie: no such key, did you mean recipe?"),
+        ("tranier.threads=3", "tranier: no such key, did you mean trainer?"),
+        ("trainer.thread=3", "trainer.thread: no such key, did you mean trainer.threads?"),
+        ("teacher.stepz=3", "teacher.stepz: no such key, did you mean teacher.steps?"),
+        ("stages.reflow.stpes=3", "stages.reflow.stpes: no such key, did you mean stages.reflow.steps?"),
+        ("stages.teachr.steps=3", "stages.teachr: no such key, did you mean stages.teacher?"),
+        (
+            "stages.reflow.optim.student.optimizer.lrr=1",
+            "stages.reflow.optim.student.optimizer.lrr: no such key, did you mean stages.reflow.optim.student.optimizer.lr?",
+        ),
+        ("stages.distill.method.step=2", "did you mean stages.distill.method.steps?"),
+        ("stages.teacher.steps=3", "stages.teacher is the group 'teacher'; override teacher.steps=..."),
+        # wrong group values
+        ("data=digit", "data: found no option 'digit'; data is one of: digits, did you mean digits?"),
+        ("profile=smok", "did you mean smoke?"),
+        ("method@stages.reflow.method=reflo", "did you mean reflow?"),
+        # wrong values
+        ("seed=abc", "seed: found 'abc', expected an integer"),
+        ("rounds=0", "rounds: expected an integer of at least 1, found 0"),
+        ("rounds=two", "rounds: expected an integer of at least 1, found 'two'"),
+        ("profile.steps=0", "profile.steps: found 0, expected an integer of at least 1"),
+        ("trainer.threads=0", "trainer.threads: expected at least 1, found 0"),
+        ("trainer.checkpoint_every=0", "trainer.checkpoint_every: expected at least 1, found 0"),
+        ("trainer.devices=two", "trainer.devices: found 'two', expected int"),
+        ("trainer.shard=half", "trainer.shard: found 'half', expected one of ['none', 'world', 'node']"),
+        ("trainer.accelerator=tpu", "trainer.accelerator: found 'tpu', expected 'auto', 'cpu' or 'gpu'"),
+        ("teacher.steps=abc", "stages.teacher.steps: found 'abc', expected int"),
+        ("teacher.steps=0", "stages.teacher.steps: expected at least 1, found 0"),
+        ("teacher.kind=banana", "stages.teacher.unknown prediction kind 'banana'"),
+        ("teacher.kind=v", "kind 'v' needs alpha^2 + sigma^2 = 1, which Flow does not keep"),
+        ("stages.pairs.sampler.solver=rk9", "stages.pairs.sampler: found {'solver': 'rk9'"),
+        (
+            "stages.pairs.sampler.steps=0",
+            "stages.pairs.sampler.steps: found 0, expected an integer of at least 1",
+        ),
+        ("eval.straightness.steps=1", "straightness.steps: found 1, expected at least 2"),
+        ("eval.models.student.stage=distil", "stages.evaluate: refers to 'distil', expected one of"),
+        ("eval.follows=[teacher,3]", "grid, follows: name [('teacher', 3)]"),
+        (
+            "stages.reflow.data=teacher",
+            "stages.reflow.data: 'teacher' is a Train stage, expected a Generate stage",
+        ),
+        (
+            "stages.reflow.teacher=teacher",
+            "teacher: found 'teacher', but the method distill.methods.reflow.Reflow takes no",
+        ),
+        ("stages.pairs.teacher=distill", "refer to each other in a circle"),
+        ("redo=refolw", "redo: found ['refolw'], expected stages of this recipe"),
+        ("data._target_=distill.data.digits.Nope", "Nope"),
+    ],
+)
+def test_overrides(refuse, override, expected):
+    assert expected in refuse(*SMOKE, override)
+
+
+def test_gates_are_checked_before_anything_runs(refuse):
+    gate = "eval.gates=[{name: g, row: [student, 7], metric: fd, at_most: 1}]"
+    assert "names the row ('student', 7)" in refuse("recipe=instaflow", "name=run", gate)
+    gate = "eval.gates=[{name: g, row: [student, 1], metric: fdd, at_most: 1}]"
+    assert "names the metric 'fdd'" in refuse("recipe=instaflow", "name=run", gate)
+
+
+def test_a_missing_teacher_is_named(refuse):
+    assert "path" in refuse(*SMOKE, "teacher=pretrained")
+    assert "nowhere: no such folder" in refuse(*SMOKE, "teacher.path=nowhere")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    run_verb(folder, "train", *SMOKE)
+    return folder / "runs" / "run"
+
+
+def test_pairs_of_another_teacher_or_made_otherwise_are_refused(finished, refuse):
+    use = (*SMOKE, f"teacher.path={finished / 'teacher'}")
+    pairs = f"stages.pairs.path={finished / 'pairs'}"
+    other = refuse(*use, f"stages.pairs.path={finished / 'pairs2'}")
+    assert "manifest.json: not the pairs that this stage asks for" in other
+    assert "teacher: found" in other
+    assert "steps: found 8, expected 20" in other
+    assert "guidance_scale: found 1.0, expected 2.0" in refuse(
+        *use, pairs, "stages.pairs.guidance_scale=2", "name=b"
+    )
+
+
+def test_pairs_that_fit_are_used(finished, tmp_path):
+    use = (*SMOKE, f"teacher.path={finished / 'teacher'}", f"stages.pairs.path={finished / 'pairs'}")
+    run_verb(tmp_path, "train", *use)
+    made = tmp_path / "runs/run/pairs/pairs-00000.safetensors"
+    assert made.read_bytes() == (finished / "pairs/pairs-00000.safetensors").read_bytes()
+
+
+def copy_model(source: Path, target: Path, **changes) -> Path:
+    """A model folder with another description."""
+    target.mkdir()
+    for name in ("model.safetensors", "model.json"):
+        (target / name).write_bytes((source / name).read_bytes())
+    description = json.loads((target / "model.json").read_text())
+    for key, value in changes.items():
+        if value is None:
+            del description[key]
+        else:
+            description[key] = value
+    (target / "model.json").write_text(json.dumps(description))
+    return target
+
+
+def test_teachers_that_do_not_fit_are_refused(finished, tmp_path, refuse):
+    def message(name: str, *overrides: str, **changes) -> str:
+        folder = copy_model(finished / "teacher", tmp_path / name, **changes)
+        return refuse(*SMOKE, f"name={name}", f"teacher.path={folder}", *overrides)
+
+    assert "model.json: kind: missing" in message("a", kind=None)
+    assert "unknown prediction kind 'noise'" in message("b", kind="noise")
+    # eps where nothing of the data is left at the start: a flow's t = 1, or zero terminal SNR
+    assert "kind: found 'eps', but under Flow() nothing of the data is left" in message("c", kind="eps")
+    assert "schema: found 9" in message("d", schema=9)
+    assert "guidance_scale: found 2.0, but 'teacher' was trained without a null condition" in message(
+        "e", "stages.pairs.guidance_scale=2.0", guidable=False
+    )
+
+
+def test_a_one_step_student_is_no_teacher_and_no_start_for_reflow(finished, refuse):
+    assert "is a one-step student, valid at t_max alone" in refuse(
+        *SMOKE, f"teacher.path={finished / 'distill'}"
+    )
+
+
+def test_shapes_and_classes_that_do_not_fit_are_refused(refuse):
+    assert "net: does not take samples of shape (1, 8, 8)" in refuse(*SMOKE, "teacher.net.channels=4")
+    assert "net.num_classes: found 5, but the data have 10 classes" in refuse(
+        *SMOKE, "name=c", "teacher.net.num_classes=5"
+    )
+
+
+def test_an_optimizer_that_cannot_be_built_is_named(refuse):
+    message = refuse(*SMOKE, "teacher.optim.student.optimizer.lr=fast")
+    assert "stages.teacher" in message
+    message = refuse(*SMOKE, "name=d", "teacher.optim.student.optimizer._target_=torch.optim.Nope")
+    assert "stages.teacher" in message
+    assert "Nope" in message
+
+
+def test_a_failed_start_does_not_block_the_corrected_command(tmp_path):
+    refused = run_verb(tmp_path, "train", *SMOKE, "teacher.net.channels=4", check=False)
+    assert refused.returncode != 0
+    run_verb(tmp_path, "train", *SMOKE)
+
+
+def test_extension_and_what_it_makes_stale(finished, tmp_path):
+    """A longer last training stage is trained on; a longer first one makes the others stale, which is said before it runs."""
+    options = ("recipe=instaflow", "profile=smoke", "name=run")
+    run_verb(tmp_path, "train", *options)
+    refused = run_verb(tmp_path, "train", *options, "profile.steps=6", check=False)
+    assert refused.returncode != 0
+    assert "teacher would be trained further" in refused.stderr
+    assert "redo=pairs" in refused.stderr
+    extended = run_verb(tmp_path, "train", *options, "profile.steps=6", "redo=[pairs]")
+    assert "[1/7] teacher" in extended.stderr
+    steps = [
+        json.loads(x)["step"]
+        for x in (tmp_path / "runs/run/teacher/logs/metrics.jsonl").read_text().splitlines()
+    ]
+    assert steps == [4, 6]
+    shorter = run_verb(tmp_path, "train", *options, "profile.steps=5", check=False)
+    assert "config.steps: 6 -> 5" in shorter.stderr
+    (tmp_path / "runs/run/teacher/checkpoints/last.ckpt").unlink()
+    gone = run_verb(tmp_path, "train", *options, "profile.steps=9", "redo=[pairs]", check=False)
+    assert "its last checkpoint is gone; redo=teacher" in gone.stderr
+
+
+def test_a_newer_artifact_is_refused(finished):
+    path = finished / "reflow" / "artifact.json"
+    text = path.read_text()
+    path.write_text(json.dumps(json.loads(text) | {"schema": 2}))
+    try:
+        refused = run_verb(finished.parents[1], "train", *SMOKE, check=False)
+        assert "reflow/artifact.json: schema: found 2, this version reads 1" in refused.stderr
+    finally:
+        path.write_text(text)
+
+
+def test_published_files_come_back(finished):
+    for name in ("metrics.json", "report.md", "grid.png"):
+        (finished / name).unlink()
+    run_verb(finished.parents[1], "train", *SMOKE)
+    for name in ("metrics.json", "report.md", "grid.png"):
+        assert (finished / name).read_bytes() == (finished / "evaluate" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["count=0"], "count: expected at least 1"),
+        (["label=11"], "label: expected classes 0 .. 9, found [11]"),
+        (["steps=4"], "not valid at 4"),
+        (["guidance_scale=2"], "guidance_scale: found 2.0, but this model was not trained with a null"),
+        (["columns=0"], "columns: found 0, expected at least 1"),
+        (["out=x.jpg"], "out: found 'x.jpg', expected a .png file"),
+        (["out=/proc/x.png"], "/proc/x.png"),
+        (["device=foo"], "foo"),
+        (["count=many"], "count"),
+        (["seeed=1"], "did you mean seed=?"),
+    ],
+)
+def test_sample_options(finished, tmp_path, arguments, expected):
+    refused = run_verb(tmp_path, "sample", f"model={finished / 'export'}", *arguments, check=False)
+    assert refused.returncode != 0
+    assert expected in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_export_file_is_named(finished, tmp_path):
+    folder = copy_model(finished / "export", tmp_path / "export")
+    (folder / "model.safetensors").unlink()
+    refused = run_verb(tmp_path, "sample", f"model={folder}", check=False)
+    assert "model.safetensors: missing" in refused.stderr
+    assert "Traceback" not in refused.stderr
