@@ -7,16 +7,20 @@ shard = 1), "world" shards over all processes, "node" shards within a machine an
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from distill.world import World
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+
+# torch.distributed's tensor and fsdp packages take a second to import: only runs of several processes pay for them.
 
 SHARD = ("none", "world", "node")
 # Parts of a net with at least this many parameters are gathered on their own, so that never the whole net is.
@@ -29,6 +33,8 @@ def make_mesh(world: World, shard: str, device: torch.device) -> DeviceMesh | No
         raise ValueError(f"trainer.shard: found {shard!r}, expected one of {list(SHARD)}")
     if world.size == 1:
         return None
+    from torch.distributed.device_mesh import init_device_mesh
+
     width = {"none": 1, "world": world.size, "node": world.local_size}[shard]
     return init_device_mesh(device.type, (world.size // width, width), mesh_dim_names=("replicate", "shard"))
 
@@ -52,6 +58,8 @@ def shard_net(net: nn.Module, mesh: DeviceMesh | None, *, least: int = UNIT_PARA
     under no_grad followed by an optimizer step leaves the next forward with the old weights, silently."""
     if mesh is None:
         return
+    from torch.distributed.fsdp import fully_shard
+
     for parameter in net.parameters():
         parameter.data = parameter.data.contiguous()  # channels-last weights cannot be sharded
     for block in units(net, least):
@@ -62,6 +70,8 @@ def shard_net(net: nn.Module, mesh: DeviceMesh | None, *, least: int = UNIT_PARA
 def sync_gradients(networks: Iterable[nn.Module], now: bool) -> None:
     """Whether the coming backward reduces gradients over processes: only the last micro batch of a step needs
     to."""
+    from torch.distributed.fsdp import FSDPModule
+
     for network in networks:
         for module in network.modules():
             if isinstance(module, FSDPModule):
@@ -71,15 +81,21 @@ def sync_gradients(networks: Iterable[nn.Module], now: bool) -> None:
 def full(value: Any) -> Any:
     """A tensor with all its shards on the CPU, and whole numbers as they are. Collective: every process calls
     it in one order."""
-    if isinstance(value, DTensor):
+    if is_sharded(value):
         value = value.full_tensor()
     return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+
+
+def is_sharded(value: Any) -> TypeGuard[DTensor]:
+    """Whether a value is a DTensor; none can exist before their package is imported."""
+    package = sys.modules.get("torch.distributed.tensor")
+    return package is not None and isinstance(value, package.DTensor)
 
 
 def full_norm(norm: Tensor) -> Tensor:
     """A gradient norm as a plain tensor on its device; of sharded gradients, the norm over all shards.
     Collective."""
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return norm.full_tensor() if is_sharded(norm) else norm
 
 
 def full_state(module: nn.Module) -> dict[str, Tensor]:
@@ -120,7 +136,9 @@ def _like(value: Any, parameter: Tensor) -> Any:
     optimizers walk over memory, and channels-last weights lie there in another order)."""
     if not isinstance(value, Tensor) or value.shape != parameter.shape:
         return value
-    if isinstance(parameter, DTensor):
+    if is_sharded(parameter):
+        from torch.distributed.tensor import distribute_tensor
+
         local = value.to(parameter.device).contiguous()
         return distribute_tensor(local, parameter.device_mesh, parameter.placements, src_data_rank=None)
     return torch.empty_like(parameter, dtype=value.dtype).copy_(value)

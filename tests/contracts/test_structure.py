@@ -20,6 +20,7 @@ BELOW = {
     "world": set(),
     "interrupt": set(),
     "launch": set(),
+    "openmp": set(),
     "process": set(),
     "data": set(),
     "nets": {"data"},
