@@ -11,7 +11,6 @@ from pathlib import Path
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-import distill.openmp  # noqa: F401 (before anything imports torch)
 from distill.evaluation.grid import save_png, tile
 from distill.models.native import load_model
 

@@ -9,7 +9,6 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-import distill.openmp  # noqa: F401 (before anything imports torch)
 from distill import interrupt, launch, world
 from distill.pipeline import config
 from distill.pipeline.run import check, run, summary

@@ -11,9 +11,10 @@ import torch
 from distill.files import read_json, write_json
 from distill.pipeline.stage import Room
 
-# Threads that a net can use: (parameters below, threads). Small nets spend their time between operations, not
-# in them.
-THREAD_TABLE = ((1_000_000, 2), (10_000_000, 4), (100_000_000, 8))
+# Threads that a net can use: (parameters below, threads). Small nets spend their time between operations: two threads
+# make a step of the tiny U-Net 1.25 times faster on an idle machine and twice as slow beside one other busy process
+# (scripts/bench/threads.py), so it gets one.
+THREAD_TABLE = ((1_000_000, 1), (10_000_000, 4), (100_000_000, 8))
 
 
 def use_threads(room: Room, parameters: int) -> int:

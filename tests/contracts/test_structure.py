@@ -20,7 +20,6 @@ BELOW = {
     "world": set(),
     "interrupt": set(),
     "launch": set(),
-    "openmp": set(),
     "process": set(),
     "data": set(),
     "nets": {"data"},
