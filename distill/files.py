@@ -63,6 +63,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def link(source: Path, target: Path) -> None:
     """The same file under another name (a copy across file systems). Finished files are replaced and never
     rewritten, so sharing them is safe."""
+    if target.exists() and target.samefile(source):
+        return
     target.unlink(missing_ok=True)
     try:
         os.link(source, target)

@@ -27,6 +27,7 @@ class _State:
     signum: int | None = None
     since: float = 0.0
     deferred: bool = False
+    watching: bool = False
 
 
 def _handle(signum: int, frame: FrameType | None) -> None:
@@ -42,12 +43,20 @@ def _handle(signum: int, frame: FrameType | None) -> None:
 def watch() -> Iterator[None]:
     """Handle the signals inside the block; the previous handlers come back after it."""
     previous = {number: signal.signal(number, _handle) for number in SIGNALS}
-    _State.signum, _State.deferred = None, False
+    _State.signum, _State.deferred, _State.watching = None, False, True
     try:
         yield
     finally:
+        _State.watching = False
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def reinstall() -> None:
+    """Take the signals back from a library that has put handlers of its own before ours; nothing outside `watch`."""
+    if _State.watching:
+        for number in SIGNALS:
+            signal.signal(number, _handle)
 
 
 @contextmanager

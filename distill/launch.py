@@ -15,7 +15,7 @@ from types import FrameType
 
 def needed(devices: int) -> bool:
     """Whether this process should start the others rather than be one of them."""
-    return isinstance(devices, int) and devices > 1 and "WORLD_SIZE" not in os.environ
+    return isinstance(devices, int) and devices > 1 and os.environ.get("WORLD_SIZE", "1") == "1"
 
 
 def free_port() -> int:
@@ -46,6 +46,7 @@ def launch(module: str, arguments: Sequence[str], devices: int) -> int:
         subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
             env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            process_group=0,  # a Ctrl-C reaches them once, from here
             preexec_fn=_die_with_parent,  # no threads exist yet
         )
         for rank in range(devices)

@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from distill.evaluation.grid import save_png, tile
@@ -22,7 +22,7 @@ class Options:
     """model: an export (or any model folder); count, label, seed: what to draw; steps: null is the model's
     own; force: allow step counts that the model is not valid for; guidance_scale: null is the model's own; out: the PNG."""
 
-    model: str = MISSING
+    model: str = ""
     out: str = "grid.png"
     count: int = 64
     label: int | None = None
@@ -57,6 +57,8 @@ def main() -> None:
         return
     try:
         options = parse(sys.argv[1:])
+        if not options.model:
+            raise ValueError("model: missing; expected a model folder, such as model=runs/instaflow/export")
         if not options.out.endswith(".png"):
             raise ValueError(f"out: found {options.out!r}, expected a .png file")
         if options.columns is not None and options.columns < 1:

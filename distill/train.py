@@ -27,14 +27,29 @@ def main(cfg: DictConfig) -> None:
         name = config.run_name(plain["name"], recipe_name, hydra_config)
         devices = plain["trainer"]["devices"]
         if launch.needed(devices) and not plain["plan"]:
-            check(plain, name=name)  # what is wrong is said once, before there are several to say it
-            sys.exit(launch.launch("distill.train", config.arguments(hydra_config, name), devices))
+            check(
+                plain, name=name, processes=devices
+            )  # what is wrong is said once, before there are several to say it
+            if code := launch.launch("distill.train", config.arguments(hydra_config, name), devices):
+                sys.exit(code)
+            return
         with interrupt.watch():
             folder = run(plain, name=name, recipe_name=recipe_name)
-    except (ValueError, OSError, RuntimeError, FloatingPointError, OmegaConfBaseException) as error:
+    except (
+        ValueError,
+        OSError,
+        RuntimeError,
+        ImportError,
+        FloatingPointError,
+        OmegaConfBaseException,
+    ) as error:
         if config.full_errors():
             raise
         sys.exit(f"error: {error}")
+    except Exception as error:
+        if config.full_errors():
+            raise
+        sys.exit(f"error: {type(error).__name__}: {error} (unexpected; DISTILL_TRACEBACK=1 shows where)")
     except interrupt.Interrupted as stop:
         print(f"{stop}; the same command continues", file=sys.stderr)
         sys.exit(128 + stop.signum)

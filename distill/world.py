@@ -89,6 +89,13 @@ def join(device: torch.device) -> World:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return World()
+    missing = [
+        name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ
+    ]
+    if missing:
+        raise ValueError(
+            f"{missing[0]}: not set, but WORLD_SIZE={size} asks for several processes; a launcher sets all of them"
+        )
     local = int(os.environ["LOCAL_RANK"])
     if not dist.is_initialized():
         if device.type == "cuda":

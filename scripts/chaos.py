@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,14 +96,27 @@ def main() -> int:
             print(f"the undisturbed run failed: {said}")
             return 1
         print(f"undisturbed: {seconds:.1f} s")
-        for kill in range(1, options.kills + 1):
+        kill = tries = 0
+        while kill < options.kills and tries < 4 * options.kills:
+            tries += 1
             # Starting takes seconds in which nothing can be hurt: half of the moments lie after them.
             moment = chance.uniform(0.2, 1.0) * seconds * chance.choice([0.5, 1.0])
             code, said = run(parts, command, kill_after=moment, number=number)
-            print(f"kill {kill} after {moment:5.1f} s: exit {code}, at: {said[:110]}")
-            if code == 0:
-                print("  finished before the kill")
-                break
+            print(f"after {moment:5.1f} s: exit {code}, at: {said[:110]}")
+            if code in (-number, 128 + number):
+                kill += 1
+            elif code == 0:  # finished before its kill: disturb another one from the start
+                found = differences(whole / "runs" / "run", parts / "runs" / "run")
+                if found:
+                    print("\n".join(found))
+                    return 1
+                shutil.rmtree(parts / "runs")
+            else:
+                print(f"a start was refused: {said}")
+                return 1
+        if kill < options.kills:
+            print(f"only {kill} of {options.kills} kills hit a running process")
+            return 1
         code, said = run(parts, command, kill_after=None, number=number)
         if code != 0:
             print(f"the last start failed: {said}")

@@ -6,6 +6,7 @@ runs with `weights_only=True`: tensors and plain containers, no code.
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,12 @@ def save(path: Path, module: DistillModule, config: dict[str, Any]) -> None:
     writes."""
     state = state_of(module, config)
     if module.world.main:
+        for role, network in state["networks"].items():
+            if not all(bool(value.isfinite().all()) for value in network.values()):
+                kept = f"{path} stays as it was" if path.is_file() else "none was saved yet"
+                raise FloatingPointError(
+                    f"network {role!r}: weights are not finite; last good checkpoint: {kept}"
+                )
         write_atomic(path, lambda temporary: torch.save(state, temporary))
     module.world.barrier()
 
@@ -49,11 +56,16 @@ def save(path: Path, module: DistillModule, config: dict[str, Any]) -> None:
 def read(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU; the error names the file."""
     try:
+        with zipfile.ZipFile(path) as archive:
+            if (damaged := archive.testzip()) is not None:
+                raise ValueError(f"damaged at {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such checkpoint") from None
     except Exception as error:
-        raise ValueError(f"{path}: not a readable checkpoint ({error})") from error
+        raise ValueError(
+            f"{path}: not a readable checkpoint ({error}); redo=<stage> trains from the start"
+        ) from error
     if not isinstance(state, dict) or state.get("schema") != SCHEMA:
         found = state.get("schema") if isinstance(state, dict) else type(state).__name__
         raise ValueError(f"{path}: schema: found {found!r}, this version reads {SCHEMA}")

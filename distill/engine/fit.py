@@ -20,7 +20,7 @@ from distill.data.source import Source, StepLoader
 from distill.engine import checkpoint
 from distill.engine.logging import Logger
 from distill.engine.module import DistillModule
-from distill.interrupt import Interrupted, deferred, requested
+from distill.interrupt import Interrupted, deferred, reinstall, requested
 
 # What a first-time user would read as an error and cannot act on.
 for _name in (
@@ -37,7 +37,7 @@ warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
 warnings.filterwarnings("ignore", message=".*`training_step` returned `None`.*")
 
 
-PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "64-true")
+PRECISIONS = ("32-true", "bf16-mixed")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Fit:
     Attributes:
         steps: optimizer steps of the student, in all.
         batch_size: samples of the global batch. accumulate: micro batches that it is cut into.
-        precision: "32-true", "bf16-mixed", "bf16-true" or "64-true".
+        precision: "32-true" or "bf16-mixed".
         shard: how several processes hold the networks; see `engine.parallel`.
         checkpoint_every, log_every: student steps between checkpoints and between log entries.
         max_nonfinite: stop when this many steps of an update in a row had to be skipped.
@@ -88,6 +88,7 @@ class _Watch(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Optimizers exist now; on a resumed run they get their state back."""
         assert isinstance(pl_module, DistillModule)
+        reinstall()  # Lightning has put a handler of its own before ours, which ends the run unsaved
         self.seen = pl_module.progress.step
         if self.resumed is not None:
             checkpoint.restore_optimizers(self.resumed, pl_module, where=self.path)
@@ -154,6 +155,7 @@ def train(
     state = checkpoint.read(path) if path.is_file() else None
     if state is not None:
         checkpoint.restore(state, method, where=path)
+        on_progress(method.progress.step, f"continues from step {method.progress.step}")
     for logger in loggers:
         logger.resume(method.progress.step)
     device = torch.device(fit.device, world.local_rank) if fit.device == "cuda" else torch.device(fit.device)
@@ -180,6 +182,8 @@ def train(
     checkpoint.save(path, method, config)
     for logger in loggers:
         logger.close()
+    if world.any(requested() is not None):  # it came after the last iteration
+        raise Interrupted(requested() or signal.SIGTERM)
 
 
 def _trainer(fit: Fit, device: torch.device, watch: _Watch, folder: Path) -> L.Trainer:

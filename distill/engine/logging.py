@@ -6,7 +6,8 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +23,15 @@ class Logger(Protocol):
     def log(self, entry: Mapping[str, float]) -> None: ...
 
     def close(self) -> None: ...
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError inside the block says which file it was."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path}: could not be written: {error}") from error
 
 
 class Jsonl:
@@ -46,7 +56,7 @@ class Jsonl:
 
     def log(self, entry: Mapping[str, float]) -> None:
         """Append one entry."""
-        with self.path.open("a") as handle:
+        with naming(self.path), self.path.open("a") as handle:
             finite = {name: value if math.isfinite(value) else None for name, value in entry.items()}
             handle.write(json.dumps(finite, allow_nan=False) + "\n")
 

@@ -25,6 +25,17 @@ COLUMNS = {
     "straightness": ("straightness ↓", ".3f"),
     "images_per_second": ("images/s ↑", ".0f"),
 }
+LEGEND = (
+    "`fd`, `kid`: Fréchet and kernel distance in the features that the protocol names (not an FID; two "
+    "halves of the real images score worse than a good model of many samples, since they are few; `kid` "
+    "is unbiased and may be negative). `sliced W`: sliced Wasserstein distance of pixels. `precision`, "
+    "`density`: how real single samples are; `recall`, `coverage`: how much of the real variety there "
+    "is; the first two rise and the last two fall when samples collapse to class means. `class std`: "
+    "spread of pixels within a class; `nn train`: distance to the nearest training image; `accuracy`: "
+    "the classifier agrees with the label asked for. `teacher mse`: distance to the teacher's image "
+    "from the same noise. `straightness`: 0 for straight paths. `nfe`: network calls. `images/s` "
+    "depends on the machine and its load."
+)
 SCALE = {"kid": 1000.0}
 
 
@@ -66,14 +77,17 @@ def report(
     gates: Sequence[GateResult],
     *,
     grid: bool,
+    note: str = "",
 ) -> str:
     """The page `report.md`."""
     parts = [
         f"# {title}",
+        f"**{note}**" if note else "",
         "![one noise a column](grid.png)" if grid else "",
         table(rows),
         f"Protocol: {protocol.describe()}.",
     ]
+    parts.append(LEGEND)
     if real:
         parts.append(
             "The real images themselves: "

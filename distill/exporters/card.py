@@ -15,6 +15,7 @@ def card(
     protocol: str,
     *,
     grid: bool,
+    note: str = "",
 ) -> str:
     """README.md of an export: what the model is, how it is sampled, what was measured. `rows` may be
     empty."""
@@ -45,6 +46,7 @@ def card(
     )
     parts = [
         f"# {recipe}: distilled student",
+        f"**{note}**" if note else "",
         "![one noise a column](grid.png)" if grid else "",
         "\n".join(facts),
         use,

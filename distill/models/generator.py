@@ -19,6 +19,10 @@ class Generator:
     def __init__(self, denoiser: Denoiser, spec: SamplerSpec) -> None:
         self.denoiser, self.spec, self.num_classes = denoiser, spec, denoiser.num_classes
 
+    def __repr__(self) -> str:
+        shape, valid = self.denoiser.sample_shape, sorted(self.spec.times) or "any"
+        return f"Generator(shape={shape}, classes={self.num_classes}, steps={self.spec.steps}, valid steps={valid})"
+
     @property
     def device(self) -> torch.device:
         """Where the weights lie."""

@@ -77,6 +77,8 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{folder}: no such folder; expected a model folder with {WEIGHTS} and {DESCRIPTION}"
         )
+    if not (folder / DESCRIPTION).is_file() and (folder / "export" / DESCRIPTION).is_file():
+        raise FileNotFoundError(f"{folder}: this is a run, not a model; did you mean {folder / 'export'}?")
     description = read_json(folder / DESCRIPTION)
     if not isinstance(description, dict) or description.get("schema") != SCHEMA:
         found = description.get("schema") if isinstance(description, dict) else type(description).__name__

@@ -85,7 +85,13 @@ def arguments(hydra_config: Any, name: str) -> list[str]:
         for s in hydra_config.runtime.config_sources
         if s.provider == "command-line" and s.schema == "file"
     ]
-    return [*(part for folder in folders for part in ("--config-dir", folder)), *hydra, *task, f"name={name}"]
+    quoted = name.replace("\\", "\\\\").replace("'", "\\'")
+    return [
+        *(part for folder in folders for part in ("--config-dir", folder)),
+        *hydra,
+        *task,
+        f"name='{quoted}'",
+    ]
 
 
 def full_errors() -> bool:

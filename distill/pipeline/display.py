@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ class Display:
             initial=initial,
             unit=unit,
             desc=f"[{self.number}/{self.total}] {self.name}",
-            dynamic_ncols=interactive,
+            ncols=None if interactive and shutil.get_terminal_size((0, 0)).columns else 80,
             mininterval=0.2 if interactive else 10.0,
             ascii=not interactive,
             file=sys.stderr,

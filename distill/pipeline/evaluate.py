@@ -77,6 +77,7 @@ class Evaluate(Stage):
         grid: [label, steps] of the picture's rows; grid_columns: noises in it.
         k: neighbours of precision, recall, density and coverage.
         gates: see `evaluation.gates.Gate`.
+        note: a sentence that stands above the numbers.
     """
 
     models: dict[str, dict[str, Any]]
@@ -91,9 +92,12 @@ class Evaluate(Stage):
     grid_columns: int = 10
     gates: list[dict[str, Any]] = field(default_factory=list)
     stream: str = "evaluate"
+    note: str = ""
 
     def __post_init__(self) -> None:
         check_types(self)
+        if self.k < 1:
+            raise ValueError(f"k: found {self.k}, expected at least 1")
         if self.count < self.k + 2:
             raise ValueError(f"count: expected at least k + 2 = {self.k + 2} samples, found {self.count}")
         rows = {(label, steps) for label, model in self.models.items() for steps in model["steps"]}
@@ -281,6 +285,7 @@ class Evaluate(Stage):
             "recipe": room.recipe,
             "digest": room.digest,
             "seed": room.seed,
+            "note": self.note,
             "protocol": protocol.to_dict(),
             "real": dict(real),
             "rows": list(rows),
@@ -293,7 +298,7 @@ class Evaluate(Stage):
             ]
             save_png(image_grid(picture), room.folder / "grid.png")
         write_json(room.folder / "metrics.json", metrics)
-        page = report(room.recipe, rows, protocol, real, gates, grid=bool(self.grid))
+        page = report(room.recipe, rows, protocol, real, gates, grid=bool(self.grid), note=self.note)
         write_text(room.folder / "report.md", page)
 
 

@@ -136,4 +136,7 @@ def limit(config: dict[str, Any], limits: Mapping[str, int]) -> dict[str, Any]:
             config[key] = min(config[key], cap)
     if "gates" in config:
         config["gates"] = []
+        config["note"] = (
+            "The sizes of this run were limited by a profile: its numbers and images mean nothing."
+        )
     return config

@@ -13,6 +13,7 @@ from distill.evaluation.protocol import Protocol
 from distill.exporters.card import card
 from distill.files import read_json, write_atomic, write_json, write_safetensors, write_text
 from distill.models.native import DESCRIPTION, WEIGHTS, load_model, read_description
+from distill.pipeline.evaluate import Evaluate
 from distill.pipeline.stage import Room, Stage
 from distill.pipeline.stages import Load, Train
 
@@ -36,6 +37,8 @@ class Export(Stage):
         super().check(stages)
         if not isinstance(stages[self.student], Train | Load):
             raise ValueError(f"student: {self.student!r} makes no model")
+        if self.evaluate is not None and not isinstance(stages[self.evaluate], Evaluate):
+            raise ValueError(f"evaluate: {self.evaluate!r} is no Evaluate stage")
 
     def run(self, room: Room) -> dict[str, Any]:
         """Copy the model, write the card, then load the export and compare its images with the original's."""
@@ -46,17 +49,19 @@ class Export(Stage):
         write_safetensors(room.folder / WEIGHTS, original.denoiser.net.state_dict())
         description = read_description(source)
         write_json(room.folder / DESCRIPTION, description)
-        rows, protocol, picture = [], "", False
+        rows, protocol, picture, note = [], "", False, ""
         if "evaluate" in room.inputs:
             metrics = read_json(room.inputs["evaluate"] / "metrics.json")
             write_json(room.folder / "metrics.json", metrics)
-            rows = metrics["rows"]
+            rows, note = metrics["rows"], metrics["note"]
             protocol = f"Protocol: {Protocol(**metrics['protocol']).describe()}."
             grid = room.inputs["evaluate"] / "grid.png"
             picture = grid.is_file()
             if picture:
                 write_atomic(room.folder / "grid.png", lambda temporary: shutil.copyfile(grid, temporary))
-        write_text(room.folder / "README.md", card(room.recipe, description, rows, protocol, grid=picture))
+        write_text(
+            room.folder / "README.md", card(room.recipe, description, rows, protocol, grid=picture, note=note)
+        )
         with room.display.bar(1, unit="check") as bar:
             again = load_model(room.folder)
             if not torch.equal(original.sample(4), again.sample(4)):

@@ -13,6 +13,7 @@ from hydra.utils import instantiate
 from distill.files import read_json
 from distill.pipeline.expand import expand
 from distill.pipeline.stage import (
+    ARTIFACT,
     Stage,
     check_types,
     differences,
@@ -62,6 +63,12 @@ def build_stages(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Stage]:
 def plan(recipe: Mapping[str, Any], run_folder: Path, seed: int) -> list[Planned]:
     """All stages in order with digests and states."""
     configs = expand(recipe)
+    for name, config in configs.items():
+        path = config.get("path")
+        if path is not None and Path(path).resolve().is_relative_to(run_folder.resolve()):
+            raise ValueError(
+                f"stages.{name}.path: {path} lies in this run, whose stages replace their folders; expected another run's"
+            )
     stages = build_stages(configs)
     planned: list[Planned] = []
     digests: dict[str, str] = {}
@@ -85,6 +92,10 @@ def _state(entry: Planned) -> None:
     """Compare a stage with what lies in its folder."""
     record = read_artifact(entry.folder)
     begun = entry.folder / IDENTITY
+    if record is not None and record["digest"] != digest_of(record["identity"]):
+        raise ValueError(
+            f"{entry.folder / ARTIFACT}: digest: does not fit its identity: changed after it was made"
+        )
     if record is not None:
         found, finished = record["identity"], True
     elif begun.is_file() and entry.stage.begun(entry.folder):
@@ -120,6 +131,12 @@ def _only_longer(stage: Stage, old: Mapping[str, Any], new: Mapping[str, Any]) -
 
 def redo(planned: Sequence[Planned], named: str | Sequence[str] | None) -> list[Path]:
     """Mark the named stages and everything that depends on them as not made; returns their folders."""
+    if not (
+        named is None
+        or isinstance(named, str)
+        or (isinstance(named, Sequence) and all(isinstance(n, str) for n in named))
+    ):
+        raise ValueError(f"redo: found {named!r}, expected a stage or a list of stages")
     names = [named] if isinstance(named, str) else list(named or ())
     known = [entry.name for entry in planned]
     if wrong := [name for name in names if name not in known]:
@@ -138,6 +155,17 @@ def readable(change: str) -> str:
     if where.startswith("inputs."):
         return f"{where.removeprefix('inputs.')}: is not the one it was made from"
     return "data: are not those it was made from" if where == "fingerprint" else f"{where}: {what}"
+
+
+def check_split(planned: Sequence[Planned], processes: int) -> None:
+    """Raise if a batch cannot be split over the processes, before any stage runs."""
+    for entry in planned:
+        batch, parts = entry.config.get("batch_size"), processes * entry.config.get("accumulate", 1)
+        if "accumulate" in entry.config and entry.state != "finished" and batch % parts:
+            raise ValueError(
+                f"stages.{entry.name}.batch_size: {batch} samples a step cannot be split into accumulate="
+                f"{entry.config['accumulate']} micro batches on {processes} processes; expected a multiple of {parts}"
+            )
 
 
 def refuse_changes(planned: Sequence[Planned], run_folder: Path) -> None:

@@ -19,7 +19,8 @@ from hydra.errors import InstantiationException
 
 from distill.files import TEMPORARY_SUFFIX, read_json, write_json, write_text
 from distill.pipeline.display import Display
-from distill.pipeline.plan import IDENTITY, Planned, describe_plan, plan, redo, refuse_changes
+from distill.pipeline.evaluate import PUBLISHED
+from distill.pipeline.plan import IDENTITY, Planned, check_split, describe_plan, plan, redo, refuse_changes
 from distill.pipeline.stage import (
     ARTIFACT,
     Room,
@@ -30,7 +31,7 @@ from distill.pipeline.stage import (
 )
 from distill.world import join
 
-LOCK, PLAN, CONFIG = ".lock", "plan.json", "config.yaml"
+LOCK, PLAN, CONFIG, REDO = ".lock", "plan.json", "config.yaml", "redo.json"
 
 
 @contextmanager
@@ -42,7 +43,7 @@ def lock(run_folder: Path) -> Iterator[None]:
     with path.open("a+") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             handle.seek(0)
             owner = json.loads(handle.read() or "{}")
             age = time.time() - owner.get("since", time.time())
@@ -71,11 +72,14 @@ def run(recipe: Mapping[str, Any], *, name: str, recipe_name: str) -> Path:
     with lock(run_folder) if world.main else nullcontext():
         world.barrier()
         planned = plan(recipe, run_folder, seed)  # under the lock: nobody changes what it looks at
-        again = redo(planned, recipe.get("redo"))
+        again = [] if pending(run_folder, planned, recipe.get("redo")) else redo(planned, recipe.get("redo"))
         refuse_changes(planned, run_folder)
+        check_split(planned, world.size)
         world.barrier()  # all have looked before anything changes
         if world.main:
             clean(run_folder, again)
+            if again:
+                write_json(run_folder / REDO, redo_key(planned, recipe.get("redo")))
             stages = {entry.name: entry.config for entry in planned}
             write_json(run_folder / PLAN, {"recipe": recipe_name, "seed": seed, "stages": stages})
         folders = {entry.name: entry.folder for entry in planned}
@@ -94,7 +98,20 @@ def run(recipe: Mapping[str, Any], *, name: str, recipe_name: str) -> Path:
                 world=world,
             )
             _advance(entry, room)
+        if world.main:
+            (run_folder / REDO).unlink(missing_ok=True)
     return run_folder
+
+
+def redo_key(planned: Sequence[Planned], named: Any) -> dict[str, Any]:
+    """What a redo is known by: its stages and what they are to become."""
+    return {"redo": named, "digests": {entry.name: entry.digest for entry in planned}}
+
+
+def pending(run_folder: Path, planned: Sequence[Planned], named: Any) -> bool:
+    """Whether this very redo was begun and interrupted: then the same command continues it."""
+    path = run_folder / REDO
+    return bool(named) and path.is_file() and read_json(path) == redo_key(planned, named)
 
 
 def run_place(recipe: Mapping[str, Any], name: str) -> tuple[Path, int]:
@@ -104,24 +121,41 @@ def run_place(recipe: Mapping[str, Any], name: str) -> tuple[Path, int]:
         raise ValueError(f"seed: found {seed!r}, expected an integer")
     if not isinstance(runs_dir, str):
         raise ValueError(f"runs_dir: found {runs_dir!r}, expected a folder")
+    if name in ("", ".", "..") or Path(name).name != name:
+        raise ValueError(f"name: found {name!r}, expected the name of one folder below runs_dir")
     return Path(runs_dir) / name, seed
 
 
-def check(recipe: Mapping[str, Any], *, name: str) -> None:
+def check(recipe: Mapping[str, Any], *, name: str, processes: int) -> None:
     """Raise what `run` would raise before its first stage; changes nothing."""
     Settings(**recipe["trainer"])
     run_folder, seed = run_place(recipe, name)
     planned = plan(recipe, run_folder, seed)
-    redo(planned, recipe.get("redo"))
+    if not pending(run_folder, planned, recipe.get("redo")):
+        redo(planned, recipe.get("redo"))
     refuse_changes(planned, run_folder)
+    check_split(planned, processes)
+    with lock(run_folder):  # held by nobody else
+        pass
 
 
 def clean(run_folder: Path, stages: Sequence[Path]) -> None:
-    """Delete the stages that are made again, and what killed writers left under temporary names."""
+    """Empty the stages that are made again, with what they published, and sweep what killed writers left behind."""
     for folder in stages:
-        shutil.rmtree(folder, ignore_errors=True)
+        empty(folder)
+    for name in PUBLISHED if stages else ():
+        (run_folder / name).unlink(missing_ok=True)
     for left in run_folder.rglob(f".*{TEMPORARY_SUFFIX}"):
         left.unlink(missing_ok=True)
+
+
+def empty(folder: Path) -> None:
+    """Delete everything in a stage folder, wherever it lies. An error stops the run: what stays would be taken for new."""
+    for child in folder.iterdir() if folder.is_dir() else ():
+        if child.is_dir() and not child.is_symlink():
+            shutil.rmtree(child)
+        else:
+            child.unlink()
 
 
 def _advance(entry: Planned, room: Room) -> None:
@@ -137,6 +171,8 @@ def _advance(entry: Planned, room: Room) -> None:
         return
     if world.main:
         entry.folder.mkdir(parents=True, exist_ok=True)
+        if entry.state == "new":
+            empty(entry.folder)  # whatever lies there belongs to no stage that is known
         (entry.folder / ARTIFACT).unlink(missing_ok=True)
         write_text(entry.folder / CONFIG, yaml.safe_dump(entry.config, sort_keys=False))
         write_json(entry.folder / IDENTITY, entry.identity)
@@ -156,6 +192,8 @@ def _run_stage(entry: Planned, room: Room) -> dict[str, Any]:
     except InstantiationException as error:
         cause = error.__cause__ or error
         raise ValueError(f"stages.{entry.name}: {cause}") from error
+    except (ValueError, OSError, RuntimeError, ImportError, FloatingPointError) as error:
+        raise ValueError(f"stages.{entry.name}: {error}") from error
 
 
 def summary(run_folder: Path) -> str:

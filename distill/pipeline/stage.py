@@ -199,8 +199,11 @@ def read_artifact(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     record = read_json(path)
-    if record.get("schema") != SCHEMA:
-        raise ValueError(f"{path}: schema: found {record.get('schema')!r}, this version reads {SCHEMA}")
+    found = record.get("schema") if isinstance(record, dict) else type(record).__name__
+    if found != SCHEMA:
+        raise ValueError(f"{path}: schema: found {found!r}, this version reads {SCHEMA}")
+    if missing := [key for key in ("digest", "identity", "facts", "files") if key not in record]:
+        raise ValueError(f"{path}: {missing[0]}: missing")
     return record
 
 

@@ -16,7 +16,7 @@ from distill.cache.pairs import Pairs
 from distill.data.rng import stream_key
 from distill.data.source import Source
 from distill.engine import checkpoint
-from distill.engine.fit import Fit, train
+from distill.engine.fit import PRECISIONS, Fit, train
 from distill.engine.logging import Jsonl, Logger
 from distill.engine.module import STUDENT, DistillModule
 from distill.engine.parallel import full_state
@@ -78,6 +78,8 @@ class Train(Stage):
         for name in ("steps", "batch_size", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision: found {self.precision!r}, expected one of {list(PRECISIONS)}")
         if self.init is None and (self.net is None or self.process is None):
             raise ValueError("init: without a stage to start from, both `net` and `process` are needed")
         if self.init is None and self.process is not None:
@@ -94,6 +96,10 @@ class Train(Stage):
     def check(self, stages: Mapping[str, Stage]) -> None:
         """References exist, and the method gets a teacher exactly if it wants one."""
         super().check(stages)
+        for role in ("init", "teacher"):
+            name = getattr(self, role)
+            if name is not None and not isinstance(stages[name], Train | Load):
+                raise ValueError(f"{role}: {name!r} makes no model")
         if ("teacher" in self._takes) != (self.teacher is not None):
             wants = "needs a teacher" if "teacher" in self._takes else "takes no teacher"
             raise ValueError(
@@ -156,7 +162,10 @@ class Train(Stage):
             logs = room.folder / "logs"
             logs.mkdir(parents=True, exist_ok=True)
             loggers.append(Jsonl(logs))
-            loggers += [instantiate(dict(logger), folder=logs, settings=config) for logger in room.loggers]
+            loggers += [
+                instantiate(dict(logger), folder=logs, settings=config, _recursive_=False)
+                for logger in room.loggers
+            ]
         fit = Fit(
             self.steps,
             self.batch_size,

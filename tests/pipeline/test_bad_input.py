@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from tests_support import run_verb
 
+from distill.files import read_json, write_json
 from distill.pipeline import config
 from distill.train import main
 
@@ -64,6 +66,13 @@ def refuse(tmp_path, monkeypatch):
         ("trainer.threads=0", "trainer.threads: expected at least 1, found 0"),
         ("trainer.checkpoint_every=0", "trainer.checkpoint_every: expected at least 1, found 0"),
         ("trainer.devices=two", "trainer.devices: found 'two', expected int"),
+        ("redo=true", "redo: found True, expected a stage or a list of stages"),
+        ("name=..", "name: found '..', expected the name of one folder"),
+        ("name=a/b", "name: found 'a/b', expected the name of one folder"),
+        ("teacher.precision=fp8", "stages.teacher.precision: found 'fp8', expected one of"),
+        ("stages.reflow.init=pairs", "init: 'pairs' makes no model"),
+        ("stages.export.evaluate=teacher", "evaluate: 'teacher' is no Evaluate stage"),
+        ("eval.k=0", "k: found 0, expected at least 1"),
         ("trainer.shard=half", "trainer.shard: found 'half', expected one of ['none', 'world', 'node']"),
         ("trainer.accelerator=tpu", "trainer.accelerator: found 'tpu', expected 'auto', 'cpu' or 'gpu'"),
         ("teacher.steps=abc", "stages.teacher.steps: found 'abc', expected int"),
@@ -260,3 +269,77 @@ def test_a_missing_export_file_is_named(finished, tmp_path):
     refused = run_verb(tmp_path, "sample", f"model={folder}", check=False)
     assert "model.safetensors: missing" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+def test_a_path_into_the_run_itself_is_refused(finished):
+    """`redo=` would delete what it points to."""
+    kept = (finished / "teacher" / "model.safetensors").read_bytes()
+    for redo in ([], ["redo=teacher"]):
+        arguments = (*SMOKE, f"teacher.path={finished / 'teacher'}", *redo)
+        refused = run_verb(finished.parents[1], "train", *arguments, check=False)
+        assert "lies in this run" in refused.stderr
+    assert (finished / "teacher" / "model.safetensors").read_bytes() == kept
+
+
+def test_a_refused_command_deletes_nothing(finished):
+    before = sorted(finished.rglob("*"))
+    for arguments in (
+        ["redo=distill", "teacher.net.width=24"],
+        ["redo=pairs", "profile.steps=6", "trainer.devices=3"],
+        ["redo=[pairs,teachr]"],
+        ["redo=1"],
+    ):
+        refused = run_verb(finished.parents[1], "train", *SMOKE, *arguments, check=False)
+        assert refused.returncode != 0
+        assert refused.stderr.count("error:") == 1
+        assert "Traceback" not in refused.stderr
+    assert sorted(finished.rglob("*")) == before
+
+
+def test_redo_through_a_link_and_over_leftovers_takes_nothing_old(tmp_path):
+    """A stage folder on another disk, and a checkpoint that no identity belongs to."""
+    run_verb(tmp_path, "train", *SMOKE)
+    teacher, elsewhere = tmp_path / "runs/run/teacher", tmp_path / "scratch"
+    teacher.rename(elsewhere)
+    teacher.symlink_to(elsewhere)
+    other = ("teacher.method.null_prob=0.9", "stages.reflow.steps=1")
+    run_verb(tmp_path, "train", *SMOKE, *other, "redo=teacher")
+    linked = (elsewhere / "model.safetensors").read_bytes()
+    run_verb(tmp_path, "train", *SMOKE, *other, "name=fresh")
+    fresh = (tmp_path / "runs/fresh/teacher/model.safetensors").read_bytes()
+    assert linked == fresh
+    for name in ("identity.json", "artifact.json"):
+        (elsewhere / name).unlink()
+    run_verb(tmp_path, "train", *SMOKE, "redo=teacher", "stages.reflow.steps=1")
+    assert (elsewhere / "model.safetensors").read_bytes() != fresh
+
+
+def test_an_interrupted_redo_is_continued_by_the_same_command(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "runs" / "run")
+    command = (*SMOKE, "redo=reflow")
+    run = tmp_path / "runs" / "run"
+    # As a kill leaves it: the redo is noted, its stages are emptied, one is made again.
+    run_verb(tmp_path, "train", *command)
+    digests = {
+        e.name: read_json(e / "artifact.json")["digest"]
+        for e in run.iterdir()
+        if (e / "artifact.json").is_file()
+    }
+    order = list(read_json(run / "plan.json")["stages"])
+    write_json(run / "redo.json", {"redo": "reflow", "digests": {name: digests[name] for name in order}})
+    (run / "export" / "artifact.json").unlink()
+    again = run_verb(tmp_path, "train", *command)
+    assert again.stderr.count("finished before, skipped") == 6
+    assert not (run / "redo.json").exists()
+    assert run_verb(tmp_path, "train", *command).stderr.count("finished before, skipped") == 2
+
+
+def test_a_changed_record_is_found(finished):
+    path = finished / "reflow" / "artifact.json"
+    text = path.read_text()
+    path.write_text(text.replace('"seed": 0', '"seed": 1'))
+    try:
+        refused = run_verb(finished.parents[1], "train", *SMOKE, check=False)
+        assert "reflow/artifact.json: digest: does not fit its identity" in refused.stderr
+    finally:
+        path.write_text(text)

@@ -212,3 +212,27 @@ def test_errors_name_the_field(tmp_path):
     (tmp_path / "a" / checkpoint.NAME).write_bytes(b"half a file")
     with pytest.raises(ValueError, match="not a readable checkpoint"):
         fit(make(), tmp_path / "a", steps=3)
+
+
+def test_weights_that_are_not_finite_never_replace_a_checkpoint(tmp_path):
+    method = fit(make(), tmp_path, steps=2)
+    path = tmp_path / checkpoint.NAME
+    good = path.read_bytes()
+    with torch.no_grad():
+        method.fake.net.b[0] = float("inf")
+    with pytest.raises(
+        FloatingPointError, match=r"network 'fake': weights are not finite; last good checkpoint: .*last.ckpt"
+    ):
+        checkpoint.save(path, method, {})
+    assert path.read_bytes() == good
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_found(tmp_path):
+    fit(make(), tmp_path, steps=2)
+    path = tmp_path / checkpoint.NAME
+    data = bytearray(path.read_bytes())
+    where = len(data) // 3
+    data[where] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(ValueError, match="not a readable checkpoint"):
+        checkpoint.read(path)
