@@ -89,6 +89,11 @@ def test_sweeps_have_a_folder_a_run(installed, tmp_path):
     assert runs == ["instaflow-smoke-seed-0", "instaflow-smoke-seed-1"]
     for run in runs:
         assert (tmp_path / "runs" / run / "export" / "model.safetensors").is_file()
+    many = ("-m", "recipe=instaflow", "profile=smoke", "profile.steps=1", "seed=2,3", "trainer.devices=2")
+    two = verb(installed, tmp_path, *many)
+    assert two.returncode == 0, two.stderr[-3000:]
+    for seed in (2, 3):
+        assert (tmp_path / f"runs/instaflow-smoke-seed-{seed}/export/model.safetensors").is_file()
     again = verb(
         installed, tmp_path, "-m", "recipe=instaflow", "profile=smoke", "seed=0,1", "profile.steps=1"
     )

@@ -103,7 +103,7 @@ train.config.run_verb(train.main)
     ],
 )
 def test_signals_between_our_checks_are_not_lost(tmp_path, name, hook, at):
-    """Lightning looks for SIGTERM itself between our callback and the next iteration, and would end with exit code 0, unsaved."""
+    """Lightning looks for SIGTERM itself after our callback, and would end with exit code 0, unsaved."""
     script = tmp_path / "late.py"
     script.write_text(LATE.format(name=name, hook=hook, at=at))
     result = subprocess.run(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
-from tests_support import ROOT, run_verb
+from tests_support import ROOT, environment, run_verb
 
 README = (ROOT / "README.md").read_text()
 
@@ -34,39 +38,37 @@ def test_marked_commands(tmp_path: Path):
     assert {p.name for p in (tmp_path / "runs").iterdir()} == {"instaflow", "straighter", "wide", "again"}
 
 
-def test_the_example_method_is_a_method(tmp_path: Path, monkeypatch):
-    """The code of "Writing a method" trains, given the imports that every method file has."""
-    source = re.search(r"```python\n(class Regression.*?)```", README, flags=re.DOTALL)
-    assert source is not None
-    from functools import partial
-
-    import torch
-
-    from distill.data.digits import Digits
-    from distill.engine.fit import Fit, train
-    from distill.engine.schedule import Constant
-    from distill.engine.update import Loss, Optim, Step, Update
-    from distill.methods.reflow import Batch, Denoiser, DistillModule, SamplerSpec
-    from distill.nets.unet import UNet
-    from distill.process.flow import Flow
-
-    names = {
-        "Batch": Batch,
-        "Denoiser": Denoiser,
-        "DistillModule": DistillModule,
-        "SamplerSpec": SamplerSpec,
-        "Loss": Loss,
-        "Step": Step,
-        "Update": Update,
-        "torch": torch,
-    }
-    exec(source.group(1), names)
-    nets = [Denoiser(UNet(width=8, embedding=16), Flow(), "velocity", (1, 8, 8)) for _ in range(2)]
-    torch.nn.init.normal_(nets[1].net.out.weight)
-    method = names["Regression"](*nets)
-    method.prepare({"student": Optim(partial(torch.optim.AdamW, lr=1e-3), Constant())}, seed=0)
-    train(method, Digits(), Fit(steps=2, batch_size=8), folder=tmp_path, config={})
-    assert method.progress.step == 2
+def test_the_example_method_is_a_method(tmp_path: Path):
+    """The three files of "Writing a method", put where it says in a copy of the project, run."""
+    blocks = re.findall(
+        r"```(?:python|yaml)\n# ((?:distill|configs|recipes)/\S+\.(?:py|yaml)).*?\n(.*?)```",
+        README,
+        flags=re.DOTALL,
+    )
+    assert [name for name, _ in blocks] == [
+        "distill/methods/regression.py",
+        "configs/method/regression.yaml",
+        "recipes/regression.yaml",
+    ]
+    project = tmp_path / "project"
+    for part in ("distill", "configs", "recipes"):
+        shutil.copytree(ROOT / part, project / part)
+    for name, text in blocks:
+        (project / name).write_text(text)
+    command = [sys.executable, "-m", "distill.train", "recipe=regression", "profile=smoke"]
+    result = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=environment() | {"PYTHONPATH": str(project)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (tmp_path / "runs/regression-smoke/export/model.safetensors").is_file()
+    log = (tmp_path / "runs/regression-smoke/guided/logs/metrics.jsonl").read_text()
+    assert json.loads(log.splitlines()[-1])["student/loss"] > 0
 
 
 def test_the_picture_is_there():
