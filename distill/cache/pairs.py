@@ -86,6 +86,8 @@ class Pairs:
         self.header = header = Header.from_dict(manifest["header"], path)
         if header.noise not in ("seed", "stored"):
             raise ValueError(f"{path}: noise: found {header.noise!r}, expected 'seed' or 'stored'")
+        if header.dtype != Header.dtype:
+            raise ValueError(f"{path}: dtype: found {header.dtype!r}, expected {Header.dtype!r}")
         if header.orientation != Header.orientation:
             raise ValueError(
                 f"{path}: orientation: found {header.orientation!r}, expected {Header.orientation!r}"
@@ -101,6 +103,13 @@ class Pairs:
         if len(self.ids) != header.count:
             raise ValueError(
                 f"{path}: count: the shards hold {len(self.ids)} pairs, the header expects {header.count}"
+            )
+        if len(self.ids.unique()) != len(self.ids):
+            raise ValueError(f"{path}: ids: some stand twice in the shards, expected each once")
+        lowest, highest = int(self.labels.min()), int(self.labels.max())
+        if highest >= header.num_classes or (lowest < 0 and header.num_classes):
+            raise ValueError(
+                f"{path}: label: found {lowest} .. {highest}, expected 0 .. {header.num_classes - 1}"
             )
         self.sample_shape, self.num_classes = header.sample_shape, header.num_classes
         if self.stored is not None:

@@ -11,6 +11,7 @@ import torch
 from distill.cache.pairs import HEADER, MANIFEST, Header, Pairs
 from distill.cache.writer import shard_rows, write_pairs
 from distill.data.rng import noise_checksum, sample_noise
+from distill.files import sha256_file, write_json, write_safetensors
 from distill.models.denoiser import Denoiser
 from distill.nets.unet import UNet
 from distill.process.flow import Flow
@@ -122,6 +123,9 @@ def break_manifest(folder: Path, **changes) -> None:
         ({"noise_checksum": "0" * 64}, "noise_checksum: this torch .* draws another noise stream"),
         ({"schema": 99}, "schema: found 99, this version reads 1"),
         ({"count": 11}, "count: the shards hold 10 pairs, the header expects 11"),
+        ({"dtype": "float16"}, "dtype: found 'float16', expected 'float32'"),
+        ({"noise": "lost"}, "noise: found 'lost', expected 'seed' or 'stored'"),
+        ({"num_classes": 5}, r"label: found 0 .. 9, expected 0 .. 4"),
         ({"colour": "blue"}, "not a pair cache header"),
     ],
 )
@@ -159,3 +163,54 @@ def test_a_teacher_that_makes_nan_is_refused(tmp_path):
     with pytest.raises(FloatingPointError, match="teacher: non-finite samples for ids"):
         write_pairs(tmp_path, broken, header())
     assert not (tmp_path / MANIFEST).exists()
+
+
+def foreign(folder: Path, **columns) -> Path:
+    """A cache of 10 pairs as another program would write it, with its noise stored."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.arange(10)
+    table = {
+        "ids": ids,
+        "label": ids.to(torch.int32),
+        "x0": torch.rand(10, *SHAPE, generator=generator) * 2 - 1,
+        "z": torch.randn(10, *SHAPE, generator=generator),
+    } | columns
+    path = folder / "pairs-00000.safetensors"
+    write_safetensors(path, {k: v for k, v in table.items() if v is not None})
+    shard = {"file": path.name, "count": 10, "sha256": sha256_file(path)}
+    write_json(
+        folder / MANIFEST, {"header": header(noise="stored", noise_checksum="").to_dict(), "shards": [shard]}
+    )
+    return folder
+
+
+def test_stored_noise_is_read_as_it_stands(tmp_path):
+    pairs = Pairs(foreign(tmp_path))
+    rows = torch.tensor([3, 1])
+    generator = torch.Generator().manual_seed(0)
+    torch.rand(10, *SHAPE, generator=generator)
+    assert torch.equal(pairs.fetch(rows, rows).z, torch.randn(10, *SHAPE, generator=generator)[rows])
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (
+            {"x0": torch.full((10, *SHAPE), float("nan"))},
+            "x0: found values up to nan, expected finite ones up to 50",
+        ),
+        (
+            {"x0": torch.full((10, *SHAPE), 51.0)},
+            "x0: found values up to 51.0, expected finite ones up to 50",
+        ),
+        ({"z": torch.randn(10, *SHAPE) * 14.6}, "z: standard deviation: found .*, expected 0.9 .. 1.1"),
+        ({"z": torch.zeros(10, *SHAPE)}, "the stored noise was scaled, or z and x0 are swapped"),
+        ({"z": torch.randn(9, *SHAPE)}, r"z: found \(9, 1, 8, 8\), expected \(10, 1, 8, 8\)"),
+        ({"x0": torch.zeros(10, 3, 8, 8)}, r"x0: found \(10, 3, 8, 8\), expected \(10, 1, 8, 8\)"),
+        ({"z": None}, "z: found nothing, expected"),
+        ({"ids": torch.zeros(10, dtype=torch.int64)}, "ids: some stand twice"),
+    ],
+)
+def test_values_that_no_pairs_have_are_refused(tmp_path, columns, message):
+    with pytest.raises(ValueError, match=message):
+        Pairs(foreign(tmp_path, **columns))
