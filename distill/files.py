@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -31,7 +32,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         with temporary.open("rb") as handle:
             os.fsync(handle.fileno())
         temporary.replace(path)
-    except Exception as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         # Writers report a full disk each in their own way; the file and the space left say what happened.
         free = shutil.disk_usage(path.parent).free
         raise OSError(f"{path}: could not be written ({free} bytes free): {error}") from error

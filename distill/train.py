@@ -27,9 +27,8 @@ def main(cfg: DictConfig) -> None:
         name = config.run_name(plain["name"], recipe_name, hydra_config)
         devices = plain["trainer"]["devices"]
         if launch.needed(devices) and not plain["plan"]:
-            check(
-                plain, name=name, processes=devices
-            )  # what is wrong is said once, before there are several to say it
+            # What is wrong is said once, before there are several processes to say it.
+            check(plain, name=name, processes=devices)
             if code := launch.launch("distill.train", config.arguments(hydra_config, name), devices):
                 sys.exit(code)
             return

@@ -180,8 +180,6 @@ def train(
     if method.progress.iteration < stop:
         raise RuntimeError(f"training stopped at iteration {method.progress.iteration} of {stop}")
     checkpoint.save(path, method, config)
-    for logger in loggers:
-        logger.close()
     if world.any(requested() is not None):  # it came after the last iteration
         raise Interrupted(requested() or signal.SIGTERM)
 

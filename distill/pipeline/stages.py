@@ -185,7 +185,13 @@ class Train(Stage):
                 bar.update(step - bar.n)
 
             checkpoints = room.folder / CHECKPOINTS
-            train(method, source, fit, folder=checkpoints, config=config, loggers=loggers, on_progress=show)
+            try:
+                train(
+                    method, source, fit, folder=checkpoints, config=config, loggers=loggers, on_progress=show
+                )
+            finally:  # also where the run is stopped: a half-open W&B run would swallow the next stage's
+                for logger in loggers:
+                    logger.close()
             bar.update(self.steps - bar.n)
 
     def _student(self, room: Room, source: Source) -> tuple[Denoiser, dict[str, Any]]:
