@@ -35,12 +35,6 @@ class Cond:
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, index: slice | Tensor) -> Cond:
-        if self.label is None:
-            return Cond(len(torch.arange(self.size)[index]))
-        label = self.label[index]
-        return Cond(len(label), label)
-
     def null(self) -> Cond:
         """The null conditions that guidance compares with."""
         return self if self.label is None else Cond(self.size, torch.full_like(self.label, NULL_LABEL))

@@ -72,6 +72,18 @@ def test_forward_mode_derivative_matches_finite_differences(channels_last, monke
     assert all(torch.isfinite(p.grad).all() for p in net.parameters() if p.grad is not None)
 
 
+def test_forward_mode_derivative_passes_the_net_as_it_is():
+    """Float32, its own time embedding, the time scale of a flow."""
+    net = tiny(attention="math", plain_norm=True)
+    x, t, cond = inputs()
+    value, tangent = torch.func.jvp(
+        lambda x, t: net(x, t, cond), (x, t), (torch.randn_like(x), torch.ones_like(t))
+    )
+    assert torch.equal(value, net(x, t, cond))
+    assert torch.isfinite(tangent).all()
+    assert tangent.abs().mean() > 0
+
+
 def test_null_label_has_its_own_embedding_and_labels_matter():
     net = tiny()
     x, t, cond = inputs()
