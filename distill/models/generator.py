@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ class Generator:
     @property
     def device(self) -> torch.device:
         """Where the weights lie."""
-        return next(self.denoiser.parameters()).device
+        return next(chain(self.denoiser.parameters(), self.denoiser.buffers())).device
 
     def to(self, device: torch.device | str) -> Generator:
         """Move the weights to `device` (in place) and return self."""

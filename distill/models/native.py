@@ -31,20 +31,23 @@ REQUIRED = (
     "weights",
 )
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
+BUILT_FROM = ("distill.nets.", "distill.process.", "distill.models.analytic.")
 
 
 def build(config: Mapping[str, Any]) -> Any:
-    """Call the class that `config["_target_"]` names with the other entries. Only classes of this package are
-    built: a model file is data, and must not choose code from elsewhere to run."""
+    """Call the class that `config["_target_"]` names with the other entries, those that are configs themselves built
+    first. Only classes of this package are built: a model file is data, and must not choose code from elsewhere to
+    run."""
     target = str(config.get("_target_", ""))
-    if not target.startswith(("distill.nets.", "distill.process.")):
-        raise ValueError(
-            f"_target_: found {target!r}, expected a class under distill.nets or distill.process"
-        )
+    if not target.startswith(BUILT_FROM):
+        raise ValueError(f"_target_: found {target!r}, expected a class under {', '.join(BUILT_FROM)}")
     module, _, name = target.rpartition(".")
-    return getattr(importlib.import_module(module), name)(
-        **{k: v for k, v in config.items() if k != "_target_"}
-    )
+    arguments = {
+        key: build(value) if isinstance(value, Mapping) and "_target_" in value else value
+        for key, value in config.items()
+        if key != "_target_"
+    }
+    return getattr(importlib.import_module(module), name)(**arguments)
 
 
 def describe(denoiser: Denoiser, net: Mapping[str, Any], spec: SamplerSpec) -> dict[str, Any]:

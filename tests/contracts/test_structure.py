@@ -22,7 +22,7 @@ BELOW = {
     "launch": set(),
     "process": set(),
     "data": set(),
-    "nets": {"data"},
+    "nets": {"data", "process"},
     "samplers": {"process"},
     "assets": set(),
     "models": {"process", "nets", "data", "samplers", "files", "assets"},

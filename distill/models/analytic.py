@@ -1,0 +1,121 @@
+"""The exact teacher: data from a Gaussian mixture, whose denoiser, score and velocity have closed forms under every process.
+
+    x0 ~ (1/K) sum_k N(m_k, s^2 I),   x_t = alpha x0 + sigma eps
+    E[x0 | x_t] = sum_k w_k [m_k + alpha s^2 / v (x_t - alpha m_k)],   v = alpha^2 s^2 + sigma^2,
+    w = softmax_k(-|x_t - alpha m_k|^2 / (2 v))
+
+With it a sampler's order, a method's target and a trained student's error are known to machine precision.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill.data.cond import Cond
+from distill.models.denoiser import Denoiser
+from distill.process.base import Process, at_least_float32
+
+
+def ring_means(count: int = 8, radius: float = 1.5) -> list[list[float]]:
+    """`count` points on a circle, the first at angle 0."""
+    angles = [2 * math.pi * k / count for k in range(count)]
+    return [[radius * math.cos(a), radius * math.sin(a)] for a in angles]
+
+
+class GaussianMixture(nn.Module):
+    """The posterior mean of an even mixture as a net: (x_t [B,*S], t [B], Cond) -> E[x0 | x_t] [B,*S], computed in float64.
+
+    Args:
+        means: [K, D] component means (D the size of a sample).
+        std: standard deviation s of every component; 0 makes the data the means themselves.
+        process: the process that x_t lives in, or its config.
+        shape: S; None: (D,).
+        labelled: component k has the label k, and the null condition means the whole mixture.
+    """
+
+    means: Tensor
+
+    def __init__(
+        self,
+        means: Sequence[Sequence[float]],
+        std: float,
+        process: Process,
+        *,
+        shape: Sequence[int] | None = None,
+        labelled: bool = False,
+    ) -> None:
+        super().__init__()
+        points = torch.tensor(means, dtype=torch.float64, device="cpu")
+        if points.ndim != 2 or len(points) < 1:
+            raise ValueError(f"means: expected [K, D] with K >= 1, found shape {list(points.shape)}")
+        if std < 0:
+            raise ValueError(f"std: expected at least 0, found {std}")
+        self.register_buffer("means", points)
+        self.std, self.process = float(std), process
+        self.shape = (points.shape[1],) if shape is None else tuple(shape)
+        if math.prod(self.shape) != points.shape[1]:
+            raise ValueError(
+                f"shape: {list(self.shape)} does not hold the {points.shape[1]} numbers of a mean"
+            )
+        self.num_classes = len(points) if labelled else 0
+
+    def config(self) -> dict[str, Any]:
+        """What `models.native.build` makes the same net from."""
+        kind = type(self)
+        return {
+            "_target_": f"{kind.__module__}.{kind.__qualname__}",
+            "means": self.means.tolist(),
+            "std": self.std,
+            "process": self.process.config(),
+            "shape": list(self.shape),
+            "labelled": self.num_classes > 0,
+        }
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """E[x0 | x_t] in the dtype of x_t (float32 at least)."""
+        x = x_t.flatten(1).double()[:, None]  # [B, 1, D]
+        time = t.double()
+        alpha, sigma = self.process.alpha(time)[:, None, None], self.process.sigma(time)[:, None, None]
+        variance = alpha.square() * self.std**2 + sigma.square()
+        from_mean = x - alpha * self.means
+        logits = -from_mean.square().sum(2) / (2 * variance[:, :, 0])
+        if self.num_classes and cond.label is not None:
+            component = torch.arange(self.num_classes, device=x.device)
+            others = (cond.label[:, None] >= 0) & (component != cond.label[:, None])
+            logits = logits.masked_fill(others, -math.inf)
+        weight = torch.softmax(logits, 1)[:, :, None]
+        x0 = (weight * (self.means + alpha * self.std**2 / variance * from_mean)).sum(1)
+        return x0.to(at_least_float32(x_t).dtype).reshape(x_t.shape)
+
+    def draw(self, component: Tensor, noise: Tensor) -> Tensor:
+        """Data [B,*S] in float64 from component numbers [B] and standard normal numbers [B,*S]."""
+        return (self.means[component] + self.std * noise.flatten(1).double()).reshape(noise.shape)
+
+
+def exact_denoiser(
+    process: Process,
+    means: Sequence[Sequence[float]] | None = None,
+    std: float = 0.1,
+    *,
+    labelled: bool = False,
+    shape: Sequence[int] | None = None,
+) -> Denoiser:
+    """The exact teacher of a mixture (default: the ring of 8 of radius 1.5) under a process; float64 in, float64 out."""
+    net = GaussianMixture(
+        ring_means() if means is None else means, std, process, shape=shape, labelled=labelled
+    )
+    return Denoiser(net, process, "x0", net.shape, num_classes=net.num_classes, guidable=labelled)
+
+
+def mixture_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Config options of a mixture -> arguments of `exact_denoiser`: either `means`, or `count` and `radius` of a ring."""
+    known = dict(options)
+    ring = {name: known.pop(name) for name in ("count", "radius") if name in known}
+    if ring and "means" in known:
+        raise ValueError(f"means: found together with {sorted(ring)}, expected either means or a ring")
+    return known | ({"means": ring_means(**ring)} if "means" not in known else {})
