@@ -11,7 +11,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from distill.evaluation.grid import save_png, tile
+from distill.evaluation.grid import save_samples
 from distill.models.native import load_model
 
 PASSED_ON = ("seed", "steps", "force", "guidance_scale")
@@ -20,7 +20,8 @@ PASSED_ON = ("seed", "steps", "force", "guidance_scale")
 @dataclass
 class Options:
     """model: an export (or any model folder); count, label, seed: what to draw; steps: null is the model's
-    own; force: allow step counts that the model is not valid for; guidance_scale: null is the model's own; out: the PNG."""
+    own; force: allow step counts that the model is not valid for; guidance_scale: null is the model's own; out: the PNG,
+    of images in `columns` or of points in the plane."""
 
     model: str = ""
     out: str = "grid.png"
@@ -64,11 +65,11 @@ def main() -> None:
         if options.columns is not None and options.columns < 1:
             raise ValueError(f"columns: found {options.columns}, expected at least 1")
         generator = load_model(options.model, device=options.device)
-        images = generator.sample(
+        samples = generator.sample(
             options.count, options.label, **{name: getattr(options, name) for name in PASSED_ON}
         )
         columns = options.columns or min(options.count, generator.num_classes or 10, 16)
-        save_png(tile(images, columns), Path(options.out))
+        save_samples(samples, columns, Path(options.out))
     except (ValueError, OSError, RuntimeError, OmegaConfBaseException) as error:
         sys.exit(f"error: {error}")
     steps = options.steps or generator.spec.steps

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,10 +13,14 @@ NULL_LABEL = -1
 @dataclass(frozen=True)
 class Cond:
     """A batch of conditions: a class label a sample ([B] int64, `NULL_LABEL` = no condition), or nothing at
-    all (`size` rows)."""
+    all (`size` rows).
+
+    `guidance_w` [B] float32 is another input, of nets that embed the guidance they imitate (latent consistency, guided
+    distillation): w = guidance_scale - 1. The null condition keeps it."""
 
     size: int
     label: Tensor | None = None
+    guidance_w: Tensor | None = None
 
     @classmethod
     def of_labels(cls, label: Tensor) -> Cond:
@@ -35,25 +39,41 @@ class Cond:
     def __len__(self) -> int:
         return self.size
 
+    def with_guidance(self, w: Tensor | float | None) -> Cond:
+        """The same conditions with the guidance w [B] (or one number for all) as an input; None takes it away."""
+        if isinstance(w, float | int):
+            device = None if self.label is None else self.label.device
+            w = torch.full((self.size,), float(w), device=device)
+        if w is not None and w.shape != (self.size,):
+            raise ValueError(f"guidance_w: expected [{self.size}] numbers, found shape {tuple(w.shape)}")
+        return replace(self, guidance_w=w)
+
     def null(self) -> Cond:
         """The null conditions that guidance compares with."""
-        return self if self.label is None else Cond(self.size, torch.full_like(self.label, NULL_LABEL))
+        return self if self.label is None else replace(self, label=torch.full_like(self.label, NULL_LABEL))
 
     def drop(self, mask: Tensor) -> Cond:
         """The same conditions with the rows where `mask` ([B] bool) is true replaced by the null
         condition."""
         if self.label is None:
             return self
-        return Cond(self.size, torch.where(mask, NULL_LABEL, self.label))
+        return replace(self, label=torch.where(mask, NULL_LABEL, self.label))
 
     def cat(self, other: Cond) -> Cond:
         """Rows of `self`, then rows of `other`."""
-        if (self.label is None) != (other.label is None):
-            raise ValueError("cannot join labelled with unlabelled conditions")
-        if self.label is None or other.label is None:
-            return Cond(self.size + other.size)
-        return Cond(self.size + other.size, torch.cat([self.label, other.label]))
+        joined: dict[str, Tensor | None] = {}
+        for name, told in (("label", "labelled with unlabelled"), ("guidance_w", "guided with unguided")):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if (mine is None) != (theirs is None):
+                raise ValueError(f"cannot join {told} conditions")
+            joined[name] = None if mine is None else torch.cat([mine, theirs])
+        return Cond(self.size + other.size, **joined)
 
     def to(self, device: torch.device | str) -> Cond:
         """The same conditions on `device`."""
-        return self if self.label is None else Cond(self.size, self.label.to(device, non_blocking=True))
+        moved = {
+            name: value.to(device, non_blocking=True)
+            for name in ("label", "guidance_w")
+            if (value := getattr(self, name)) is not None
+        }
+        return replace(self, **moved) if moved else self

@@ -16,7 +16,9 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,9 +34,9 @@ def stream_key(seed: int, *parts: str | int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
 
-def philox(counter: Sequence[Tensor], key: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10: four words of 32 random bits per counter (int64 tensors of one shape, values in [0,
-    2^32)).
+def philox(counter: Sequence[Any], key: int) -> tuple[Any, Any, Any, Any]:
+    """Philox4x32-10: four words of 32 random bits per counter (int64 tensors, or numpy arrays, that broadcast, of at
+    least one dimension; values in [0, 2^32)).
 
     int64 products wrap, but their low 64 bits are those of the unsigned product, so shifting and masking
     gives its halves.
@@ -43,14 +45,20 @@ def philox(counter: Sequence[Tensor], key: int) -> tuple[Tensor, Tensor, Tensor,
     k0, k1 = key & _MASK, (key >> 32) & _MASK
     for _ in range(10):
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            ((p1 >> 32) & _MASK) ^ c1 ^ k0,
-            p1 & _MASK,
-            ((p0 >> 32) & _MASK) ^ c3 ^ k1,
-            p0 & _MASK,
-        )
+        # After the first round c1 and c3 are whole products; their upper halves go with the mask.
+        c0, c2 = (p1 >> 32) ^ c1, (p0 >> 32) ^ c3
+        c0 ^= k0
+        c2 ^= k1
+        c0 &= _MASK
+        c2 &= _MASK
+        c1, c3 = p1, p0
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
-    return c0, c1, c2, c3
+    return c0, c1 & _MASK, c2, c3 & _MASK
+
+
+def _blocks(rows: Any, columns: Any, key: int) -> tuple[Any, Any, Any, Any]:
+    """Four words for each row [B,1] (a sample) and column [1,n] (a block of its elements)."""
+    return philox((columns, rows & _MASK, rows >> 32, 0 * columns), key)
 
 
 class Draws:
@@ -66,14 +74,16 @@ class Draws:
 
     def _uniforms(self, name: str, count: int) -> Tensor:
         """[B, count] float32 in (0, 1)."""
-        blocks = -(-count // 4)
         key = stream_key(self.seed, self.stream, self.step, name)
-        rows = self.index.to(torch.int64)[:, None].expand(-1, blocks)
-        columns = torch.arange(blocks, device=rows.device)[None, :].expand_as(rows)
-        zero = torch.zeros_like(rows)
-        words = torch.stack(philox((columns, rows & _MASK, rows >> 32, zero), key), dim=-1)
+        rows = self.index.to(torch.int64)[:, None]
+        columns = torch.arange(-(-count // 4), device=rows.device)[None, :]
+        if rows.device.type == "cpu":  # what small batches pay for is the calls, and numpy's cost a third of torch's
+            words = np.stack(_blocks(rows.numpy(), columns.numpy(), key), axis=-1)
+            cells = torch.from_numpy((words >> 8).astype(np.float32))
+        else:
+            cells = (torch.stack(_blocks(rows, columns, key), dim=-1) >> 8).to(torch.float32)
         # The middle of one of 2^24 cells: never 0 or 1, so log and logit stay finite.
-        return ((words >> 8).to(torch.float32) + 0.5).mul_(2.0**-24).flatten(1)[:, :count]
+        return (cells + 0.5).mul_(2.0**-24).flatten(1)[:, :count]
 
     def uniform(self, name: str, shape: Sequence[int] = ()) -> Tensor:
         """[B, *shape] float32 in (0, 1)."""

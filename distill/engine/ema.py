@@ -19,9 +19,48 @@ def decay_at(step: int, decay: float, ramp: bool) -> float:
     return min(decay, (2 + step) / (11 + step)) if ramp else decay
 
 
-@torch.no_grad()
+class Follower:
+    """An average and the network that it follows, with their tensors looked up once: make it when the network lies
+    where it is trained (sharding replaces parameters). Buffers are read anew, as a net may replace them."""
+
+    def __init__(self, average: nn.Module, network: nn.Module) -> None:
+        self.kept, self.current = list(average.parameters()), list(network.parameters())
+        if len(self.kept) != len(self.current):
+            raise ValueError(
+                f"average: found {len(self.kept)} parameters, the network that it follows has {len(self.current)}"
+            )
+        self.buffers = [
+            (kept, current, name)
+            for kept, current in zip(average.modules(), network.modules(), strict=True)
+            for name, _ in current.named_buffers(recurse=False)
+        ]
+
+    @torch.no_grad()
+    def update(self, decay: float) -> None:
+        """average <- decay * average + (1 - decay) * network for parameters; buffers are copied."""
+        torch._foreach_lerp_(self.kept, self.current, 1.0 - decay)
+        for kept, current, name in self.buffers:
+            getattr(kept, name).copy_(getattr(current, name))
+
+
 def update_ema(average: nn.Module, network: nn.Module, decay: float) -> None:
-    """average <- decay * average + (1 - decay) * network for parameters; buffers are copied."""
-    torch._foreach_lerp_(list(average.parameters()), [p.detach() for p in network.parameters()], 1.0 - decay)
-    for kept, current in zip(average.buffers(), network.buffers(), strict=True):
-        kept.copy_(current)
+    """One `Follower.update`, where it is not worth keeping the follower."""
+    Follower(average, network).update(decay)
+
+
+def halflife_decay(
+    images_before: float, batch: int, halflife_images: float, ramp: float | None = 0.05
+) -> float:
+    """Decay of one update of `batch` images whose average forgets half in `halflife_images` (EDM, arXiv 2206.00364, F.5).
+
+    0.5^(batch / h) with h = min(halflife_images, ramp * images_before): while training is short the half-life is the
+    fraction `ramp` of it (None: no ramp-up). `images_before` counts the images seen BEFORE the update, so that the first
+    gives 0, a plain copy. A half-life of 0 keeps no average. Unlike a fixed decay it means the same for every batch size.
+    """
+    if images_before < 0 or batch < 1 or halflife_images < 0 or (ramp is not None and ramp <= 0):
+        raise ValueError(
+            f"images_before, batch, halflife_images, ramp: found {images_before}, {batch}, {halflife_images}, {ramp}; "
+            "expected at least 0, at least 1, at least 0, above 0 or None"
+        )
+    halflife = halflife_images if ramp is None else min(halflife_images, ramp * images_before)
+    return 0.5 ** (batch / halflife) if halflife > 0 else 0.0

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import lightning as L
 import torch
@@ -68,8 +68,24 @@ class Fit:
             raise ValueError(f"precision: found {self.precision!r}, expected one of {list(PRECISIONS)}")
 
 
+class Evaluation(Protocol):
+    """Measures the student while it is trained; every process calls it after the same steps."""
+
+    def due(self, before: int, now: int) -> bool:
+        """Whether an evaluation falls between two counts of images."""
+        ...
+
+    def resume(self, step: int) -> None:
+        """Called once, before training goes on from `step`."""
+        ...
+
+    def __call__(self, module: DistillModule) -> Mapping[str, float]:
+        """Evaluate; returns what to log."""
+        ...
+
+
 class _Watch(Callback):
-    """Logs, saves, stops and reports after iterations."""
+    """Logs, evaluates, saves, stops and reports after iterations."""
 
     def __init__(
         self,
@@ -79,17 +95,24 @@ class _Watch(Callback):
         loggers: Sequence[Logger],
         on_progress: Callable[[int, str], None],
         resumed: dict[str, Any] | None,
+        evaluation: Evaluation | None,
     ) -> None:
-        self.fit, self.path, self.config, self.loggers = fit, path, config, loggers
+        self.fit, self.path, self.config, self.loggers, self.evaluation = (
+            fit,
+            path,
+            config,
+            loggers,
+            evaluation,
+        )
         self.on_progress, self.resumed = on_progress, resumed
-        self.seen = self.saved = 0
+        self.seen = self.saved = self.images = 0
         self.logs: dict[str, Tensor] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Optimizers exist now; on a resumed run they get their state back."""
         assert isinstance(pl_module, DistillModule)
         reinstall()  # Lightning has put a handler of its own before ours, which ends the run unsaved
-        self.seen = pl_module.progress.step
+        self.seen, self.images = pl_module.progress.step, pl_module.progress.images
         if self.resumed is not None:
             checkpoint.restore_optimizers(self.resumed, pl_module, where=self.path)
             self.resumed, self.saved = None, self.seen
@@ -100,8 +123,9 @@ class _Watch(Callback):
         self.logs |= logs  # of updates that do not run in every iteration, the latest
         step = module.progress.step
         logging_now = step != self.seen and (step % self.fit.log_every == 0 or step == self.fit.steps)
-        if logging_now:
-            self._log(module, self.logs)
+        evaluated = self._evaluate(module) if step != self.seen else None
+        if logging_now or evaluated is not None:
+            self._log(module, self.logs, evaluated or {})
         if logging_now or module.device.type == "cpu":  # where reading a counter costs nothing, stop at once
             self._stop_if_nonfinite(module)
         if step != self.seen:
@@ -115,12 +139,24 @@ class _Watch(Callback):
             checkpoint.save(self.path, module, self.config)
             raise Interrupted(signum or signal.SIGTERM)
 
-    def _log(self, module: DistillModule, logs: Mapping[str, Tensor]) -> None:
+    def _evaluate(self, module: DistillModule) -> Mapping[str, float] | None:
+        """Measure the student where it is due (else None), before the checkpoint of the same step: a kill in between
+        repeats it. Its time is not training's."""
+        before, self.images = self.images, module.progress.images
+        last = module.progress.step == self.fit.steps
+        if self.evaluation is None or not (last or self.evaluation.due(before, self.images)):
+            return None
+        found = self.evaluation(module)
+        module.restart_clock()
+        return found
+
+    def _log(self, module: DistillModule, logs: Mapping[str, Tensor], evaluated: Mapping[str, float]) -> None:
         """One entry with the means over processes and the counts of skipped steps."""
         names = list(logs)
         values = module.world.mean(torch.stack([logs[n].to(module.device, torch.float32) for n in names]))
         entry = {**module.progress.to_dict(), **dict(zip(names, values.tolist(), strict=True))}
         entry |= {f"{name}/skipped": pair[0] for name, pair in module.nonfinite.to_dict().items()}
+        entry |= evaluated
         for logger in self.loggers:
             logger.log(entry)
         self.on_progress(module.progress.step, f"loss {entry.get('student/loss', float('nan')):.4g}")
@@ -145,8 +181,10 @@ def train(
     config: dict[str, Any],
     loggers: Sequence[Logger] = (),
     on_progress: Callable[[int, str], None] = lambda step, text: None,
+    evaluation: Evaluation | None = None,
 ) -> None:
-    """Train a prepared method to `fit.steps` student steps, from the checkpoint in `folder` where there is one.
+    """Train a prepared method to `fit.steps` student steps, from the checkpoint in `folder` where there is one;
+    `evaluation` measures the student whenever it is due, and at the end.
 
     Afterwards `folder/last.ckpt` holds the end of training. Raises ValueError where the batch cannot be split,
     FloatingPointError after too many non-finite steps, `Interrupted` after SIGINT or SIGTERM (with a checkpoint
@@ -158,6 +196,8 @@ def train(
         on_progress(method.progress.step, f"continues from step {method.progress.step}")
     for logger in loggers:
         logger.resume(method.progress.step)
+    if evaluation is not None:
+        evaluation.resume(method.progress.step)
     device = torch.device(fit.device, world.local_rank) if fit.device == "cuda" else torch.device(fit.device)
     method.distribute(fit.shard, device)
     stop = method.student_update.iterations_for(fit.steps)
@@ -174,7 +214,7 @@ def train(
         rank=world.rank,
         world=world.size,
     )
-    watch = _Watch(fit, path, config, loggers, on_progress, state)
+    watch = _Watch(fit, path, config, loggers, on_progress, state, evaluation)
     with deferred():
         _trainer(fit, device, watch, folder).fit(method, train_dataloaders=loader)
     if method.progress.iteration < stop:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
@@ -17,16 +19,26 @@ from torch import Tensor, nn
 
 from distill.data.batch import Batch
 from distill.data.rng import Draws
-from distill.engine.ema import decay_at, shadow, update_ema
-from distill.engine.nonfinite import NonFinite, step_unless
+from distill.engine.ema import Follower, decay_at, shadow
+from distill.engine.nonfinite import NonFinite, nonfinite, step_unless
 from distill.engine.parallel import full_norm, make_mesh, shard_net, sync_gradients
 from distill.engine.progress import Progress
-from distill.engine.update import Optim, Step, Update
+from distill.engine.update import Average, Diagnostics, Optim, Step, Update
 from distill.models.denoiser import Denoiser
 from distill.models.spec import SamplerSpec
 from distill.world import World
 
 STUDENT = "student"
+Frozen = TypeVar("Frozen", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """What an update touches in every step, looked up once: walking over a network's modules costs as much as a small
+    layer. `followers`: averages, each with its decay as a function of the update's step."""
+
+    parameters: list[nn.Parameter]
+    followers: list[tuple[Callable[[int], float], Follower]]
 
 
 class DistillModule(L.LightningModule):
@@ -44,12 +56,15 @@ class DistillModule(L.LightningModule):
         self.frozen: dict[str, nn.Module] = {}
         self.progress = Progress()
         self.nonfinite = NonFinite()
+        self._turns: dict[str, _Turn] = {}
         self.world, self.seed, self.stream = World(), 0, "train"
         self.on_step: Callable[[DistillModule, Mapping[str, Tensor]], None] | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         """A frozen network may be kept under any attribute without becoming a submodule (and part of checkpoints)."""
-        if isinstance(value, nn.Module) and any(
+        if value is None or type(value) in (str, int, float):
+            object.__setattr__(self, name, value)  # Lightning notes the running hook so, some thirty times a step
+        elif isinstance(value, nn.Module) and any(
             value is kept for kept in self.__dict__.get("frozen", {}).values()
         ):
             object.__setattr__(self, name, value)
@@ -67,7 +82,16 @@ class DistillModule(L.LightningModule):
         """How the trained student is to be sampled."""
         raise NotImplementedError(f"{type(self).__name__} declares no sampler")
 
-    def keep_frozen(self, role: str, network: nn.Module) -> nn.Module:
+    def averages(self) -> Mapping[str, Average]:
+        """Further averages by name, such as a target network; found in `self.ema` once `prepare` has run."""
+        return {}
+
+    def diagnostics(self, batch: Batch, draws: Draws) -> Diagnostics:
+        """What to log and to show at an evaluation, from samples and draws that are the same each time. Without
+        gradients; every process calls it."""
+        return Diagnostics()
+
+    def keep_frozen(self, role: str, network: Frozen) -> Frozen:
         """Keep a network that is never trained: moved to the device with the others, but neither registered
         nor saved."""
         self.frozen[role] = network.requires_grad_(False).eval()
@@ -87,6 +111,7 @@ class DistillModule(L.LightningModule):
         """Derive everything from the updates: what is trained, averages, counters. `optim` has one entry (an
         `Optim` or its fields) for each optimizer that the updates name."""
         self.seed, self.stream, self.world = seed, stream, world or World()
+        self._turns.clear()
         self.plan = list(self.updates())
         names = [update.name for update in self.plan]
         if len(set(names)) != len(names):
@@ -106,11 +131,19 @@ class DistillModule(L.LightningModule):
                 self.networks[role] = network
                 if self.optim[update.optim_key].ema is not None and role not in self.ema:
                     self.ema[role] = shadow(network)
+        self.further = dict(self.averages())
+        for name, average in self.further.items():
+            if name in self.networks or average.of not in self.networks:
+                raise ValueError(
+                    f"averages: {name!r} of {average.of!r}: expected a new name and one of {sorted(self.networks)}"
+                )
+            self.ema[name] = shadow(self.networks[average.of])
         self.student_update = next(update for update in self.plan if STUDENT in update.trains)
 
     def distribute(self, shard: str, device: torch.device) -> None:
         """Move all networks to their device and, with several processes, shard them: each on its own, averages
         like what they average, so that averaging never communicates. Once, before optimizers are made."""
+        self._turns.clear()  # sharding replaces parameters
         mesh = make_mesh(self.world, shard, device)
         for network in [*self.networks.values(), *self.ema.values()]:
             network.to(device)
@@ -123,6 +156,22 @@ class DistillModule(L.LightningModule):
     def parameters_of(self, update: Update) -> list[nn.Parameter]:
         """Parameters of everything that an update trains."""
         return [p for network in update.trains.values() for p in network.parameters()]
+
+    def _turn_of(self, update: Update) -> _Turn:
+        """What the update touches; for steps, once the networks lie where they are trained."""
+        if (turn := self._turns.get(update.name)) is None:
+            settings = self.optim[update.optim_key]
+            followers: list[tuple[Callable[[int], float], Follower]] = []
+            if settings.ema is not None:
+                decay = partial(decay_at, decay=settings.ema, ramp=settings.ema_ramp)
+                followers += [(decay, Follower(self.ema[role], network)) for role, network in update.trains.items()]
+            followers += [
+                (average.decay, Follower(self.ema[name], update.trains[average.of]))
+                for name, average in self.further.items()
+                if average.of in update.trains
+            ]
+            turn = self._turns[update.name] = _Turn(self.parameters_of(update), followers)
+        return turn
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """One optimizer an optim key, in sorted order, over the networks of the updates that share it."""
@@ -152,13 +201,17 @@ class DistillModule(L.LightningModule):
         for network in self.networks.values():
             network.requires_grad_(False).train()
         self.nonfinite.to(self.device)
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """What has passed since the last iteration is no training time."""
         self._clock = time.perf_counter()
 
     def transfer_batch_to_device(
         self, batch: list[Batch], device: torch.device, dataloader_idx: int
     ) -> list[Batch]:
         """Micro batches know how to move themselves."""
-        return [micro.to(device) for micro in batch]
+        return [micro if micro.ids.device == device else micro.to(device) for micro in batch]
 
     # --- one iteration
     # ----------------------------------------------------------------------------------------------
@@ -186,27 +239,29 @@ class DistillModule(L.LightningModule):
         A step whose loss or gradient is not finite anywhere changes no weight, on any process; it is counted,
         and it keeps its place in schedules and averages."""
         settings, optimizer = self.optim[update.optim_key], self.optimizers_by_key[update.optim_key]
-        parameters = self.parameters_of(update)
+        turn = self._turn_of(update)
+        parameters = turn.parameters
         for parameter in parameters:
             parameter.requires_grad_(True)
         logs = self._backward(update, batch, shared, iteration)
-        norm = full_norm(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
-        bad = ~(norm.isfinite() & logs[f"{update.name}/loss"].isfinite())
-        bad = self.world.maximum(bad.to(torch.float32))
+        # One call for all tensors: torch's default on GPUs, and on CPUs the same sums without a Python call a tensor.
+        together = True if self.world.size == 1 else None
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = full_norm(torch.nn.utils.get_total_norm(gradients, foreach=together))
+        bad = self.world.maximum(nonfinite(norm, logs[f"{update.name}/loss"]))
         self.nonfinite.count(update.name, bad)
         if settings.clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, settings.clip, norm)
+            torch.nn.utils.clip_grads_with_norm_(parameters, settings.clip, norm, foreach=together)
         step = self._step_of(update, iteration)
         factor = settings.schedule(step)
         for group, base in zip(optimizer.param_groups, self.base_lr[update.optim_key], strict=True):
             group["lr"] = base * factor
         step_unless(optimizer, bad)
-        optimizer.zero_grad(set_to_none=True)
         for parameter in parameters:
+            parameter.grad = None
             parameter.requires_grad_(False)
-        if settings.ema is not None:
-            for role, network in update.trains.items():
-                update_ema(self.ema[role], network, decay_at(step, settings.ema, settings.ema_ramp))
+        for decay, follower in turn.followers:
+            follower.update(decay(step))
         if update is self.student_update:
             self.progress.step += 1
             self.progress.images += sum(len(micro) for micro in batch) * self.world.size
@@ -218,15 +273,17 @@ class DistillModule(L.LightningModule):
     ) -> dict[str, Tensor]:
         """Accumulate the gradients of all micro batches; returns the means of what the losses log."""
         logs: dict[str, Tensor] = {}
+        whole = len(batch) == 1
         for number, (micro, scratch) in enumerate(zip(batch, shared, strict=True)):
             if self.world.size > 1:
                 sync_gradients(update.trains.values(), number == len(batch) - 1)
             draws = Draws(self.seed, f"{self.stream}/{update.name}", iteration, micro.index)
             loss = update.loss(micro, Step(iteration, draws, scratch))
-            (update.backward or self.manual_backward)(loss.total / len(batch))
+            # Not Lightning's manual_backward: it adds hooks that nothing here uses (and scaling, for fp16 alone).
+            (update.backward or torch.Tensor.backward)(loss.total if whole else loss.total / len(batch))
             for name, value in {"loss": loss.total, **loss.logs}.items():
                 key = f"{update.name}/{name}"
-                logs[key] = logs.get(key, 0.0) + value.detach() / len(batch)
+                logs[key] = value.detach() if whole else logs.get(key, 0.0) + value.detach() / len(batch)
         return logs
 
     @staticmethod
@@ -236,6 +293,12 @@ class DistillModule(L.LightningModule):
 
     # --- results
     # ----------------------------------------------------------------------------------------------------
+
+    def average(self, name: str) -> Denoiser:
+        """An average of a denoiser by its name in `self.ema`."""
+        network = self.ema[name]
+        assert isinstance(network, Denoiser)
+        return network
 
     def best(self, role: str = STUDENT) -> nn.Module:
         """The weights to use afterwards: the average where there is one, else the raw network."""

@@ -38,14 +38,25 @@ class NonFinite:
         self.streak = {name: torch.tensor(float(pair[1])) for name, pair in value.items()}
 
 
+def nonfinite(*values: Tensor) -> Tensor:
+    """1 where any of the scalars is infinite or nan, else 0, as a float32 scalar on their device."""
+    # 0 * x is 0 for every finite x and nan for all others: fewer small operations than `isfinite` of each.
+    return sum(0.0 * value for value in values).isnan().to(torch.float32)
+
+
 def step_unless(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
     """`optimizer.step()`, or nothing at all where `bad` (a scalar, 1 or 0) is set.
 
-    Fused optimizers read the flag themselves, on the device (the mechanism that gradient scaling uses);
-    others cost one read by the host."""
-    if optimizer.defaults.get("fused"):
-        fused = cast(Any, optimizer)
-        fused.grad_scale, fused.found_inf = None, bad
-        optimizer.step()
+    On a device, fused optimizers read the flag themselves (the mechanism that gradient scaling uses); others
+    cost one read by the host. On a CPU reading is free, and the flag is not."""
+    if optimizer.defaults.get("fused") and bad.device.type != "cpu":
+        flagged_step(optimizer, bad)
     elif not bool(bad):
         optimizer.step()
+
+
+def flagged_step(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
+    """`step_unless` of a fused optimizer, without a read by the host."""
+    fused = cast(Any, optimizer)
+    fused.grad_scale, fused.found_inf = None, bad
+    optimizer.step()

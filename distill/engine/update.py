@@ -3,7 +3,7 @@ derived from them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -79,6 +79,29 @@ class Update:
     def iterations_for(self, steps: int) -> int:
         """Iterations after which this update has run `steps` times."""
         return 0 if steps == 0 else self.start + (steps - 1) * self.every + 1
+
+
+@dataclass(frozen=True)
+class Average:
+    """A further moving average of a trained network, with a schedule of its own: a target network (mean teacher).
+
+    Not the one that is evaluated and exported (`Optim.ema`). It is kept, sharded and saved like that one, under its name
+    in `DistillModule.ema`.
+
+    Attributes:
+        of: role of the network that it follows.
+        decay: optimizer step (from 0) -> share of the old average that is kept.
+    """
+
+    of: str
+    decay: Callable[[int], float]
+
+
+class Diagnostics(NamedTuple):
+    """What a method shows of itself at an evaluation: scalars to log, and rows (label, images [n,*S]) of a picture."""
+
+    scalars: Mapping[str, Tensor] = {}
+    rows: Sequence[tuple[str, Tensor]] = ()
 
 
 @dataclass(frozen=True)

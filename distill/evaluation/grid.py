@@ -85,3 +85,14 @@ def tile(images: Tensor, columns: int, scale: int | None = None, border: int = 2
 def save_png(image: Image.Image, path: Path | str) -> None:
     """Write a PNG under a temporary name and rename it, so that `path` never holds half a picture."""
     write_atomic(Path(path), lambda temporary: image.save(temporary, format="PNG"))
+
+
+def save_samples(samples: Tensor, columns: int, path: Path) -> None:
+    """PNG of images [N, C, H, W], `columns` in a row, or of points [N, D] in the plane; raises what `tile` and
+    `trajectories.save_scatter` raise."""
+    if samples.ndim == 2:
+        from distill.evaluation.trajectories import save_scatter  # matplotlib is slow to import
+
+        save_scatter(samples, path)
+    else:
+        save_png(tile(samples, columns), path)

@@ -47,6 +47,9 @@ def kid(x: Tensor, y: Tensor, y_similarity: float | None = None) -> float:
 def kid_subsets(x: Tensor, y: Tensor, subsets: int, size: int, seed: int = 0) -> tuple[float, float]:
     """Mean and standard deviation of `kid` over random subsets of `size` rows, as it is published.
 
+    The usual protocol is 100 subsets of 1000: clean-fid draws min(N, M, 1000) rows by NumPy's global generator and
+    prints the mean; torchmetrics refuses a size above a set and adds the deviation with divisor n (here n - 1). Their
+    draws differ, so such values agree only within the sampling of subsets; `kid` has none, and is what rows hold.
     Rows are drawn without replacement by a CPU generator of `seed`. Raises ValueError if `size` exceeds a
     set, or for fewer than two subsets.
     """

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from distill.evaluation.checks import as_rows, check_labels
+from distill.evaluation.cmmd import cmmd, mean_kernel, unit_rows
 from distill.evaluation.diversity import class_std, nn_train, pixel_std
 from distill.evaluation.frechet import frechet_distance, moments
 from distill.evaluation.kid import kid, self_similarity
 from distill.evaluation.precision import manifold, squared_radii
-from distill.evaluation.protocol import Protocol, real_floor, stratified_split
+from distill.evaluation.protocol import Protocol, is_clip, real_floor, stratified_split
 from distill.evaluation.sliced import quantile_distance, sorted_projections
+from distill.models.extractors.images import rounded
 from distill.models.features import FeatureExtractor
 
 HELDOUT_SPLITS = 5
@@ -31,11 +33,15 @@ class Extracted:
 
 
 @torch.no_grad()
-def extract(extractor: FeatureExtractor, images: Tensor, batch: int = 256) -> Extracted:
-    """Features of images [N, C, H, W] in [-1, 1] that lie on the extractor's device, `batch` at a time."""
+def extract(extractor: FeatureExtractor, images: Tensor) -> Extracted:
+    """Features of images [N, C, H, W] in [-1, 1] that lie on the extractor's device, `extractor.batch` at a time.
+
+    Images are rounded to the 256 levels of a file first where the extractor says so (`quantise`): the numbers are
+    then those of the saved files.
+    """
     features, predicted = [], []
-    for part in images.split(batch):
-        found, logits = extractor.features_and_logits(part)
+    for part in images.split(extractor.batch):
+        found, logits = extractor.features_and_logits(rounded(part) if extractor.quantise else part)
         features.append(found.to(torch.float64))
         if logits is not None:
             predicted.append(logits.argmax(1))
@@ -69,6 +75,7 @@ class Reference:
             check_labels("reference", labels, len(images))
         self.k, self.projections, self.seed = k, projections, seed
         self.extractor_id = (extractor.name, extractor.sha256)
+        self.full_count, self.preprocessing = extractor.full_count, extractor.preprocessing
         self.device = torch.device(device)
         self.resolution = tuple(images.shape[1:])
         self.images = rows.to(self.device)
@@ -80,10 +87,18 @@ class Reference:
         self.mean, self.cov = moments(self.features, "reference features")
         self.radii = squared_radii(self.features, k, "reference features")
         self.similarity = self_similarity(self.features, "reference features")
+        self.kernel = self._clip_kernel()
         self.sorted = sorted_projections(self.images, projections, seed, "reference images")
         self.pixel_std = pixel_std(self.images)
         self.class_std = _class_std(self.images, self.labels)
         self.heldout_nn = self._heldout_distance(min(heldout, len(images) // 4))
+
+    def _clip_kernel(self) -> Tensor | None:
+        """The real half of CMMD; None for features of no CLIP."""
+        if not is_clip(self.extractor_id[0]):
+            return None
+        self.embeddings = unit_rows(self.features, "reference embeddings")
+        return mean_kernel(self.embeddings, self.embeddings)
 
     def _heldout_distance(self, size: int) -> float:
         generator = torch.Generator().manual_seed(self.seed)
@@ -95,7 +110,8 @@ class Reference:
 
     def floor(self, splits: int = 5) -> dict[str, float]:
         """`real_floor` of this set."""
-        return real_floor(self.features, self.images, self.labels, splits, self.projections, self.seed)
+        clip = self.kernel is not None
+        return real_floor(self.features, self.images, self.labels, splits, self.projections, self.seed, clip)
 
     def references(self, floor: Mapping[str, float] | None = None) -> dict[str, float]:
         """Values of the real set that gates may name.
@@ -135,6 +151,8 @@ class Reference:
             seed=self.seed,
             straightness_steps=straightness_steps,
             floor=self.floor() if floor is None else floor,
+            full_count=self.full_count,
+            preprocessing=self.preprocessing,
         )
 
 
@@ -145,9 +163,9 @@ def measure(
 
     images [N, C, H, W] in [-1, 1] on the extractor's device, labels [N] (the class asked for) or None. Pixels
     are taken as they are: the caller clamps. `class_std` is None without labels or where a class has one
-    sample only (a smoke run), `class_accuracy` (a fraction) without labels or without logits. Raises
-    ValueError for fewer than k + 1 samples, another resolution or extractor than the reference's, or
-    non-finite pixels.
+    sample only (a smoke run), `class_accuracy` (a fraction) without labels or without logits, `cmmd` for
+    features of no CLIP. Raises ValueError for fewer than k + 1 samples, another resolution or extractor
+    than the reference's, or non-finite pixels.
     """
     if (extractor.name, extractor.sha256) != reference.extractor_id:
         raise ValueError(
@@ -166,6 +184,7 @@ def measure(
     return {
         "fd": frechet_distance(*moments(features, "generated features"), reference.mean, reference.cov),
         "kid": kid(features, reference.features, reference.similarity),
+        "cmmd": _cmmd(features, reference),
         "sliced_wasserstein": quantile_distance(projected, reference.sorted),
         "precision": balls.precision,
         "recall": balls.recall,
@@ -176,6 +195,12 @@ def measure(
         "nn_train": nn_train(rows, reference.images),
         "class_accuracy": _accuracy(extracted.predicted, labels),
     }
+
+
+def _cmmd(features: Tensor, reference: Reference) -> float | None:
+    if reference.kernel is None:
+        return None
+    return cmmd(unit_rows(features, "generated embeddings"), reference.embeddings, reference.kernel)
 
 
 def _class_std(images: Tensor, labels: Tensor | None) -> float | None:

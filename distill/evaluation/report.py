@@ -8,47 +8,74 @@ from typing import Any
 from distill.evaluation.gates import GateResult
 from distill.evaluation.protocol import Protocol
 
-# metric -> (column heading, format)
+# metric -> (heading where the protocol has no name for it, unit and direction, format)
 COLUMNS = {
-    "nfe": ("nfe", "d"),
-    "fd": ("fd ↓", ".3f"),
-    "kid": ("kid·10³ ↓", ".1f"),
-    "sliced_wasserstein": ("sliced W ↓", ".3f"),
-    "precision": ("precision", ".3f"),
-    "recall": ("recall ↑", ".3f"),
-    "density": ("density", ".3f"),
-    "coverage": ("coverage ↑", ".3f"),
-    "class_std": ("class std", ".3f"),
-    "nn_train": ("nn train", ".3f"),
-    "class_accuracy": ("accuracy", ".3f"),
-    "teacher_mse": ("teacher mse ↓", ".4f"),
-    "straightness": ("straightness ↓", ".3f"),
-    "images_per_second": ("images/s ↑", ".0f"),
+    "nfe": ("nfe", "", "d"),
+    "fd": ("fd", " ↓", ".3f"),
+    "kid": ("kid", "·10³ ↓", ".1f"),
+    "cmmd": ("cmmd", " ↓", ".3f"),
+    "energy": ("energy", " ↓", ".4f"),
+    "sliced_wasserstein": ("sliced W", " ↓", ".3f"),
+    "precision": ("precision", "", ".3f"),
+    "recall": ("recall", " ↑", ".3f"),
+    "density": ("density", "", ".3f"),
+    "coverage": ("coverage", " ↑", ".3f"),
+    "class_std": ("class std", "", ".3f"),
+    "nn_train": ("nn train", "", ".3f"),
+    "class_accuracy": ("accuracy", "", ".3f"),
+    "teacher_mse": ("teacher mse", " ↓", ".4f"),
+    "transport_cost": ("transport", "", ".3f"),
+    "straightness": ("straightness", " ↓", ".3f"),
+    "straightness_norm": ("S / transport", " ↓", ".4f"),
+    "one_step_gap": ("one-step gap", " ↓", ".4f"),
+    "images_per_second": ("images/s", " ↑", ".0f"),
 }
-LEGEND = (
-    "`fd`, `kid`: Fréchet and kernel distance in the features that the protocol names (not an FID; two "
-    "halves of the real images score worse than a good model of many samples, since they are few; `kid` "
-    "is unbiased and may be negative). `sliced W`: sliced Wasserstein distance of pixels. `precision`, "
-    "`density`: how real single samples are; `recall`, `coverage`: how much of the real variety there "
-    "is; the first two rise and the last two fall when samples collapse to class means. `class std`: "
-    "spread of pixels within a class; `nn train`: distance to the nearest training image; `accuracy`: "
-    "the classifier agrees with the label asked for. `teacher mse`: distance to the teacher's image "
-    "from the same noise. `straightness`: 0 for straight paths. `nfe`: network calls. `images/s` "
-    "depends on the machine and its load."
-)
 SCALE = {"kid": 1000.0}
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown table of rows of metrics.json; columns that are null everywhere are left out."""
+def legend(protocol: Protocol) -> str:
+    """What the columns mean, under the names of `Protocol.names`."""
+    n = protocol.names()
+    distance = (
+        "the Fréchet distance in Inception features"
+        if protocol.features == "inception"
+        else f"the Fréchet distance in the features {protocol.features} (not an FID)"
+    )
+    parts = [
+        f"`{n['fd']}`: {distance}; two halves of the real images score worse than a good model of many samples, since "
+        f"they are few. `{n['kid']}`: kernel distance in the same features, unbiased, may be negative."
+    ]
+    if "cmmd" in n:
+        parts.append(
+            f"`{n['cmmd']}`: Gaussian kernel distance of CLIP embeddings, times 1000, biased upward."
+        )
+    parts.append(
+        f"`{n['sliced_wasserstein']}`: sliced Wasserstein distance of pixels. `{n['precision']}`, `{n['density']}`: how "
+        f"real single samples are; `{n['recall']}`, `{n['coverage']}`: how much of the real variety there is; the first "
+        "two rise and the last two fall when samples collapse to class means. `class std`: spread of pixels within a "
+        f"class; `nn train`: distance to the nearest training image; `{n['class_accuracy']}`: the classifier agrees "
+        "with the label asked for. `teacher mse`: distance to the teacher's image from the same noise. `straightness`: 0 "
+        "for straight paths. `nfe`: network calls. `images/s` depends on the machine and its load."
+    )
+    if any("@" in name for name in n.values()):
+        parts.append(
+            "`@` and a count: fewer samples than the metric's name stands for; compare only with the same count."
+        )
+    return " ".join(parts)
+
+
+def table(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
+    """Markdown table of rows of metrics.json under the names of `Protocol.names`; columns that are null everywhere are
+    left out."""
     keys = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
+    headings = [names.get(key, COLUMNS[key][0]) + COLUMNS[key][1] for key in keys]
     lines = [
-        "| model | steps | " + " | ".join(COLUMNS[key][0] for key in keys) + " |",
+        "| model | steps | " + " | ".join(headings) + " |",
         "|---|---|" + "---|" * len(keys),
     ]
     for row in rows:
         cells = [
-            f"{row[key] * SCALE.get(key, 1):{COLUMNS[key][1]}}" if row.get(key) is not None else "-"
+            f"{row[key] * SCALE.get(key, 1):{COLUMNS[key][2]}}" if row.get(key) is not None else "-"
             for key in keys
         ]
         lines.append(f"| {row['model']} | {row['steps']} | " + " | ".join(cells) + " |")
@@ -84,10 +111,10 @@ def report(
         f"# {title}",
         f"**{note}**" if note else "",
         "![one noise a column](grid.png)" if grid else "",
-        table(rows),
+        table(rows, protocol.names()),
         f"Protocol: {protocol.describe()}.",
     ]
-    parts.append(LEGEND)
+    parts.append(legend(protocol))
     if real:
         parts.append(
             "The real images themselves: "

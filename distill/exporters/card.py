@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from distill.evaluation.protocol import Protocol
 from distill.evaluation.report import table
 
 
@@ -12,21 +13,26 @@ def card(
     recipe: str,
     description: Mapping[str, Any],
     rows: Sequence[Mapping[str, Any]],
-    protocol: str,
+    protocol: Protocol | None,
     *,
     grid: bool,
     note: str = "",
 ) -> str:
     """README.md of an export: what the model is, how it is sampled, what was measured. `rows` may be
-    empty."""
+    empty; where they are not, `protocol` says how they were measured."""
     sampler = description["sampler"]
     valid = "any number of" if sampler["any_steps"] else " or ".join(sorted(sampler["times"], key=int))
     classes = description["num_classes"]
     shape = "x".join(str(n) for n in description["sample_shape"])
     guided = sampler["guidance_scale"] != 1
+    points = description.get("value_range", [-1.0, 1.0]) is None
+    what = (
+        f"points of {shape} numbers"
+        if points
+        else f"images of {shape} (channels x height x width) in [-1, 1]"
+    )
     facts = [
-        f"- makes images of {shape} (channels x height x width) in [-1, 1]"
-        + (f" for {classes} classes" if classes else ""),
+        f"- makes {what}" + (f" for {classes} classes" if classes else ""),
         f"- valid for {valid} step(s); default {sampler['steps']}; solver {sampler['solver']}, "
         f"{sampler['mode']}",
         f"- guidance scale {sampler['guidance_scale']:g}"
@@ -38,19 +44,22 @@ def card(
     ]
     if description["coupling"] == "endpoint":
         facts.append("- knows the noisiest time alone: not a start for further reflow or multi-step sampling")
-    label = ", label=3" if classes else ""
+    label = f", label={min(3, classes - 1)}" if classes else ""
+    samples = "points" if points else "images"
     use = (
-        f'```python\nimport distill\n\nimages = distill.load("path/to/this/folder").sample(8{label})  # '
+        f'```python\nimport distill\n\n{samples} = distill.load("path/to/this/folder").sample(8{label})  # '
         f"[8, {shape.replace('x', ', ')}]\n```\n\n"
         "```\npython -m distill.sample model=path/to/this/folder count=64 out=grid.png\n```"
     )
     parts = [
         f"# {recipe}: distilled student",
         f"**{note}**" if note else "",
-        "![one noise a column](grid.png)" if grid else "",
+        f"![{'paths from noise to points' if points else 'one noise a column'}](grid.png)" if grid else "",
         "\n".join(facts),
         use,
     ]
     if rows:
-        parts += ["## Measured", table(rows), protocol]
+        if protocol is None:
+            raise ValueError("protocol: found None, expected how the rows were measured")
+        parts += ["## Measured", table(rows, protocol.names()), f"Protocol: {protocol.describe()}."]
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -10,21 +10,16 @@ With it a sampler's order, a method's target and a trained student's error are k
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from distill.data.cond import Cond
+from distill.data.points import mixture_sample, ring_means
 from distill.models.denoiser import Denoiser
 from distill.process.base import Process, at_least_float32
-
-
-def ring_means(count: int = 8, radius: float = 1.5) -> list[list[float]]:
-    """`count` points on a circle, the first at angle 0."""
-    angles = [2 * math.pi * k / count for k in range(count)]
-    return [[radius * math.cos(a), radius * math.sin(a)] for a in angles]
 
 
 class GaussianMixture(nn.Module):
@@ -94,7 +89,7 @@ class GaussianMixture(nn.Module):
 
     def draw(self, component: Tensor, noise: Tensor) -> Tensor:
         """Data [B,*S] in float64 from component numbers [B] and standard normal numbers [B,*S]."""
-        return (self.means[component] + self.std * noise.flatten(1).double()).reshape(noise.shape)
+        return mixture_sample(self.means, self.std, component, noise.flatten(1)).reshape(noise.shape)
 
 
 def exact_denoiser(
@@ -110,12 +105,3 @@ def exact_denoiser(
         ring_means() if means is None else means, std, process, shape=shape, labelled=labelled
     )
     return Denoiser(net, process, "x0", net.shape, num_classes=net.num_classes, guidable=labelled)
-
-
-def mixture_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Config options of a mixture -> arguments of `exact_denoiser`: either `means`, or `count` and `radius` of a ring."""
-    known = dict(options)
-    ring = {name: known.pop(name) for name in ("count", "radius") if name in known}
-    if ring and "means" in known:
-        raise ValueError(f"means: found together with {sorted(ring)}, expected either means or a ring")
-    return known | ({"means": ring_means(**ring)} if "means" not in known else {})

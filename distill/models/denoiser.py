@@ -9,12 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from distill.data.cond import Cond
+from distill.models.boundary import Boundary
 from distill.models.guidance import guide
+from distill.models.spec import SamplerSpec
+from distill.nets.layers import GuidanceEmbedding
 from distill.process.base import Process, at_least_float32
-from distill.process.times import uniform_grid
+from distill.process.times import default_grid
+from distill.samplers.adaptive import rk45
+from distill.samplers.multistep import dpmpp_2m, unipc
 from distill.samplers.ode import ddim, euler, heun
+from distill.samplers.solvers import CALLS
 
-SOLVERS = ("euler", "heun", "ddim")
+SOLVERS = tuple(CALLS)
+COUPLINGS = ("independent", "paired", "endpoint", "few_step")
 
 
 class Denoiser(nn.Module):
@@ -28,9 +35,14 @@ class Denoiser(nn.Module):
         num_classes: class labels that the net is conditioned on; 0 for none.
         guidable: trained with dropped conditions, so guidance scales other than 1 make sense.
         coupling: which pairs of noise and data it was trained on: "independent" (the velocity is a score in
-            disguise), "paired" (reflow; no score can be read off) or "endpoint" (a one-step student, valid at
-            t_max alone).
+            disguise), "paired" (reflow; no score can be read off), "endpoint" (a one-step student, valid at t_max
+            alone) or "few_step" (valid at its sampler's times alone).
+        boundary: turns the predicted x0 into a consistency function; None: none is needed.
+
+    `sampler` is how the model is meant to be sampled, where that is known (models that were loaded).
     """
+
+    sampler: SamplerSpec | None = None
 
     def __init__(
         self,
@@ -42,6 +54,7 @@ class Denoiser(nn.Module):
         num_classes: int = 0,
         guidable: bool = False,
         coupling: str = "independent",
+        boundary: Boundary | None = None,
     ) -> None:
         super().__init__()
         process.check_kind(kind)
@@ -50,10 +63,16 @@ class Denoiser(nn.Module):
                 f"kind: found 'eps', but under {process!r} nothing of the data is left at t_max, where predicted noise "
                 "says nothing about it; expected 'x0', 'v' or 'velocity'"
             )
-        if coupling not in ("independent", "paired", "endpoint"):
-            raise ValueError(f"coupling: found {coupling!r}, expected 'independent', 'paired' or 'endpoint'")
+        if coupling not in COUPLINGS:
+            raise ValueError(f"coupling: found {coupling!r}, expected one of {list(COUPLINGS)}")
         self.net, self.process, self.kind, self.num_classes = net, process, kind, num_classes
         self.sample_shape, self.guidable, self.coupling = tuple(sample_shape), guidable, coupling
+        self.boundary = boundary
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the net takes the guidance w as an input (`Cond.guidance_w`)."""
+        return any(isinstance(module, GuidanceEmbedding) for module in self.net.modules())
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond, guidance_scale: float | Tensor = 1.0) -> Tensor:
         """The prediction [B,*S] of the net's own kind at times t [B], guided: u + g (c - u), in one batched
@@ -65,9 +84,18 @@ class Denoiser(nn.Module):
                 f"guidance_scale: found {guidance_scale}, but this model was not trained with a null "
                 "condition; expected 1"
             )
+        conditional, unconditional = self.branches(x_t, t, cond)
+        return guide(unconditional, conditional, guidance_scale)
+
+    def branches(self, x_t: Tensor, t: Tensor, cond: Cond, *, guided: bool = True) -> tuple[Tensor, Tensor]:
+        """Predictions [B,*S] of the net's own kind with and without the condition, in one batched forward; where not
+        `guided`, the first one twice, in a forward of one batch."""
+        if not guided:
+            out = self.net(x_t, t, cond)
+            return out, out
         both = self.net(torch.cat([x_t, x_t]), torch.cat([t, t]), cond.cat(cond.null()))
         conditional, unconditional = both.chunk(2)
-        return guide(unconditional, conditional, guidance_scale)
+        return conditional, unconditional
 
     def predict(
         self, kind: str, x_t: Tensor, t: Tensor, cond: Cond, guidance_scale: float | Tensor = 1.0
@@ -79,7 +107,10 @@ class Denoiser(nn.Module):
                 "only models with independent coupling have one"
             )
         out = at_least_float32(self(x_t, t, cond, guidance_scale))
-        return self.process.convert(self.kind, out, x_t, t, kind)
+        if self.boundary is None:
+            return self.process.convert(self.kind, out, x_t, t, kind)
+        x0 = self.process.convert(self.kind, out, x_t, t, "x0")
+        return self.process.convert("x0", self.boundary.apply(self.process, x0, x_t, t), x_t, t, kind)
 
     def x0(self, x_t: Tensor, t: Tensor, cond: Cond, guidance_scale: float | Tensor = 1.0) -> Tensor:
         """Predicted data."""
@@ -110,19 +141,19 @@ class Denoiser(nn.Module):
     ) -> Tensor:
         """Carry noise z [B,*S] along the probability-flow ODE.
 
-        The ODE is solved on `grid` ([steps + 1] descending) or, without one, on the uniform grid of `steps`.
+        The ODE is solved on `grid` ([steps + 1] descending) or, without one, on the process's default grid of `steps`.
         Returns [K,B,*S]: the states at `times` (points of the grid, descending); K = 1, the sample alone,
         without `times`.
+
+        `solver` is one of `SOLVERS`. "rk45" takes steps by its tolerance (1e-5) over the whole batch: `steps` and `grid` only
+        say where states are wanted. Where the velocity cannot be had at t_min, "heun" ends with an Euler step.
         """
         if grid is None:
             if steps is None or steps < 1:
                 raise ValueError(f"steps: expected at least 1, found {steps}")
-            grid = uniform_grid(self.process, steps)
+            grid = default_grid(self.process, steps)
         index = None if times is None else _places(times, grid)
-        on_device = grid.to(z.device, non_blocking=True)
-        states = _solve(solver, self, cond, guidance_scale)(
-            self.process.prior(z), on_device, index is not None
-        )
+        states = _solve(solver, self, cond, guidance_scale)(self.process.prior(z), grid, index is not None)
         return states[None] if index is None else torch.stack([states[i] for i in index])
 
 
@@ -143,16 +174,28 @@ def _solve(
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         return model.velocity(x, t, cond, guidance_scale)
 
+    kind = model.kind if model.boundary is None else "x0"
+
     def prediction(x: Tensor, t: Tensor) -> Tensor:
-        return model(x, t, cond, guidance_scale)
+        return model.predict(kind, x, t, cond, guidance_scale)
 
     if solver == "euler":
         return lambda x, grid, path: euler(velocity, x, grid, return_path=path)
     if solver == "heun":
-        singular = not model.process.regular_end
+        singular = not _velocity_at_end(model)
         return lambda x, grid, path: heun(velocity, x, grid, return_path=path, last_euler=singular)
-    if solver == "ddim":
-        return lambda x, grid, path: ddim(
-            prediction, model.process, x, grid, kind=model.kind, return_path=path
+    if solver == "rk45":
+        return lambda x, grid, path: rk45(prediction, model.process, x, grid, kind=kind, return_path=path)[0]
+    by_prediction: dict[str, Callable[..., Tensor]] = {"ddim": ddim, "dpmpp_2m": dpmpp_2m, "unipc": unipc}
+    if solver in by_prediction:
+        return lambda x, grid, path: by_prediction[solver](
+            prediction, model.process, x, grid, kind=kind, return_path=path
         )
     raise ValueError(f"solver: found {solver!r}, expected one of {list(SOLVERS)}")
+
+
+def _velocity_at_end(model: Denoiser) -> bool:
+    """Whether the velocity can be had at t_min: not where it is singular, nor from predicted data where no noise is left."""
+    end = torch.tensor([model.process.t_min], dtype=torch.float64, device="cpu")
+    clean = float(model.process.sigma(end)) == 0
+    return model.process.regular_end and not (clean and (model.kind == "x0" or model.boundary is not None))

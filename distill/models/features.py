@@ -27,20 +27,29 @@ class AssetError(RuntimeError):
 class FeatureExtractor(Protocol):
     """What losses and evaluation ask of a feature space; gradients flow to the images, never to weights.
 
-    `name` goes in front of every number measured with it, `dim` is D, `sha256` identifies the weights
+    `name` goes into the name of every number measured with it, `dim` is D, `sha256` identifies the weights
     (None for an extractor that has no file, such as a test double).
     """
 
     name: str
     dim: int
     sha256: str | None
+    full_count: int
+    """Samples from which on a number may carry the plain name of its metric."""
+    preprocessing: str
+    """What happens to images before the network, in words; empty: nothing."""
+    quantise: bool
+    """Whether measures round images to the 8 bits of a file first (losses never do: rounding has no gradient)."""
+    batch: int
+    """Images a call when measuring."""
 
     def __call__(self, images: Tensor) -> Tensor:
         """Images [B, C, H, W] in [-1, 1] to features [B, D]."""
         ...
 
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Features [B, D] and class logits [B, classes], or None where the network knows no classes."""
+        """Features [B, D] and logits [B, classes] of the data's classes, or None where the network does not know
+        them: logits of other classes must not be compared with the data's labels."""
         ...
 
 
@@ -53,6 +62,10 @@ class Digits64(nn.Module):
 
     name = "digits64"
     dim = 64
+    full_count = 2000
+    preprocessing = ""
+    quantise = False  # the data have 17 levels, which 8 bits do not hit
+    batch = 256
 
     def __init__(self, sha256: str | None = None) -> None:
         super().__init__()

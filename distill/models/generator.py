@@ -12,13 +12,21 @@ from distill.data.cond import Cond
 from distill.data.rng import sample_noise
 from distill.models.denoiser import Denoiser
 from distill.models.spec import SamplerSpec
+from distill.samplers.fewstep import few_step
+from distill.samplers.march import Noise
+
+
+def value_range(sample_shape: Sequence[int]) -> list[float] | None:
+    """[lowest, highest] of a sample: images [C,H,W] lie in [-1, 1], anything else (points) has no range."""
+    return [-1.0, 1.0] if len(sample_shape) == 3 else None
 
 
 class Generator:
-    """z ~ N(0, I) -> images in [-1, 1], in the few steps that `spec` names."""
+    """z ~ N(0, I) -> samples, in the few steps that `spec` names; images are clamped to their `range`, [-1, 1]."""
 
     def __init__(self, denoiser: Denoiser, spec: SamplerSpec) -> None:
         self.denoiser, self.spec, self.num_classes = denoiser, spec, denoiser.num_classes
+        self.range = value_range(denoiser.sample_shape)
 
     def __repr__(self) -> str:
         shape, valid = self.denoiser.sample_shape, sorted(self.spec.times) or "any"
@@ -37,6 +45,7 @@ class Generator:
     def one_step(self, z: Tensor, cond: Cond) -> Tensor:
         """[B,*S] noise -> [B,*S] samples with one network call: x0 predicted at t_max."""
         start = self.denoiser.process.prior(self.spec.start_scale * z)
+        cond = cond.with_guidance(self.spec.embedded()).to(z.device)
         t = torch.full((len(z),), self.denoiser.process.t_max, device=z.device)
         return self.denoiser.x0(start, t, cond, self.spec.guidance_scale)
 
@@ -48,19 +57,35 @@ class Generator:
         *,
         force: bool = False,
         guidance_scale: float | None = None,
+        guidance_w: float | None = None,
+        noise: Noise | None = None,
     ) -> Tensor:
         """[B,*S] noise -> [B,*S] samples in `steps` steps (default: the spec's); refuses counts that the
-        model is not valid for. `guidance_scale` replaces the spec's.
+        model is not valid for. `guidance_scale` and `guidance_w` (the input of a net that embeds it) replace the spec's.
 
-        Differentiable with respect to z."""
-        grid = self.spec.grid(self.denoiser.process, steps, force=force)
-        return self.denoiser.transport(
-            self.spec.start_scale * z,
-            cond,
-            solver=self.spec.solver,
-            grid=grid,
-            guidance_scale=self.spec.guidance_scale if guidance_scale is None else guidance_scale,
-        )[0]
+        `noise` [steps, B,*S], or step -> [B,*S], is the fresh noise of stochastic samplers ("sde") with more than one
+        step. Differentiable with respect to z."""
+        model, spec = self.denoiser, self.spec
+        grid = spec.grid(model.process, steps, force=force)
+        cond = cond.with_guidance(spec.embedded(guidance_w)).to(z.device)
+        scale = spec.guidance_scale if guidance_scale is None else guidance_scale
+        if spec.mode == "ode":
+            return model.transport(
+                spec.start_scale * z, cond, solver=spec.solver, grid=grid, guidance_scale=scale
+            )[0]
+        if noise is None and len(grid) > 2:
+            raise ValueError(
+                f"noise: missing; this model's sampler draws fresh noise in each of {len(grid) - 1} steps"
+            )
+        return few_step(
+            lambda x, t: model.x0(x, t, cond, scale),
+            model.process,
+            model.process.prior(spec.start_scale * z),
+            grid,
+            torch.zeros_like(z)[None] if noise is None else noise,
+            noise_scale=spec.noise_scale,
+            noise_floor=spec.noise_floor,
+        )
 
     @torch.no_grad()
     def sample(
@@ -73,10 +98,11 @@ class Generator:
         steps: int | None = None,
         force: bool = False,
         guidance_scale: float | None = None,
+        guidance_w: float | None = None,
         batch_size: int = 500,
     ) -> Tensor:
-        """`count` images [count,*S] in [-1, 1] on the CPU; image i is a function of (seed, stream, i) and its
-        label alone.
+        """`count` samples [count,*S] on the CPU, images clamped to [-1, 1]; sample i is a function of (seed, stream,
+        i) and its label alone.
 
         label: one class for all, one a sample, or None: classes 0, 1, 2, ... in turn."""
         if count < 1:
@@ -91,6 +117,7 @@ class Generator:
                 steps=steps,
                 force=force,
                 guidance_scale=guidance_scale,
+                guidance_w=guidance_w,
             )
             for ids in torch.arange(count).split(batch_size)
         ]
@@ -107,11 +134,27 @@ class Generator:
         steps: int | None = None,
         force: bool = False,
         guidance_scale: float | None = None,
+        guidance_w: float | None = None,
     ) -> Tensor:
         """The samples `ids` [n] of `sample`, in one batch; `labels` holds those of all samples."""
-        z = sample_noise(seed, stream, ids, self.denoiser.sample_shape).to(self.device)
-        cond = (Cond.nothing(len(ids)) if labels is None else Cond.of_labels(labels[ids])).to(self.device)
-        return self.generate(z, cond, steps, force=force, guidance_scale=guidance_scale).clamp(-1, 1).cpu()
+        shape, device = self.denoiser.sample_shape, self.device
+        z = sample_noise(seed, stream, ids, shape).to(device)
+
+        def fresh(step: int) -> Tensor:
+            """The noise added after a step: as much a function of (seed, stream, i) as the first."""
+            return sample_noise(seed, f"{stream}/renoise{step}", ids, shape).to(device)
+
+        cond = (Cond.nothing(len(ids)) if labels is None else Cond.of_labels(labels[ids])).to(device)
+        samples = self.generate(
+            z,
+            cond,
+            steps,
+            force=force,
+            guidance_scale=guidance_scale,
+            guidance_w=guidance_w,
+            noise=fresh,
+        )
+        return (samples if self.range is None else samples.clamp(*self.range)).cpu()
 
     def labels(self, count: int, label: int | Sequence[int] | Tensor | None = None) -> Tensor | None:
         """[count] int64 labels as `sample` reads them; None for an unconditional model."""

@@ -24,3 +24,24 @@ def guide(uncond: Tensor, cond: Tensor, scale: float | Tensor) -> Tensor:
     uncond, cond = uncond.to(dtype), cond.to(dtype)
     factor = expand(scale.to(dtype), cond) if isinstance(scale, Tensor) else scale
     return uncond + factor * (cond - uncond)
+
+
+def check_guidance_range(
+    embeds: bool, w_min: float | None, w_max: float | None, who: str = "student"
+) -> None:
+    """Refuse a range of the guidance w that is none, and a range and a net that do not agree on whether w is an input.
+
+    Raises:
+        ValueError: names `w_min`, `w_max`.
+    """
+    if (w_min is None) != (w_max is None):
+        raise ValueError(f"w_min, w_max: found {w_min} and {w_max}, expected both or neither")
+    if w_min is not None and w_max is not None and not w_min <= w_max:
+        raise ValueError(f"w_min, w_max: found {w_min} and {w_max}, expected w_min <= w_max")
+    if embeds and w_min is None:
+        raise ValueError(f"w_min, w_max: missing; the {who}'s net takes the guidance w as an input")
+    if not embeds and w_min is not None:
+        raise ValueError(
+            f"w_min, w_max: found {w_min} and {w_max}, but the {who}'s net does not take the guidance as an input; "
+            "expected a net with `guidance_embedding`, or null"
+        )

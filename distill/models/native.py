@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from distill.files import read_json, sha256_file, write_json, write_safetensors
+from distill.models.boundary import Boundary
 from distill.models.denoiser import Denoiser
-from distill.models.generator import Generator
+from distill.models.generator import Generator, value_range
 from distill.models.spec import SamplerSpec
 
 SCHEMA = 1
@@ -61,8 +62,9 @@ def describe(denoiser: Denoiser, net: Mapping[str, Any], spec: SamplerSpec) -> d
         "sample_shape": list(denoiser.sample_shape),
         "guidable": denoiser.guidable,
         "coupling": denoiser.coupling,
+        "boundary": None if denoiser.boundary is None else denoiser.boundary.to_dict(),
         "num_classes": denoiser.num_classes,
-        "value_range": [-1.0, 1.0],
+        "value_range": value_range(denoiser.sample_shape),
         "sampler": spec.to_dict(),
     }
 
@@ -116,7 +118,8 @@ def load_model(folder: Path | str, *, device: torch.device | str = "cpu") -> Gen
         num_classes=description["num_classes"],
         guidable=description["guidable"],
         coupling=description["coupling"],
+        boundary=Boundary.from_dict(boundary) if (boundary := description.get("boundary")) else None,
     )
-    spec = SamplerSpec.from_dict(description["sampler"])
+    denoiser.sampler = spec = SamplerSpec.from_dict(description["sampler"])
     generator = Generator(denoiser.eval(), spec)
     return generator.to(device)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from distill.process.base import Process
-from distill.process.times import uniform_grid
+from distill.process.times import default_grid
 
 
 @dataclass(frozen=True)
@@ -21,14 +21,20 @@ class SamplerSpec:
     Attributes:
         steps: the default number of steps.
         times: exact times in the model's process for each step count, descending, `steps + 1` numbers each.
-            If `any_steps`, a count that is not listed uses the uniform grid; otherwise the listed counts are
+            If `any_steps`, a count that is not listed uses the default grid; otherwise the listed counts are
             the only valid ones.
-        mode: "ode" (deterministic).
-        solver: "euler", "heun" or "ddim".
+        mode: "ode" (deterministic: `solver`), or "sde": predict x0, noise it again to the next time with fresh noise,
+            repeat (multistep consistency sampling); then the times are those of the network calls and an end that is
+            not called.
+        solver: the solver of "ode", one of `samplers.solvers.CALLS`.
         kind: what the net predicts.
         start_scale: the net starts from `start_scale * z`, z ~ N(0, I).
         guidance_scale: the scale to sample with; 1 is none.
         guidance_baked: the scale that the student has learned from its teacher, for the record.
+        guidance_w: the guidance w = guidance_scale - 1 that the net gets as an input (`Cond.guidance_w`), and the range
+            that it was trained for; None for a net without that input.
+        noise_scale: multiplies the fresh noise of "sde"; 1 is what the student was trained for.
+        noise_floor: level sigma / alpha of noise that the predictions still hold (`samplers.fewstep`).
     """
 
     steps: int
@@ -40,10 +46,18 @@ class SamplerSpec:
     start_scale: float = 1.0
     guidance_scale: float = 1.0
     guidance_baked: float = 1.0
+    guidance_w: float | None = None
+    guidance_w_range: tuple[float, float] | None = None
+    noise_scale: float = 1.0
+    noise_floor: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.mode != "ode":
-            raise ValueError(f"sampler.mode: found {self.mode!r}, expected 'ode'")
+        if self.mode not in ("ode", "sde"):
+            raise ValueError(f"sampler.mode: found {self.mode!r}, expected 'ode' or 'sde'")
+        if not 0 < self.noise_scale <= 1.5:
+            raise ValueError(f"sampler.noise_scale: found {self.noise_scale}, expected a number in (0, 1.5]")
+        if (self.guidance_w is None) != (self.guidance_w_range is None):
+            raise ValueError("sampler.guidance_w, guidance_w_range: expected both or neither")
         for steps, times in self.times.items():
             if len(times) != steps + 1 or any(a <= b for a, b in pairwise(times)):
                 raise ValueError(
@@ -59,7 +73,7 @@ class SamplerSpec:
         return steps >= 1 and (self.any_steps or steps in self.times)
 
     def grid(self, process: Process, steps: int | None = None, *, force: bool = False) -> Tensor:
-        """[steps + 1] float64 times to sample at; `force` allows the uniform grid where the model is not
+        """[steps + 1] float64 times to sample at; `force` allows the default grid where the model is not
         valid."""
         steps = self.steps if steps is None else steps
         if steps < 1:
@@ -78,7 +92,24 @@ class SamplerSpec:
                 f"{steps}; "
                 "more steps make its images worse, not better (force=true samples all the same)"
             )
-        return uniform_grid(process, steps)
+        return default_grid(process, steps)
+
+    def embedded(self, w: float | None = None) -> float | None:
+        """The guidance w to give the net: `w`, or the spec's; refuses one where the net takes none, and one outside the
+        range that the net was trained for."""
+        if self.guidance_w is None or self.guidance_w_range is None:
+            if w is not None:
+                raise ValueError(
+                    f"guidance_w: found {w}, but this model does not take the guidance as an input"
+                )
+            return None
+        w, (low, high) = self.guidance_w if w is None else w, self.guidance_w_range
+        if not low <= w <= high:
+            raise ValueError(
+                f"guidance_w: found {w}, expected {low} .. {high}, what the model was trained for "
+                "(w is the guidance scale less 1)"
+            )
+        return w
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -87,4 +118,7 @@ class SamplerSpec:
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> SamplerSpec:
         """Inverse of `to_dict`."""
-        return cls(**(dict(value) | {"times": {int(n): tuple(t) for n, t in value["times"].items()}}))
+        read = dict(value) | {"times": {int(n): tuple(t) for n, t in value["times"].items()}}
+        if read.get("guidance_w_range") is not None:
+            read["guidance_w_range"] = tuple(read["guidance_w_range"])
+        return cls(**read)

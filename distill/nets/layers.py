@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distill.process.guidance_w import w_embedding
+
 
 class GroupNorm(nn.Module):
     """Group normalisation (Wu & He 2018) of [B,C,*]. `plain=True` computes it with elementary operations and
@@ -93,3 +95,28 @@ class ClassEmbedding(nn.Module):
 
     def forward(self, label: Tensor) -> Tensor:
         return self.table(torch.where(label < 0, self.num_classes, label))
+
+
+class GuidanceEmbedding(nn.Module):
+    """The guidance w of `Cond.guidance_w` as an input: [B] -> [B, width], 0 at the start, so that a net which gets it
+    begins as the net without it."""
+
+    def __init__(self, features: int, width: int) -> None:
+        super().__init__()
+        self.features = features
+        self.out = nn.Linear(features, width, bias=False)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, w: Tensor) -> Tensor:
+        return self.out(w_embedding(w, self.features).to(self.out.weight.dtype))
+
+
+def add_guidance(embedding: Tensor, layer: GuidanceEmbedding | None, w: Tensor | None) -> Tensor:
+    """`embedding` [B, width] plus that of the guidance w; a net and its conditions must agree on whether there is one."""
+    if layer is None and w is None:
+        return embedding
+    if layer is None:
+        raise ValueError("guidance_w: found a guidance embedding's input, but this net was built without one")
+    if w is None:
+        raise ValueError("guidance_w: missing; this net was trained with the guidance w = guidance_scale - 1 as an input")
+    return embedding + layer(w)

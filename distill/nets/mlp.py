@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distill.data.cond import Cond
-from distill.nets.layers import ClassEmbedding, TimeEmbedding
+from distill.nets.layers import ClassEmbedding, GuidanceEmbedding, TimeEmbedding, add_guidance
 
 
 class MLP(nn.Module):
@@ -20,6 +20,7 @@ class MLP(nn.Module):
         features: sines and cosines of the time, of angular frequencies `time_scale` down to `time_scale` / 1000.
         num_classes: class labels; 0 for none.
         zero_out: start with an output of 0.
+        guidance_embedding: features of the guidance w as an input (`Cond.guidance_w`); 0: no such input.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class MLP(nn.Module):
         num_classes: int = 0,
         time_scale: float = 30.0,
         zero_out: bool = True,
+        guidance_embedding: int = 0,
     ) -> None:
         super().__init__()
         if width < 1 or depth < 1:
@@ -41,6 +43,7 @@ class MLP(nn.Module):
         self.time = TimeEmbedding(features, max_period=1000.0)
         self.embed = nn.Linear(features, width)
         self.label = ClassEmbedding(num_classes, width) if num_classes else None
+        self.guidance = GuidanceEmbedding(guidance_embedding, width) if guidance_embedding else None
         self.stem = nn.Linear(dim, width)
         self.layers = nn.ModuleList([nn.Linear(width, width) for _ in range(depth)])
         self.out = nn.Linear(width, dim)
@@ -57,6 +60,7 @@ class MLP(nn.Module):
                     f"cond: this net expects one of {self.num_classes} class labels a sample, found no labels"
                 )
             embedding = embedding + self.label(cond.label)
+        embedding = add_guidance(embedding, self.guidance, cond.guidance_w)
         hidden = self.stem(x.flatten(1).to(self.stem.weight.dtype))
         for layer in self.layers:
             hidden = hidden + layer(F.silu(hidden + embedding))

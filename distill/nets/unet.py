@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distill.data.cond import Cond
-from distill.nets.layers import ClassEmbedding, GroupNorm, SelfAttention, TimeEmbedding
+from distill.nets.layers import (
+    ClassEmbedding,
+    GroupNorm,
+    GuidanceEmbedding,
+    SelfAttention,
+    TimeEmbedding,
+    add_guidance,
+)
 
 
 class ResBlock(nn.Module):
@@ -54,6 +61,7 @@ class UNet(nn.Module):
         plain_norm: group norms of elementary operations, needed by forward-mode derivatives on channels-last
             inputs.
         channels_last: memory format of the activations (1.3x faster on CPUs and tensor cores).
+        guidance_embedding: features of the guidance w as an input (`Cond.guidance_w`); 0: no such input.
     """
 
     def __init__(
@@ -71,6 +79,7 @@ class UNet(nn.Module):
         attention: str = "sdpa",
         plain_norm: bool = False,
         channels_last: bool = True,
+        guidance_embedding: int = 0,
     ) -> None:
         super().__init__()
         if attention not in ("sdpa", "math", "none"):
@@ -82,6 +91,7 @@ class UNet(nn.Module):
             nn.Linear(embedding, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
         )
         self.label = ClassEmbedding(num_classes, embedding) if num_classes else None
+        self.guidance = GuidanceEmbedding(guidance_embedding, embedding) if guidance_embedding else None
 
         widths = [width * m for m in multipliers]
         block = partial(ResBlock, embedding=embedding, groups=groups, plain_norm=plain_norm)
@@ -147,7 +157,7 @@ class UNet(nn.Module):
                     f"cond: this net expects one of {self.num_classes} class labels a sample, found no labels"
                 )
             embedding = embedding + self.label(cond.label)
-        embedding = F.silu(embedding)
+        embedding = F.silu(add_guidance(embedding, self.guidance, cond.guidance_w))
         hidden = self.stem(x.contiguous(memory_format=self.memory_format))
         skips = [hidden]
         for level, stack in enumerate(self.down):

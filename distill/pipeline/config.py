@@ -140,17 +140,25 @@ def _unknown_key(error: Any) -> str:
     if (target := _group_behind(where)) is not None:
         return f"{path}: {where} is the group {target!r}; override {target}.{key}=..."
     keys = [str(k) for k in parent if str(k) != "hydra"] if isinstance(parent, DictConfig) else []
-    keys += [] if where else ["recipe", "data", "net", "teacher", "trainer", "profile", "eval", "loggers"]
+    keys += (
+        []
+        if where or "stages" not in keys
+        else ["recipe", "data", "net", "teacher", "trainer", "profile", "eval", "loggers"]
+    )
     keys = sorted(set(keys))
     inside = f"{where} has" if where else "the options are"
     return f"{path}: no such key{_near(key, keys, where)}; {inside}: {', '.join(keys)}"
 
 
 def _group_behind(where: str) -> str | None:
-    """The group that a recipe puts at a place by ${group}, or None. (Hydra's error no longer tells.)"""
-    for file in recipes().values():
+    """The group that a recipe, or an option of another group, puts at a place by ${group}, or None. (Hydra's error no
+    longer tells.)"""
+    group, _, inside = where.partition(".")
+    places = [(file, where) for file in recipes().values()]
+    places += [(file, inside) for file in sorted((CONFIGS / group).glob("*.yaml")) if inside]
+    for file, place in places:
         node: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-        for part in where.split("."):
+        for part in place.split("."):
             node = node.get(part) if isinstance(node, dict) else None
         if isinstance(node, str) and node.startswith("${"):
             return node.strip("${}")

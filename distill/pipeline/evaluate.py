@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from hydra.utils import instantiate
@@ -27,9 +27,11 @@ from distill.models.features import FeatureExtractor
 from distill.models.generator import Generator
 from distill.models.native import load_model
 from distill.pipeline.execution import use_threads
-from distill.pipeline.stage import Room, Stage, check_types, read_artifact
-from distill.pipeline.stages import Load, Train
+from distill.pipeline.monitor import model_folder
+from distill.pipeline.stage import ModelStage, Room, Stage, check_types, read_artifact
+from distill.pipeline.stages import check_which
 from distill.samplers.ode import rollout
+from distill.samplers.solvers import calls_per_step
 from distill.samplers.straightness import straightness
 
 SCHEMA = 1
@@ -37,6 +39,7 @@ PUBLISHED = ("metrics.json", "report.md", "grid.png")
 METRICS = (
     "fd",
     "kid",
+    "cmmd",
     "sliced_wasserstein",
     "precision",
     "recall",
@@ -67,8 +70,9 @@ class Evaluate(Stage):
     """Sample and measure.
 
     Attributes:
-        models: row label -> {stage, steps: [..], follows_teacher: bool}; `follows_teacher` says that the
-            model is meant to reproduce the trajectories of `follows`, so that `teacher_mse` has a meaning.
+        models: row label -> {stage, steps: [..], follows_teacher: bool, which: last | best}; `follows_teacher` says
+            that the model is meant to reproduce the trajectories of `follows`, so that `teacher_mse` has a meaning;
+            `which` takes the best model that the stage's `monitor` kept.
         follows: [label, steps] of the row that `teacher_mse` compares with.
         data: config of the real data that samples are compared with.
         features: config of the feature extractor.
@@ -79,6 +83,9 @@ class Evaluate(Stage):
         gates: see `evaluation.gates.Gate`.
         note: a sentence that stands above the numbers.
     """
+
+    # What a row holds beside `model`, `steps` and `guidance_scale`, and gates may name.
+    MEASURED: ClassVar[tuple[str, ...]] = METRICS
 
     models: dict[str, dict[str, Any]]
     data: dict[str, Any]
@@ -113,9 +120,9 @@ class Evaluate(Stage):
             for row in (gate.row, gate.times, gate.plus):
                 if isinstance(row, tuple) and row not in rows:
                     raise ValueError(f"gates: {gate.name!r} names the row {row}, found only {sorted(rows)}")
-            if gate.metric not in METRICS:
+            if gate.metric not in self.MEASURED:
                 raise ValueError(
-                    f"gates: {gate.name!r} names the metric {gate.metric!r}, expected one of {METRICS}"
+                    f"gates: {gate.name!r} names the metric {gate.metric!r}, expected one of {self.MEASURED}"
                 )
 
     def inputs(self) -> dict[str, str]:
@@ -126,8 +133,9 @@ class Evaluate(Stage):
         """Models come from stages that make models."""
         super().check(stages)
         for label, name in self.inputs().items():
-            if not isinstance(stages[name], Train | Load):
+            if not isinstance(stages[name], ModelStage):
                 raise ValueError(f"models.{label}.stage: {name!r} makes no model")
+            check_which(self.models[label].get("which", "last"), name, stages)
 
     def fingerprint(self) -> str:
         """The real data and the feature extractor."""
@@ -144,7 +152,7 @@ class Evaluate(Stage):
     def run(self, room: Room) -> dict[str, Any]:
         """Write metrics.json, report.md and grid.png, here and at the top of the run. All processes sample; the
         main one measures."""
-        generators = {label: load_model(room.inputs[label], device=room.device) for label in self.models}
+        generators = self._generators(room)
         threads = use_threads(room, max(_parameters(g) for g in generators.values()))
         jobs = [(label, steps) for label, model in self.models.items() for steps in model["steps"]]
         bench = self._bench(room) if room.world.main else None
@@ -161,12 +169,7 @@ class Evaluate(Stage):
                         samples if (label, steps) == self.follows else samples[: self.grid_columns]
                     )
                     row = self._row(label, steps, seconds, generator, room)
-                    row |= measure(
-                        samples.to(room.device),
-                        generator.labels(self.count),
-                        bench.reference,
-                        bench.extractor,
-                    )
+                    row |= self._measure(samples.to(room.device), generator, bench)
                     if self.follows is not None and self.models[label].get("follows_teacher", False):
                         row["teacher_mse"] = float((samples - images[self.follows]).double().square().mean())
                     rows.append(row)
@@ -176,31 +179,42 @@ class Evaluate(Stage):
         if bench is None:
             return {}
         rows.sort(key=lambda row: jobs.index((row["model"], row["steps"])))
-        straight = {label: self._straightness(g, room) for label, g in generators.items()}
-        rows = [row | {"straightness": straight[row["model"]]} for row in rows]
-        passed = self._publish(room, rows, bench, self._balanced(generators), images)
+        flows = {label: self._flow(generator, room) for label, generator in generators.items()}
+        rows = [row | flows[row["model"]] for row in rows]
+        self._draw(room, generators, images)
+        passed = self._publish(room, rows, bench, self._balanced(generators))
         return {"rows": len(rows), "gates_passed": passed, "gates": len(self._gates), "threads": threads}
+
+    def _generators(self, room: Room) -> dict[str, Generator]:
+        """The evaluated models by label."""
+        return {
+            label: load_model(model_folder(room.inputs[label], m.get("which", "last")), device=room.device)
+            for label, m in self.models.items()
+        }
 
     def _balanced(self, generators: Mapping[str, Generator]) -> bool:
         """Whether every class has equally many samples."""
         classes = next(iter(generators.values())).num_classes
         return classes > 0 and self.count % classes == 0
 
-    def _bench(self, room: Room) -> _Bench:
-        """What samples are measured with."""
+    def _bench(self, room: Room) -> Any:
+        """What samples are measured with; its `reference` knows the real set's floor, values and protocol."""
         extractor: FeatureExtractor = instantiate(self.features, device=str(room.device))
         data = instantiate(self.data)
         images = data.images.to(room.device)
         reference = Reference(images, data.labels, extractor, k=self.k, seed=room.seed)
         return _Bench(extractor, reference, f"{data.name}, all images")
 
+    def _measure(self, samples: Tensor, generator: Generator, bench: Any) -> dict[str, float | None]:
+        """The entries of a row that follow from its samples."""
+        return measure(samples, generator.labels(self.count), bench.reference, bench.extractor)
+
     def _publish(
         self,
         room: Room,
         rows: Sequence[Mapping[str, Any]],
-        bench: _Bench,
+        bench: Any,
         balanced: bool,
-        images: Mapping[tuple[str, int], Tensor],
     ) -> int:
         """Check the gates, write the files, tell of missed gates; returns how many passed."""
         floor = bench.reference.floor()
@@ -213,7 +227,7 @@ class Evaluate(Stage):
         )
         real = bench.reference.references(floor)
         gates = check(self._gates, rows, real)
-        self._write(room, rows, protocol, real, gates, images)
+        self._write(room, rows, protocol, real, gates)
         for gate in gates:
             if not gate.passed:
                 room.display.line(f"gate {gate.describe()}")
@@ -231,9 +245,14 @@ class Evaluate(Stage):
         }
         return room.world.collect(parts), time.perf_counter() - start
 
+    def _flow(self, generator: Generator, room: Room) -> dict[str, float | None]:
+        """The entries of all rows of a model that follow from its flow."""
+        found = self._rollout(generator, room)
+        return {"straightness": None if found is None else float(straightness(*found)[0])}
+
     @torch.inference_mode()
-    def _straightness(self, generator: Generator, room: Room) -> float | None:
-        """S of a flow over `straightness.steps` Euler steps; None where a model has no ODE."""
+    def _rollout(self, generator: Generator, room: Room) -> tuple[Tensor, Tensor] | None:
+        """(path, velocities) of a flow over `straightness.steps` Euler steps; None where a model has no ODE."""
         model = generator.denoiser
         if (
             self.straightness is None
@@ -246,10 +265,7 @@ class Evaluate(Stage):
         labels = generator.labels(len(ids))
         cond = (Cond.nothing(len(ids)) if labels is None else Cond.of_labels(labels)).to(generator.device)
         grid = torch.linspace(1.0, 0.0, self.straightness["steps"] + 1, dtype=torch.float64, device=z.device)
-        path, velocities = rollout(
-            lambda x, t: model.velocity(x, t, cond, generator.spec.guidance_scale), z, grid
-        )
-        return float(straightness(path, velocities)[0])
+        return rollout(lambda x, t: model.velocity(x, t, cond, generator.spec.guidance_scale), z, grid)
 
     def _row(
         self, label: str, steps: int, seconds: float, generator: Generator, room: Room
@@ -257,11 +273,11 @@ class Evaluate(Stage):
         """The entries of a row that do not come from its images."""
         record = read_artifact(room.inputs[label])
         facts = record["facts"] if record is not None else {}
-        guidance, calls = generator.spec.guidance_scale, {"heun": 2}.get(generator.spec.solver, 1)
+        guidance, calls = generator.spec.guidance_scale, calls_per_step(generator.spec.solver)
         return {
             "model": label,
             "steps": steps,
-            "nfe": steps * calls * (1 if guidance == 1 else 2),
+            "nfe": None if calls is None else steps * calls * (1 if guidance == 1 else 2),
             "guidance_scale": guidance,
             "teacher_mse": None,
             "straightness": None,
@@ -277,9 +293,8 @@ class Evaluate(Stage):
         protocol: Protocol,
         real: Mapping[str, float],
         gates: Sequence[GateResult],
-        images: Mapping[tuple[str, int], Tensor],
     ) -> None:
-        """The three files."""
+        """metrics.json and report.md."""
         metrics = {
             "schema": SCHEMA,
             "recipe": room.recipe,
@@ -291,15 +306,30 @@ class Evaluate(Stage):
             "rows": list(rows),
             "gates": [asdict(gate) for gate in gates],
         }
+        write_json(room.folder / "metrics.json", metrics)
+        write_text(room.folder / "report.md", self._page(room, rows, protocol, real, gates))
+
+    def _draw(
+        self, room: Room, generators: Mapping[str, Generator], images: Mapping[tuple[str, int], Tensor]
+    ) -> None:
+        """grid.png, where the recipe asks for one."""
         if self.grid:
             picture = [
                 (f"{label}, {steps} step{'s' * (steps > 1)}", images[label, steps][: self.grid_columns])
                 for label, steps in self.grid
             ]
             save_png(image_grid(picture), room.folder / "grid.png")
-        write_json(room.folder / "metrics.json", metrics)
-        page = report(room.recipe, rows, protocol, real, gates, grid=bool(self.grid), note=self.note)
-        write_text(room.folder / "report.md", page)
+
+    def _page(
+        self,
+        room: Room,
+        rows: Sequence[Mapping[str, Any]],
+        protocol: Protocol,
+        real: Mapping[str, float],
+        gates: Sequence[GateResult],
+    ) -> str:
+        """The text of report.md."""
+        return report(room.recipe, rows, protocol, real, gates, grid=bool(self.grid), note=self.note)
 
 
 def _parameters(generator: Generator) -> int:

@@ -7,13 +7,14 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-from hydra.utils import get_class
+from distill.pipeline.halving import halve
+from distill.pipeline.references import redirect, references
 
 LOAD, TRAIN = "distill.pipeline.stages.Load", "distill.pipeline.stages.Train"
 
 
 def expand(recipe: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Stage configs by name, in order, from a composed config's `stages`, `repeat` and `profile` (plain
+    """Stage configs by name, in order, from a composed config's `stages`, `repeat`, `halve` and `profile` (plain
     containers)."""
     stages = {
         name: copy.deepcopy(dict(config)) for name, config in recipe["stages"].items() if config is not None
@@ -28,23 +29,12 @@ def expand(recipe: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     stages = in_order(stages)
     if recipe.get("repeat"):
         stages = repeat(stages, recipe["repeat"])
+    if recipe.get("halve"):
+        stages = halve(stages, recipe["halve"])
     limits = {key: value for key, value in (recipe.get("profile") or {}).items() if value is not None}
     if wrong := [key for key, value in limits.items() if not isinstance(value, int) or value < 1]:
         raise ValueError(f"profile.{wrong[0]}: found {limits[wrong[0]]!r}, expected an integer of at least 1")
     return {name: limit(config, limits) for name, config in stages.items()}
-
-
-def reference_keys(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The fields of a stage that name other stages, as its class says."""
-    stage: Any = get_class(config["_target_"])
-    return tuple(stage.REFERENCES)
-
-
-def references(config: Mapping[str, Any]) -> list[str]:
-    """Names of the stages that a stage config refers to."""
-    named = [config[key] for key in reference_keys(config) if isinstance(config.get(key), str)]
-    models = config.get("models")
-    return named + ([model["stage"] for model in models.values()] if isinstance(models, Mapping) else [])
 
 
 def in_order(stages: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -71,15 +61,17 @@ def in_order(stages: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def repeat(stages: dict[str, dict[str, Any]], block: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Insert rounds 2 .. times of the stages of `block` after their first round.
 
-    block: {stages: [pairs, reflow], times: k, carry: {teacher: reflow}}. In round r > 1 a stage is named
-    `<name>_round<r>`; its references to stages of the block mean this round's, and `carry` says which earlier
-    stage's place the previous round's result takes. Stages after the block refer to the last round; evaluated
-    models of the block get a row set a round.
+    block: {stages: [pairs, reflow], times: k, carry: {teacher: reflow}, then: {reflow: {init: reflow}}}. In round
+    r > 1 a stage is named `<name>_round<r>`; its references to stages of the block mean this round's, and `carry` says
+    which earlier stage's place the previous round's result takes. `then` gives fields that a stage has from round 2
+    on; a stage of the block named there means the previous round's. Stages after the block refer to the last round;
+    evaluated models of the block get a row set a round.
     """
     names, times, carry = list(block["stages"]), block["times"], dict(block.get("carry") or {})
     if not isinstance(times, int) or times < 1:
         raise ValueError(f"rounds: expected an integer of at least 1, found {times!r}")
-    if missing := [name for name in [*names, *carry, *carry.values()] if name not in stages]:
+    then = dict(block.get("then") or {})
+    if missing := [name for name in [*names, *carry, *carry.values(), *then] if name not in stages]:
         raise ValueError(f"repeat: names the stages {missing}, found only {list(stages)}")
     result: dict[str, dict[str, Any]] = {}
     order = list(stages)
@@ -88,7 +80,7 @@ def repeat(stages: dict[str, dict[str, Any]], block: Mapping[str, Any]) -> dict[
     for position, name in enumerate(order):
         config = stages[name]
         if position > last:
-            config = _redirect(config, current)
+            config = redirect(config, current)
             if isinstance(config.get("models"), Mapping):
                 config["models"] = _rounds_of_models(stages[name]["models"], names, times)
         result[name] = config
@@ -98,20 +90,13 @@ def repeat(stages: dict[str, dict[str, Any]], block: Mapping[str, Any]) -> dict[
             previous, current = current, {n: f"{n}_round{number}" for n in names}
             mapping = current | {old: previous[new] for old, new in carry.items()}
             for n in names:
-                copied = _redirect(stages[n], mapping)
+                copied = redirect(stages[n], mapping)
+                changed = {"_target_": copied["_target_"], **(then.get(n) or {})}
+                copied |= redirect(changed, previous)
                 if "stream" in copied:
                     copied["stream"] = f"{copied['stream']}_round{number}"
                 result[current[n]] = copied
     return result
-
-
-def _redirect(config: Mapping[str, Any], mapping: Mapping[str, str]) -> dict[str, Any]:
-    """The same stage with its references to other stages renamed."""
-    return copy.deepcopy(dict(config)) | {
-        key: mapping[value]
-        for key in reference_keys(config)
-        if isinstance(value := config.get(key), str) and value in mapping
-    }
 
 
 def _rounds_of_models(models: Mapping[str, Any], names: list[str], times: int) -> dict[str, Any]:
@@ -134,6 +119,8 @@ def limit(config: dict[str, Any], limits: Mapping[str, int]) -> dict[str, Any]:
     for key, cap in limits.items():
         if isinstance(config.get(key), int):
             config[key] = min(config[key], cap)
+        if isinstance(config.get("monitor"), dict) and isinstance(config["monitor"].get(key), int):
+            config["monitor"][key] = min(config["monitor"][key], cap)
     if "gates" in config:
         config["gates"] = []
         config["note"] = (

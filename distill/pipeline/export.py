@@ -14,8 +14,9 @@ from distill.exporters.card import card
 from distill.files import read_json, write_atomic, write_json, write_safetensors, write_text
 from distill.models.native import DESCRIPTION, WEIGHTS, load_model, read_description
 from distill.pipeline.evaluate import Evaluate
-from distill.pipeline.stage import Room, Stage
-from distill.pipeline.stages import Load, Train
+from distill.pipeline.monitor import model_folder
+from distill.pipeline.stage import ModelStage, Room, Stage, check_types
+from distill.pipeline.stages import check_which
 
 
 @dataclass
@@ -25,36 +26,52 @@ class Export(Stage):
     Attributes:
         student: name of the stage whose model is exported.
         evaluate: name of the Evaluate stage whose table and picture go into the card, or None.
+        which: "last", the student at the end of its training, or "best", the one that its `monitor` kept.
     """
 
     REFERENCES: ClassVar[tuple[str, ...]] = ("student", "evaluate")
 
     student: str
     evaluate: str | None = None
+    which: str = "last"
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
     def check(self, stages: Mapping[str, Stage]) -> None:
         """The student comes from a stage that makes a model."""
         super().check(stages)
-        if not isinstance(stages[self.student], Train | Load):
+        if not isinstance(stages[self.student], ModelStage):
             raise ValueError(f"student: {self.student!r} makes no model")
-        if self.evaluate is not None and not isinstance(stages[self.evaluate], Evaluate):
+        check_which(self.which, self.student, stages)
+        if self.evaluate is None:
+            return
+        evaluated = stages[self.evaluate]
+        if not isinstance(evaluated, Evaluate):
             raise ValueError(f"evaluate: {self.evaluate!r} is no Evaluate stage")
+        for label, model in evaluated.models.items():
+            if model["stage"] == self.student and (found := model.get("which", "last")) != self.which:
+                raise ValueError(
+                    f"which: found {self.which!r}, but {self.evaluate}.models.{label} measures the {found} model; "
+                    "expected the same, or the card would describe another model"
+                )
 
     def run(self, room: Room) -> dict[str, Any]:
         """Copy the model, write the card, then load the export and compare its images with the original's."""
         if not room.world.main:
             return {}
-        source = room.inputs["student"]
+        source = model_folder(room.inputs["student"], self.which)
         original = load_model(source)
         write_safetensors(room.folder / WEIGHTS, original.denoiser.net.state_dict())
         description = read_description(source)
         write_json(room.folder / DESCRIPTION, description)
-        rows, protocol, picture, note = [], "", False, ""
+        rows, picture, note = [], False, ""
+        protocol: Protocol | None = None
         if "evaluate" in room.inputs:
             metrics = read_json(room.inputs["evaluate"] / "metrics.json")
             write_json(room.folder / "metrics.json", metrics)
             rows, note = metrics["rows"], metrics["note"]
-            protocol = f"Protocol: {Protocol(**metrics['protocol']).describe()}."
+            protocol = Protocol.from_dict(metrics["protocol"])
             grid = room.inputs["evaluate"] / "grid.png"
             picture = grid.is_file()
             if picture:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,7 +14,8 @@ from distill.files import link, sha256_file
 from distill.models.denoiser import SOLVERS, Denoiser
 from distill.models.native import WEIGHTS, load_model
 from distill.pipeline.execution import use_threads
-from distill.pipeline.stage import Room, Stage, check_types
+from distill.pipeline.stage import ModelStage, Room, Stage, check_types
+from distill.samplers.solvers import calls_per_step
 
 
 @dataclass
@@ -47,6 +49,12 @@ class Generate(Stage):
             raise ValueError(
                 f"sampler.steps: found {self.sampler['steps']!r}, expected an integer of at least 1"
             )
+
+    def check(self, stages: Mapping[str, Stage]) -> None:
+        """The teacher comes from a stage that makes a model."""
+        super().check(stages)
+        if not isinstance(stages[self.teacher], ModelStage):
+            raise ValueError(f"teacher: {self.teacher!r} makes no model")
 
     def fingerprint(self) -> str:
         """The manifest of a cache that is there already."""
@@ -85,7 +93,11 @@ class Generate(Stage):
                     on_samples=bar.update,
                 )
         Pairs(room.folder)
-        return {"count": self.count, "nfe_per_pair": self.sampler["steps"]}
+        calls = calls_per_step(self.sampler["solver"])
+        nfe = (
+            None if calls is None else self.sampler["steps"] * calls * (1 if self.guidance_scale == 1 else 2)
+        )
+        return {"count": self.count, "nfe_per_pair": nfe}
 
     def _header(self, room: Room, teacher: Denoiser) -> Header:
         """What the cache must be."""

@@ -187,6 +187,7 @@ def refuse_changes(planned: Sequence[Planned], run_folder: Path) -> None:
 def describe_plan(planned: Sequence[Planned], run_folder: Path) -> str:
     """The table that `plan=true` prints."""
     width = max(len(entry.name) for entry in planned)
+    kinds = max(len(type(entry.stage).__name__) for entry in planned)
     lines = [f"{run_folder}: {len(planned)} stages"]
     for number, entry in enumerate(planned, 1):
         size = ", ".join(
@@ -197,7 +198,7 @@ def describe_plan(planned: Sequence[Planned], run_folder: Path) -> str:
         inputs = ", ".join(f"{role}={name}" for role, name in entry.stage.inputs().items())
         kind = type(entry.stage).__name__
         lines.append(
-            f"  {number}. {entry.name:<{width}}  {entry.state:<11}  {kind:<8}  {size}  {inputs}".rstrip()
+            f"  {number}. {entry.name:<{width}}  {entry.state:<11}  {kind:<{kinds}}  {size}  {inputs}".rstrip()
         )
         lines += [f"       {readable(line)}" for line in entry.changes[:5]]
     return "\n".join(lines)

@@ -140,6 +140,11 @@ class Stage(ABC):
         (JSON-able)."""
 
 
+@dataclass
+class ModelStage(Stage):
+    """A stage that leaves a model folder (`models.native`): others start from it, ask it, measure it, export it."""
+
+
 def hashed_config(config: Mapping[str, Any], references: tuple[str, ...]) -> dict[str, Any]:
     """The part of a stage's config that enters its digest: no execution-only option and no reference to
     another stage (their digests stand for them)."""

@@ -34,13 +34,14 @@ from distill.models.native import (
 )
 from distill.pipeline.execution import peak_memory_bytes, use_threads
 from distill.pipeline.generate import Generate
-from distill.pipeline.stage import Room, Stage, check_types
+from distill.pipeline.monitor import WHICH, Monitor, Options
+from distill.pipeline.stage import ModelStage, Room, Stage, check_types
 
 CHECKPOINTS = "checkpoints"
 
 
 @dataclass
-class Train(Stage):
+class Train(ModelStage):
     """Train a student with a method.
 
     Attributes:
@@ -53,6 +54,9 @@ class Train(Stage):
         optim: settings an update, see `engine.update.Optim`; a schedule without a total falls over `steps`.
         stream: names the stage's random draws.
         path: a model folder to use instead of training (the stage becomes a `Load`).
+        monitor: evaluation during training, see `pipeline.monitor.Options`; None for none. The best model so far is
+            kept in `best/`.
+        adapt: changes to the model of `init`, see `adapted`: {kind: v, net: {guidance_embedding: 64}}.
     """
 
     LENGTH: ClassVar[tuple[str, ...]] = ("steps",)
@@ -72,6 +76,8 @@ class Train(Stage):
     precision: str = "32-true"
     stream: str = "train"
     path: str | None = None
+    monitor: dict[str, Any] | None = None
+    adapt: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -80,6 +86,9 @@ class Train(Stage):
                 raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision: found {self.precision!r}, expected one of {list(PRECISIONS)}")
+        if self.adapt is not None and (self.init is None or set(self.adapt) - {"kind", "net"}):
+            raise ValueError(f"adapt: found {self.adapt}, expected `kind` and `net` options, and an `init` to change")
+        self._monitor = None if self.monitor is None else Options(**self.monitor)
         if self.init is None and (self.net is None or self.process is None):
             raise ValueError("init: without a stage to start from, both `net` and `process` are needed")
         if self.init is None and self.process is not None:
@@ -98,7 +107,7 @@ class Train(Stage):
         super().check(stages)
         for role in ("init", "teacher"):
             name = getattr(self, role)
-            if name is not None and not isinstance(stages[name], Train | Load):
+            if name is not None and not isinstance(stages[name], ModelStage):
                 raise ValueError(f"{role}: {name!r} makes no model")
         if ("teacher" in self._takes) != (self.teacher is not None):
             wants = "needs a teacher" if "teacher" in self._takes else "takes no teacher"
@@ -110,8 +119,9 @@ class Train(Stage):
             raise ValueError(f"data: {self.data!r} is a {found} stage, expected a Generate stage")
 
     def fingerprint(self) -> str:
-        """The data's fingerprint, where it does not come from a stage."""
-        return "" if isinstance(self.data, str) else instantiate(self.data).fingerprint()
+        """The data's fingerprint, where it does not come from a stage, and what a monitor measures with."""
+        data = "" if isinstance(self.data, str) else instantiate(self.data).fingerprint()
+        return data if self._monitor is None else f"{data} {self._monitor.fingerprint()}".strip()
 
     def begun(self, folder: Path) -> bool:
         """A checkpoint is there."""
@@ -126,7 +136,10 @@ class Train(Stage):
         networks = {"student": student}
         if self.teacher is not None:
             networks["teacher"] = load_model(room.inputs["teacher"]).denoiser
-        method: DistillModule = instantiate(self.method, **networks)
+        options = dict(self.method)
+        if "total_steps" in options and options["total_steps"] is None:
+            options["total_steps"] = self.steps
+        method: DistillModule = instantiate(options, **networks)
         method.prepare(self._optim(), seed=room.seed, stream=self.stream, world=room.world)
         config = {
             "method": self.method,
@@ -135,27 +148,42 @@ class Train(Stage):
             "batch_size": self.batch_size,
             "threads": threads,
         }
-        self._fit(room, method, source, config)
-        result = method.best(STUDENT)
-        assert isinstance(result, Denoiser)
-        result.coupling = method.coupling
-        weights, spec = full_state(result.net), method.spec()
-        if isinstance(source, Pairs):
-            spec = replace(spec, guidance_baked=source.header.guidance_scale)
-        if room.world.main:
-            save_model(room.folder, weights, describe(result, net, spec))
+
+        def save(folder: Path) -> None:
+            """The student as it is now, as a model folder. Collective."""
+            result = method.best(STUDENT)
+            assert isinstance(result, Denoiser)
+            weights, spec = full_state(result.net), method.spec()
+            if isinstance(source, Pairs):
+                spec = replace(spec, guidance_baked=source.header.guidance_scale)
+            if room.world.main:
+                folder.mkdir(parents=True, exist_ok=True)
+                description = describe(result, net, spec) | {"coupling": method.coupling}
+                save_model(folder, weights, description)
+
+        monitor = None if self._monitor is None else Monitor(self._monitor, room, save, source)
+        self._fit(room, method, source, config, monitor)
+        save(room.folder)
         return {
             "train_seconds": method.progress.seconds,
             "images": method.progress.images,
             "steps": method.progress.step,
             "skipped": {name: pair[0] for name, pair in method.nonfinite.to_dict().items()},
-            "parameters": sum(w.numel() for w in weights.values()),
+            "parameters": sum(p.numel() for p in student.parameters()),
             "peak_memory_bytes": peak_memory_bytes(room.device),
             "threads": threads,
             "processes": room.world.size,
+            "best": monitor.facts() if monitor is not None else {},
         }
 
-    def _fit(self, room: Room, method: DistillModule, source: Source, config: dict[str, Any]) -> None:
+    def _fit(
+        self,
+        room: Room,
+        method: DistillModule,
+        source: Source,
+        config: dict[str, Any],
+        monitor: Monitor | None,
+    ) -> None:
         """Train with loggers and a bar; the main process alone logs."""
         loggers: list[Logger] = []
         if room.world.main:
@@ -187,7 +215,14 @@ class Train(Stage):
             checkpoints = room.folder / CHECKPOINTS
             try:
                 train(
-                    method, source, fit, folder=checkpoints, config=config, loggers=loggers, on_progress=show
+                    method,
+                    source,
+                    fit,
+                    folder=checkpoints,
+                    config=config,
+                    loggers=loggers,
+                    on_progress=show,
+                    evaluation=monitor,
                 )
             finally:  # also where the run is stopped: a half-open W&B run would swallow the next stage's
                 for logger in loggers:
@@ -199,6 +234,9 @@ class Train(Stage):
         if self.init is not None:
             student = load_model(room.inputs["init"]).denoiser
             net = read_description(room.inputs["init"])["net"]
+            if self.adapt is not None:
+                torch.manual_seed(stream_key(room.seed, self.stream, "init") % 2**63)
+                student, net = adapted(student, net, self.adapt)
         else:
             assert self.net is not None
             assert self.process is not None
@@ -241,7 +279,7 @@ class Train(Stage):
 
 
 @dataclass
-class Load(Stage):
+class Load(ModelStage):
     """A model that exists already: the artifact of another run's training stage, or an export.
 
     Attributes:
@@ -263,3 +301,42 @@ class Load(Stage):
         for name in (WEIGHTS, DESCRIPTION) if room.world.main else ():
             link(source / name, room.folder / name)
         return {"train_seconds": None, "peak_memory_bytes": None}
+
+
+def adapted(
+    student: Denoiser, net: Mapping[str, Any], changes: Mapping[str, Any]
+) -> tuple[Denoiser, dict[str, Any]]:
+    """The same model with other options of its net, or read as a predictor of another kind; and its net's config.
+
+    Every weight that there was is kept; parameters that the options add start as the net makes them. A net that is read
+    as another kind starts wrong: the method has to repair it."""
+    config = dict(net) | dict(changes.get("net") or {})
+    built, state = build(config), student.net.state_dict()
+    try:
+        missing, unexpected = built.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"adapt.net: the weights do not fit the changed net: {error}") from error
+    if unexpected or not set(missing) <= set(built.state_dict()) - set(state):
+        raise ValueError(f"adapt.net: {config} has no place for the weights {list(unexpected)[:4]}")
+    other = Denoiser(
+        built,
+        student.process,
+        changes.get("kind") or student.kind,
+        student.sample_shape,
+        num_classes=student.num_classes,
+        guidable=student.guidable,
+        coupling=student.coupling,
+        boundary=student.boundary,
+    )
+    return other, config
+
+
+def check_which(which: str, name: str, stages: Mapping[str, Stage]) -> None:
+    """Refuse a `which` that is neither word, or asks for the best model of a stage that keeps none."""
+    if which not in WHICH:
+        raise ValueError(f"which: found {which!r}, expected one of {list(WHICH)}")
+    stage = stages[name]
+    if which == "best" and not (isinstance(stage, Train) and stage.monitor is not None):
+        raise ValueError(
+            f"which: found 'best', but {name!r} has no `monitor` that keeps one; expected 'last'"
+        )

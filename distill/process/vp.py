@@ -1,4 +1,4 @@
-"""Variance-preserving processes: alpha^2 + sigma^2 = 1, so kind ``v`` = alpha eps - sigma x0 exists."""
+"""Variance-preserving processes, continuous and tabulated: alpha^2 + sigma^2 = 1, so ``v`` = alpha eps - sigma x0 exists."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from distill.process.base import Process, at_least_float32
+from distill.process.tables import VPTable, from_betas, zero_terminal_snr
 
 
 class VPCosine(Process):
@@ -100,79 +101,106 @@ class VPLinear(Process):
         return torch.where(c < full, 2 * c / (self.beta_min + root), self.t_max)
 
 
-class VPScaledLinear(Process):
-    """Stable Diffusion's table: sqrt(beta) equally spaced, alpha^2 = cumprod(1 - beta).
+class VPScaledLinear(VPTable):
+    """Stable Diffusion's table: sqrt(beta) equally spaced, alpha^2 = cumprod(1 - beta); t is a fractional index.
 
-    t is the FRACTIONAL INDEX into the table, in [0, num_timesteps - 1]; index 0 is not clean (alpha^2 =
-    0.99915 for SD 1.5) and the last is not pure noise (0.0047). Between integer indices log(alpha / sigma) is
-    piecewise linear, and the derivatives are those of that interpolation (the slope on the right at an
-    integer index, on the left at the last). Times outside the table are clamped into it: a step "to -19" of a
-    diffusers grid lands on index 0. Evaluated in float64 from the tables, then cast to the dtype of t
-    (float32 at least).
+    Index 0 is not clean (alpha^2 = 0.99915 for SD 1.5) and the last is not pure noise (0.0047), unless
+    ``zero_terminal_snr`` rescales the table so that it is (arXiv 2305.08891; diffusers' ``rescale_betas_zero_snr``), where
+    predicted noise then says nothing. Between the indices: ``VPTable``.
+
+    Raises:
+        ValueError: not 0 < beta_start <= beta_end < 1, or fewer than two timesteps.
     """
 
-    t_min = 0.0
-    variance_preserving = True
+    def __init__(
+        self,
+        beta_start: float = 0.00085,
+        beta_end: float = 0.012,
+        num_timesteps: int = 1000,
+        zero_terminal_snr: bool = False,
+    ) -> None:
+        _check_betas(beta_start, beta_end, num_timesteps)
+        self.beta_start, self.beta_end, self.zero_terminal_snr = beta_start, beta_end, zero_terminal_snr
+        betas = _linspace(beta_start**0.5, beta_end**0.5, num_timesteps) ** 2
+        super().__init__(_table(betas, zero_terminal_snr))
+
+
+class VPLinearBetas(VPTable):
+    """DDPM's table (arXiv 2006.11239): beta equally spaced, alpha^2 = cumprod(1 - beta); t is a fractional index.
+
+    ``zero_terminal_snr`` as in ``VPScaledLinear``. ``VPLinear`` is the continuous process of linear beta.
+
+    Raises:
+        ValueError: not 0 < beta_start <= beta_end < 1, or fewer than two timesteps.
+    """
 
     def __init__(
-        self, beta_start: float = 0.00085, beta_end: float = 0.012, num_timesteps: int = 1000
+        self,
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        num_timesteps: int = 1000,
+        zero_terminal_snr: bool = False,
     ) -> None:
-        if not 0 < beta_start <= beta_end < 1:
-            raise ValueError(f"need 0 < beta_start <= beta_end < 1, got {beta_start} and {beta_end}")
-        if num_timesteps < 2:
-            raise ValueError(f"num_timesteps must be at least 2, got {num_timesteps}")
-        self.beta_start = beta_start
-        self.beta_end = beta_end
-        self.num_timesteps = num_timesteps
-        self.t_max = float(num_timesteps - 1)
-        # The device is named because models are often built inside `with torch.device("meta")`.
-        roots = torch.linspace(
-            beta_start**0.5, beta_end**0.5, num_timesteps, dtype=torch.float64, device="cpu"
-        )
-        alphas_cumprod = torch.cumprod(1 - roots**2, 0)
-        table = (torch.log(alphas_cumprod) - torch.log1p(-alphas_cumprod)) / 2
-        self._tables = {table.device: table}
+        _check_betas(beta_start, beta_end, num_timesteps)
+        self.beta_start, self.beta_end, self.zero_terminal_snr = beta_start, beta_end, zero_terminal_snr
+        super().__init__(_table(_linspace(beta_start, beta_end, num_timesteps), zero_terminal_snr))
 
-    def alpha(self, t: Tensor) -> Tensor:
-        return torch.sqrt(torch.sigmoid(2 * self._interpolate(t)[0])).to(at_least_float32(t).dtype)
 
-    def sigma(self, t: Tensor) -> Tensor:
-        return torch.sqrt(torch.sigmoid(-2 * self._interpolate(t)[0])).to(at_least_float32(t).dtype)
+class VPCosineIDDPM(VPTable):
+    """iDDPM's cosine table (arXiv 2102.09672, eq. 17), ``cosine_iddpm``; t is a fractional index.
 
-    def d_alpha(self, t: Tensor) -> Tensor:
-        ratio, slope = self._interpolate(t)
-        square = torch.sigmoid(2 * ratio)  # alpha^2
-        return (square.sqrt() * (1 - square) * slope).to(at_least_float32(t).dtype)
+    beta_i = min(1 - f((i + 1) / T) / f(i / T), max_beta), f(u) = cos^2(pi/2 (u + s) / (1 + s)), alpha^2 = cumprod(1 - beta).
+    The clip acts on the last entries alone: those of T / 2 are every second of T but for the last. Not the cosine of
+    ``VPCosine``, whose log-SNR is clipped.
 
-    def d_sigma(self, t: Tensor) -> Tensor:
-        ratio, slope = self._interpolate(t)
-        square = torch.sigmoid(-2 * ratio)  # sigma^2
-        return (-square.sqrt() * (1 - square) * slope).to(at_least_float32(t).dtype)
+    Raises:
+        ValueError: s is not positive, max_beta is outside (0, 1), or fewer than two timesteps.
+    """
 
-    def log_ratio(self, t: Tensor) -> Tensor:
-        return self._interpolate(t)[0].to(at_least_float32(t).dtype)
+    def __init__(self, num_timesteps: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> None:
+        _check_timesteps(num_timesteps)
+        if not s > 0:
+            raise ValueError(f"s must be positive, got {s}")
+        if not 0 < max_beta < 1:
+            raise ValueError(f"max_beta must lie in (0, 1), got {max_beta}")
+        self.s, self.max_beta = s, max_beta
+        edges = _linspace(0.0, 1.0, num_timesteps + 1)
+        f = torch.cos(math.pi / 2 * (edges + s) / (1 + s)) ** 2
+        super().__init__(from_betas((1 - f[1:] / f[:-1]).clamp(max=max_beta)))
 
-    def time_of(self, log_ratio: Tensor) -> Tensor:
-        log_ratio = at_least_float32(log_ratio)
-        table = self._table(log_ratio.device)
-        wanted = log_ratio.double()
-        # The table falls with the index and searchsorted wants it rising.
-        index = (torch.searchsorted(-table, -wanted.contiguous()) - 1).clamp(0, self.num_timesteps - 2)
-        left, right = table[index], table[index + 1]
-        fractional = index + (wanted - left) / (right - left)
-        return fractional.clamp(self.t_min, self.t_max).to(log_ratio.dtype)
 
-    def _table(self, device: torch.device) -> Tensor:
-        """log(alpha / sigma) at the integer indices, float64 [num_timesteps], copied once to each device."""
-        if device not in self._tables:
-            self._tables[device] = self._tables[torch.device("cpu")].to(device, non_blocking=True)
-        return self._tables[device]
+class VPLinearTable(VPTable):
+    """``VPLinear`` at the times (i + 1) / T as a table of T entries (ProDiff's "vpsde", arXiv 2207.06389).
 
-    def _interpolate(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(log(alpha / sigma), its derivative in t), float64 [B] each."""
-        table = self._table(t.device)
-        t = t.double().clamp(self.t_min, self.t_max)
-        index = t.floor().long().clamp(max=self.num_timesteps - 2)
-        left, right = table[index], table[index + 1]
-        slope = right - left
-        return left + (t - index) * slope, slope
+    beta_i = 1 - exp(-beta_min / T - (beta_max - beta_min) (2 i + 1) / (2 T^2)), i = 0..T-1; t is the fractional index, so
+    t = 0 is the time 1 / T of ``VPLinear``, not clean data.
+
+    Raises:
+        ValueError: not 0 < beta_min <= beta_max, or fewer than two timesteps.
+    """
+
+    def __init__(self, beta_min: float = 0.1, beta_max: float = 40.0, num_timesteps: int = 5) -> None:
+        _check_timesteps(num_timesteps)
+        continuous = VPLinear(beta_min, beta_max)
+        self.beta_min, self.beta_max = beta_min, beta_max
+        super().__init__(continuous.alpha(_linspace(0.0, 1.0, num_timesteps + 1)[1:]) ** 2)
+
+
+def _linspace(first: float, last: float, count: int) -> Tensor:
+    # The device is named because models are often built inside `with torch.device("meta")`.
+    return torch.linspace(first, last, count, dtype=torch.float64, device="cpu")
+
+
+def _table(betas: Tensor, zero_end: bool) -> Tensor:
+    return zero_terminal_snr(from_betas(betas)) if zero_end else from_betas(betas)
+
+
+def _check_betas(beta_start: float, beta_end: float, num_timesteps: int) -> None:
+    if not 0 < beta_start <= beta_end < 1:
+        raise ValueError(f"need 0 < beta_start <= beta_end < 1, got {beta_start} and {beta_end}")
+    _check_timesteps(num_timesteps)
+
+
+def _check_timesteps(num_timesteps: int) -> None:
+    if num_timesteps < 2:
+        raise ValueError(f"num_timesteps must be at least 2, got {num_timesteps}")

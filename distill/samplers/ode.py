@@ -9,16 +9,13 @@ state)`` is called for i = 0..N. Each sampler returns the final state, or with `
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from distill.process.base import Process, at_least_float32
+from distill.process.base import Process
+from distill.samplers.march import Field, OnState, check_final, march, per_sample
 
-Field = Callable[[Tensor, Tensor], Tensor]
-"""(x [B, *S], t [B]) -> [B, *S]: a velocity dx/dt, or the prediction of a network."""
-OnState = Callable[[int, Tensor], None]
+__all__ = ["Field", "OnState", "ddim", "ddim_step", "euler", "heun", "rollout"]
 
 
 def euler(
@@ -30,10 +27,10 @@ def euler(
     N steps it is InstaFlow's ``x += v / N``. Order 1.
     """
 
-    def step(x: Tensor, t: Tensor, s: Tensor, last: bool) -> Tensor:
-        return x + (s - t) * velocity(x, _per_sample(t, x)).to(x.dtype)
+    def step(i: int, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        return x + (s - t) * velocity(x, per_sample(t, x)).to(x.dtype)
 
-    return _march(step, x, times, on_state, return_path)
+    return march(step, x, times, on_state, return_path)
 
 
 def heun(
@@ -50,14 +47,14 @@ def heun(
     (variance exploding at sigma = 0, ``VPLinear`` at t = 0); a flow needs no such care.
     """
 
-    def step(x: Tensor, t: Tensor, s: Tensor, last: bool) -> Tensor:
-        slope = velocity(x, _per_sample(t, x)).to(x.dtype)
+    def step(i: int, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        slope = velocity(x, per_sample(t, x)).to(x.dtype)
         ahead = x + (s - t) * slope
-        if last and last_euler:
+        if last_euler and i == len(times) - 2:
             return ahead
-        return x + (s - t) * (slope + velocity(ahead, _per_sample(s, x)).to(x.dtype)) / 2
+        return x + (s - t) * (slope + velocity(ahead, per_sample(s, x)).to(x.dtype)) / 2
 
-    return _march(step, x, times, on_state, return_path)
+    return march(step, x, times, on_state, return_path)
 
 
 def ddim_step(
@@ -91,15 +88,14 @@ def ddim(
     Raises:
         ValueError: ``final`` is neither, or the kind does not exist for the process.
     """
-    if final not in ("x0", "state"):
-        raise ValueError(f"final must be 'x0' or 'state', got {final!r}")
+    check_final(final)
 
-    def step(x: Tensor, t: Tensor, s: Tensor, last: bool) -> Tensor:
-        here, there = _per_sample(t, x), _per_sample(s, x)
+    def step(i: int, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        here, there = per_sample(t, x), per_sample(s, x)
         x0, _, z_s = ddim_step(process, kind, predict(x, here), x, here, there)
-        return x0 if last and final == "x0" else z_s
+        return x0 if final == "x0" and i == len(times) - 2 else z_s
 
-    return _march(step, x, times, on_state, return_path)
+    return march(step, x, times, on_state, return_path)
 
 
 def rollout(velocity: Field, x: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,31 +108,3 @@ def rollout(velocity: Field, x: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
 
     path = euler(recorded, x, times, return_path=True)
     return path, torch.stack(velocities)
-
-
-def _per_sample(t: Tensor, x: Tensor) -> Tensor:
-    return t.expand(x.shape[0])
-
-
-def _march(
-    step: Callable[[Tensor, Tensor, Tensor, bool], Tensor],
-    x: Tensor,
-    times: Tensor,
-    on_state: OnState | None,
-    return_path: bool,
-) -> Tensor:
-    """Apply ``step(x, t, s, is_last)`` along the grid: the dtype rule and bookkeeping of every sampler."""
-    if times.dim() != 1 or times.shape[0] < 2:
-        raise ValueError(f"times must be 1-D with at least two entries, got shape {tuple(times.shape)}")
-    x = at_least_float32(x)
-    times = times.to(x.device, non_blocking=True)
-    steps = times.shape[0] - 1
-    path = [x]
-    for i in range(steps + 1):
-        if i > 0:
-            x = step(x, times[i - 1], times[i], i == steps).to(x.dtype)
-            if return_path:
-                path.append(x)
-        if on_state is not None:
-            on_state(i, x)
-    return torch.stack(path) if return_path else x

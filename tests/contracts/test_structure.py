@@ -47,11 +47,12 @@ BELOW = {
         *BASE,
     },
 }
-VERBS = {"train", "sample"}
+VERBS = {"train", "sample", "evaluate", "compare"}
 FOREIGN = {
-    "hydra": {"pipeline", "train"},
-    "omegaconf": {"pipeline", "train", "sample"},
+    "hydra": {"pipeline", "train", "evaluate"},
+    "omegaconf": {"pipeline", "train", "sample", "evaluate"},
     "lightning": {"engine"},
+    "matplotlib": {"evaluation"},
     "wandb": {"engine"},
 }
 

@@ -8,7 +8,9 @@ import torch
 from conftest import Load
 from torch import Tensor
 
+from distill.evaluation.cmmd import cmmd, mean_kernel, unit_rows
 from distill.evaluation.frechet import fd, frechet_distance, moments
+from distill.evaluation.inception_score import inception_score
 from distill.evaluation.kid import kid, self_similarity
 from distill.evaluation.precision import manifold, squared_radii
 
@@ -81,3 +83,19 @@ def test_closed_balls_agree_with_the_guided_diffusion_evaluator(golden: Golden) 
     found = manifold(golden["fake"], golden["real"], 3)
     assert found.precision == pytest.approx(golden["gd3.precision"].item(), abs=1e-15)
     assert found.recall == pytest.approx(golden["gd3.recall"].item(), abs=1e-15)
+
+
+def test_cmmd(golden: Golden) -> None:
+    x, y, expected = golden["cmmd.x"], golden["cmmd.y"], golden["cmmd.value"].item()
+    assert cmmd(x, y) == pytest.approx(expected, rel=1e-9)
+    assert cmmd(y, x) == pytest.approx(expected, rel=1e-9)
+    assert cmmd(x, y, mean_kernel(y, y)) == cmmd(x, y)
+    # The golden's rows have norm 1 (data/mmd/README.md): of embeddings of any norm, `unit_rows` makes the same value.
+    lengths = torch.linspace(0.1, 30, len(x), dtype=x.dtype)[:, None]
+    assert cmmd(unit_rows(lengths * x), unit_rows(y)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_inception_score(golden: Golden) -> None:
+    probabilities = golden["is.probs"]
+    assert inception_score(probabilities) == pytest.approx(golden["is.all"].item(), rel=1e-9)
+    assert inception_score(probabilities, block=40) == pytest.approx(golden["is.split40"].item(), rel=1e-9)

@@ -13,6 +13,7 @@ from torch import Tensor
 from distill.methods.losses.flow import flow_matching_loss, k_step_times
 from distill.models.guidance import guide
 from distill.process.base import KINDS, Process, at_least_float32, expand
+from distill.process.edm import EDM
 from distill.process.flow import Flow
 from distill.process.times import (
     logit_normal,
@@ -23,7 +24,15 @@ from distill.process.times import (
     uniform_grid,
     uniform_times,
 )
-from distill.process.vp import VPCosine, VPLinear, VPScaledLinear
+from distill.process.trig import TrigFlow
+from distill.process.vp import (
+    VPCosine,
+    VPCosineIDDPM,
+    VPLinear,
+    VPLinearBetas,
+    VPLinearTable,
+    VPScaledLinear,
+)
 from distill.samplers.ode import ddim, ddim_step, euler, heun
 
 
@@ -46,13 +55,29 @@ class Spiral(Process):
         return 1 + 2 * at_least_float32(t)
 
 
-PROCESSES = [Flow(), VPCosine(), VPCosine(logsnr_max=12.0), VPLinear(), VPScaledLinear(), Spiral()]
+PROCESSES = [
+    Flow(),
+    VPCosine(),
+    VPCosine(logsnr_max=12.0),
+    VPLinear(),
+    VPScaledLinear(),
+    VPScaledLinear(zero_terminal_snr=True),
+    VPLinearBetas(),
+    VPCosineIDDPM(8),
+    VPLinearTable(),
+    EDM(),
+    TrigFlow(),
+    TrigFlow(sigma_data=1.0),
+    Spiral(),
+]
 every_process = pytest.mark.parametrize("process", PROCESSES, ids=repr)
 
 
 def inner_times(process: Process, count: int = 7) -> Tensor:
-    """Times away from both ends, off the integers."""
-    fraction = torch.linspace(0.03, 0.97, count, dtype=torch.float64)
+    """Times away from both ends, off the integers; for EDM, whose levels span decades, even in their logarithm."""
+    if isinstance(process, EDM):
+        return torch.logspace(-2, math.log10(0.75 * process.sigma_max), count, dtype=torch.float64)
+    fraction = torch.linspace(0.03, 0.96, count, dtype=torch.float64)
     return process.t_min + (process.t_max - process.t_min) * fraction
 
 
@@ -132,7 +157,8 @@ def test_conversion_at_the_ends_of_time(process: Process) -> None:
 def test_derivatives_and_log_ratio(process: Process) -> None:
     t = inner_times(process).requires_grad_()
     for value, derivative in ((process.alpha, process.d_alpha), (process.sigma, process.d_sigma)):
-        (slope,) = torch.autograd.grad(value(t).sum(), t)
+        # A constant alpha (EDM) is no function of t for autograd: the 0 t makes it one.
+        (slope,) = torch.autograd.grad((value(t) + 0 * t).sum(), t)
         torch.testing.assert_close(derivative(t), slope, atol=1e-10, rtol=1e-8)
         step = 1e-6
         difference = (value(t + step) - value(t - step)) / (2 * step)
@@ -160,7 +186,7 @@ def test_time_of_inverts_log_ratio_and_clamps(process: Process) -> None:
 @pytest.mark.parametrize("b", PROCESSES, ids=repr)
 def test_matching_time_there_and_back(a: Process, b: Process) -> None:
     """Where ``b`` reaches a's noise levels, matching is a bijection and the scale maps states onto states."""
-    t = inner_times(a)
+    t = inner_times(a, 14)
     t = t[b.covers(a.log_ratio(t))]
     assert len(t) >= 3
     matched = b.matching_time(a, t)

@@ -55,7 +55,10 @@ def refuse(tmp_path, monkeypatch):
         ("stages.distill.method.step=2", "did you mean stages.distill.method.steps?"),
         ("stages.teacher.steps=3", "stages.teacher is the group 'teacher'; override teacher.steps=..."),
         # wrong group values
-        ("data=digit", "data: found no option 'digit'; data is one of: digits, did you mean digits?"),
+        (
+            "data=digit",
+            "data: found no option 'digit'; data is one of: digits, folder, ring, did you mean digits?",
+        ),
         ("profile=smok", "did you mean smoke?"),
         ("method@stages.reflow.method=reflo", "did you mean reflow?"),
         # wrong values

@@ -247,10 +247,12 @@ class TestDigits:
         images = reference.images[:20].float().view(20, 1, 8, 8)
         row = measure(images, None, reference, extractor)
         assert list(row) == [
-            "fd", "kid", "sliced_wasserstein", "precision", "recall", "density", "coverage",
+            "fd", "kid", "cmmd", "sliced_wasserstein", "precision", "recall", "density", "coverage",
             "class_std", "pixel_std", "nn_train", "class_accuracy",
         ]  # fmt: skip
-        assert [name for name, value in row.items() if value is None] == ["class_std", "class_accuracy"]
+        assert [name for name, value in row.items() if value is None] == [
+            "cmmd", "class_std", "class_accuracy",
+        ]  # fmt: skip
         assert measure(images, torch.arange(20), reference, extractor)["class_std"] is None
 
     def test_a_dropped_class_lowers_coverage_and_recall(
@@ -302,9 +304,17 @@ class TestDigits:
     def test_protocol_describes_itself(self, reference: Reference) -> None:
         protocol = reference.protocol(2000, "digits, all images", floor={"fd": 0.0537})
         text = protocol.describe()
-        for part in ("digits64", "2000 class-balanced", "1797 real", "1x8x8", "k=5", "fd 0.0537"):
+        for part in (
+            "digits64",
+            "2000 class-balanced",
+            "1797 real",
+            "1x8x8",
+            "k=5",
+            "fd_digits64@898 0.0537",
+        ):
             assert part in text
         assert "\n" not in text
         assert protocol.to_dict()["resolution"] == [1, 8, 8]
-        assert type(protocol)(**protocol.to_dict()).describe() == text  # type: ignore[arg-type]
+        assert type(protocol).from_dict(protocol.to_dict()).describe() == text
+        assert protocol.names()["fd"] == "fd_digits64"
         assert reference.references({"fd": 0.05})["floor_fd"] == 0.05

@@ -1,0 +1,253 @@
+"""Several evaluations in one table: what they share, what they must not mix, and which number is the best."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distill.evaluation.protocol import Protocol
+from distill.evaluation.report import COLUMNS, SCALE, legend
+from distill.files import read_json
+
+SCHEMA = 1
+METRICS = "metrics.json"
+NOTHING = "-"
+NO_METRICS = ("steps", "nfe", "guidance_scale")
+# Columns with a direction whose best value says little: the distance to another teacher, the speed of another machine.
+UNMARKED = ("teacher_mse", "images_per_second")
+MARKING = (
+    "Bold: the best of a column that has a direction (arrow), among all rows; `teacher mse` and `images/s` are not "
+    "marked, since they depend on the teacher and on the machine."
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One metrics.json: `name` is what tables call it, `real` the values of the real images, `note` the sentence
+    above its numbers ("" for none)."""
+
+    name: str
+    file: Path
+    protocol: Protocol
+    rows: tuple[Mapping[str, Any], ...]
+    real: Mapping[str, float]
+    note: str = ""
+
+
+def find(paths: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """(the metrics.json of every path, the folders that have none).
+
+    A path is a run folder, an evaluation folder or the file itself. Raises ValueError for no path, a path that does
+    not exist, a file given twice, or where nothing is left.
+    """
+    if not paths:
+        raise ValueError("runs: none given; expected folders with a metrics.json, such as runs/*")
+    found: list[Path] = []
+    without: list[str] = []
+    for given in paths:
+        path = Path(given)
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{given}: no such file or folder; expected a run, an evaluation or a metrics.json"
+            )
+        file = path / METRICS if path.is_dir() else path
+        if not file.is_file():
+            without.append(given)
+            continue
+        if any(file.samefile(other) for other in found):
+            raise ValueError(f"{given}: given twice")
+        found.append(file)
+    if not found:
+        raise FileNotFoundError(f"{', '.join(without)}: no {METRICS} in any of them; expected finished runs")
+    return found, without
+
+
+def read(files: Sequence[Path]) -> list[Run]:
+    """The evaluations; errors name the file and the key."""
+    return [_read(file, name) for file, name in zip(files, _names(files), strict=True)]
+
+
+def _names(files: Sequence[Path]) -> list[str]:
+    """The names of the folders, each with as many of its parents as tell them apart."""
+    parts = [file.resolve().parent.parts for file in files]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(p[-depth:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(file) for file in files]  # several files in one folder
+
+
+def _read(file: Path, name: str) -> Run:
+    content = read_json(file)
+    found = content.get("schema") if isinstance(content, dict) else type(content).__name__
+    if found != SCHEMA:
+        raise ValueError(f"{file}: schema: found {found!r}, this version reads {SCHEMA}")
+    for key, kind in (("protocol", dict), ("rows", list)):
+        if not isinstance(content.get(key), kind):
+            raise ValueError(
+                f"{file}: {key}: found {type(content.get(key)).__name__}, expected {kind.__name__}"
+            )
+    if not content["rows"]:
+        raise ValueError(f"{file}: rows: empty, expected at least one")
+    for row in content["rows"]:
+        if missing := [key for key in ("model", "steps") if key not in row]:
+            raise ValueError(f"{file}: rows: {missing[0]}: missing in {row}")
+    try:
+        protocol = Protocol.from_dict(content["protocol"])
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    real, note = content.get("real") or {}, content.get("note") or ""
+    return Run(name, file, protocol, tuple(content["rows"]), real, note)
+
+
+def check_protocols(runs: Sequence[Run]) -> None:
+    """Raise ValueError unless all of the protocols but the floor agree; the message names what differs, and where.
+
+    `straightness_steps` counts only where a row has a straightness, and `full_count`, which files of older versions
+    lack and which changes names alone, only where there is one.
+    """
+    fields = [key for key in runs[0].protocol.to_dict() if key not in ("floor", "names")]
+    lines = []
+    for field in fields:
+        values: dict[str, list[str]] = {}
+        for run in runs:
+            value = run.protocol.to_dict()[field]
+            if field == "straightness_steps" and not _has(run, "straightness"):
+                continue
+            if field == "full_count" and value is None:
+                continue
+            values.setdefault(str(value), []).append(run.name)
+        if len(values) > 1:
+            told = "; ".join(f"{value} in {', '.join(names)}" for value, names in values.items())
+            lines.append(f"  {field}: {told}")
+    if lines:
+        raise ValueError(
+            "the protocols differ, so the numbers do not compare:\n"
+            + "\n".join(lines)
+            + "\nexpected one protocol (all but the floor); distill.evaluate measures a model again under another one"
+        )
+
+
+def protocol(runs: Sequence[Run]) -> Protocol:
+    """What the runs share, from the first that knows the full count of its features: it gives the names."""
+    return next((run.protocol for run in runs if run.protocol.full_count is not None), runs[0].protocol)
+
+
+def _has(run: Run, metric: str) -> bool:
+    return any(row.get(metric) is not None for row in run.rows)
+
+
+def check_metric(runs: Sequence[Run], metric: str) -> list[str]:
+    """The names of the runs that have no value of `metric`; raises ValueError where none has one."""
+    numbers = [
+        key for run in runs for row in run.rows for key, v in row.items() if isinstance(v, int | float)
+    ]
+    known = [key for key in dict.fromkeys(numbers) if key not in NO_METRICS]
+    if metric not in known:
+        near = difflib.get_close_matches(metric, known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(
+            f"metric: found {metric!r}, expected a metric of these runs: {', '.join(known)}{hint}"
+        )
+    return [run.name for run in runs if not _has(run, metric)]
+
+
+def table(runs: Sequence[Run], mark: str = "**{}**") -> str:
+    """Markdown table of all rows of all runs in their order; columns that are null everywhere are left out, and so is
+    the guidance scale where it is 1 everywhere.
+    The best of a column, and what is printed like it, is put into `mark`."""
+    rows, names = [(run.name, row) for run in runs for row in run.rows], protocol(runs).names()
+    keys = [key for key in COLUMNS if any(row.get(key) is not None for _, row in rows)]
+    guided = any(row.get("guidance_scale") not in (None, 1) for _, row in rows)
+    best = {key: _cell(key, _best(key, [row for _, row in rows])) for key in keys}
+    lines = [
+        f"| run | model | steps |{' guidance |' * guided} "
+        + " | ".join(printed(key, names) + COLUMNS[key][1] for key in keys)
+        + " |",
+        "|---|---|---|" + "---|" * (len(keys) + guided),
+    ]
+    for name, row in rows:
+        cells = [_cell(key, row.get(key)) for key in keys]
+        cells = [
+            mark.format(cell) if cell == best[key] != NOTHING else cell
+            for key, cell in zip(keys, cells, strict=True)
+        ]
+        scale = NOTHING if row.get("guidance_scale") is None else f"{row['guidance_scale']:g}"
+        head = [
+            name,
+            row["model"],
+            NOTHING if row["steps"] is None else row["steps"],
+            *([scale] if guided else []),
+        ]
+        lines.append("| " + " | ".join(str(cell).replace("|", "_") for cell in [*head, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def _cell(key: str, value: float | None) -> str:
+    """A value as the column prints it."""
+    return NOTHING if value is None else f"{value * SCALE.get(key, 1):{COLUMNS[key][2]}}"
+
+
+def better(metric: str) -> str:
+    """ "lower", "higher", or "" where neither is better in itself; the arrow of the column says it."""
+    unit = COLUMNS.get(metric, ("", "", ""))[1]
+    return "lower" if "↓" in unit else "higher" if "↑" in unit else ""
+
+
+def printed(metric: str, names: Mapping[str, str]) -> str:
+    """What a metric is called under a protocol's names, without unit and direction."""
+    return names.get(metric, COLUMNS.get(metric, (metric,))[0])
+
+
+def _best(key: str, rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """The value to mark."""
+    values = [row[key] for row in rows if row.get(key) is not None]
+    if key in UNMARKED or not better(key):
+        return None
+    return min(values) if better(key) == "lower" else max(values)
+
+
+def aligned(text: str) -> str:
+    """A Markdown table with its columns padded to equal width, for a terminal; numbers to the right."""
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    head, body = cells[0], cells[2:]
+    widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
+    words = [not any(_numeric(row[i]) for row in body) for i in range(len(head))]
+
+    def line(row: Sequence[str]) -> str:
+        padded = [c.ljust(w) if word else c.rjust(w) for c, w, word in zip(row, widths, words, strict=True)]
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([line(head), "  ".join("-" * w for w in widths), *map(line, body)])
+
+
+def _numeric(cell: str) -> bool:
+    try:
+        float(cell.strip("*").strip())
+    except ValueError:
+        return False
+    return True
+
+
+def remarks(runs: Sequence[Run], without: Sequence[str], metric: str, missing: Sequence[str]) -> list[str]:
+    """What a reader must know beside the numbers: notes of runs, folders left out, runs that the plot lacks."""
+    lines = [f"{run.name}: {run.note}" for run in runs if run.note]
+    lines += [f"{path}: left out, it has no {METRICS} (unfinished, or no run)" for path in without]
+    return lines + [f"{name}: no {metric} in any row, so it is not in the plot" for name in missing]
+
+
+def page(runs: Sequence[Run], picture: str, metric: str, told: Sequence[str]) -> str:
+    """The Markdown page: plot, table, protocol, remarks."""
+    parts = [
+        "# Comparison of " + ", ".join(run.name for run in runs),
+        f"![{metric} against network calls]({picture})",
+        table(runs),
+        f"Protocol of all rows: {protocol(runs).describe()}.",
+        "\n".join(f"- **{line}**" for line in told),
+        MARKING,
+        legend(protocol(runs)) if any(_has(run, "fd") for run in runs) else "",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"

@@ -1,0 +1,57 @@
+"""The Exact stage: a teacher in closed form, which nobody has to train and whose every number is known."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from distill.data.points import mixture_means
+from distill.models.analytic import GaussianMixture, exact_denoiser
+from distill.models.denoiser import Denoiser
+from distill.models.native import build, describe, save_model
+from distill.models.spec import SamplerSpec
+from distill.pipeline.stage import ModelStage, Room, check_types
+
+STEPS = 100  # Euler steps that the model asks for where nothing else is said
+
+
+@dataclass
+class Exact(ModelStage):
+    """The exact denoiser of an even mixture of Gaussians (`models.analytic`) as a model folder.
+
+    Attributes:
+        ring: {count, radius} of component means on a circle, or
+        means: [K, D] component means.
+        std: standard deviation of every component.
+        labelled: component k is the class k, and the null condition means the whole mixture.
+        process: config of the noise process.
+    """
+
+    process: dict[str, Any]
+    ring: dict[str, Any] | None = None
+    means: list[Any] | None = None
+    std: float = 0.1
+    labelled: bool = False
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        self._denoiser()  # a wrong option is told before anything runs
+
+    def run(self, room: Room) -> dict[str, Any]:
+        """Write the model folder."""
+        denoiser = self._denoiser()
+        net = denoiser.net
+        assert isinstance(net, GaussianMixture)
+        spec = SamplerSpec(steps=STEPS, any_steps=True, solver="euler", kind=denoiser.kind)
+        if room.world.main:
+            save_model(room.folder, net.state_dict(), describe(denoiser, net.config(), spec))
+        return {"train_seconds": None, "peak_memory_bytes": None}
+
+    def _denoiser(self) -> Denoiser:
+        """The model, on the CPU."""
+        try:
+            process = build(self.process)
+        except (ValueError, TypeError, AttributeError, ImportError) as error:
+            where = "process." if str(error).startswith("_target_") else "process: "
+            raise ValueError(f"{where}{error}") from error
+        return exact_denoiser(process, mixture_means(self.ring, self.means), self.std, labelled=self.labelled)

@@ -1,0 +1,87 @@
+"""Progressive distillation as ordinary stages: one template becomes a training stage for every halving of the steps."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from distill.pipeline.references import redirect
+
+
+def step_counts(start: int, end: int) -> list[int]:
+    """The students' step counts: start / 2, start / 4, ..., end.
+
+    Raises ValueError unless start = end * 2^k with k >= 1; the message says which counts halving would visit."""
+    for name, value in (("start", start), ("end", end)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"halve.{name}: expected an integer of at least 1, found {value!r}")
+    visited, current = [], start
+    while current > end and current % 2 == 0:
+        current //= 2
+        visited.append(current)
+    if not visited or visited[-1] != end:
+        raise ValueError(
+            f"halve: found start {start} and end {end}; halving visits {[start, *visited]}, "
+            "expected start = end * 2^k with k >= 1"
+        )
+    return visited
+
+
+def halve(stages: Mapping[str, dict[str, Any]], block: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Replace the stage `block.stage` by one stage for every halving.
+
+    block: {stage: distill, start: 16, end: 1, rounds: {1: {steps: 600}}}. The stage for N steps is named
+    `<stage>_<N>`; its method gets `steps: N`; its `init` and `teacher` are the template's in the first round and the
+    round before in the others; `rounds` overrides options of single rounds. Later stages that refer to the template
+    mean the last round; an evaluated model of the template gets a row set a round: label `<label>_<N>` at N steps, the
+    last one `<label>` itself.
+    """
+    name = block["stage"]
+    if name not in stages:
+        raise ValueError(f"halve.stage: found {name!r}, expected one of {list(stages)}")
+    counts = step_counts(block["start"], block["end"])
+    special = {int(count): dict(options) for count, options in (block.get("rounds") or {}).items()}
+    if unknown := sorted(set(special) - set(counts)):
+        raise ValueError(f"halve.rounds: found {unknown}, expected step counts among {counts}")
+    result: dict[str, dict[str, Any]] = {}
+    last = f"{name}_{counts[-1]}"
+    for other, config in stages.items():
+        if other != name:
+            changed = redirect(config, {name: last})
+            if isinstance(config.get("models"), Mapping):
+                changed["models"] = _models(config["models"], name, counts)
+            result[other] = changed
+            continue
+        previous = None
+        for count in counts:
+            stage = merged(copy.deepcopy(config), {"method": {"steps": count}})
+            if previous is not None:
+                stage |= {role: previous for role in ("init", "teacher") if stage.get(role) is not None}
+            stage["stream"] = f"{stage['stream']}_{count}"
+            result[f"{name}_{count}"] = merged(stage, special.get(count, {}))
+            previous = f"{name}_{count}"
+    return result
+
+
+def merged(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` with `changes` merged into its nested mappings."""
+    for key, value in changes.items():
+        if isinstance(value, Mapping) and isinstance(config.get(key), Mapping):
+            config[key] = merged(dict(config[key]), value)
+        else:
+            config[key] = copy.deepcopy(value)
+    return config
+
+
+def _models(models: Mapping[str, Any], name: str, counts: list[int]) -> dict[str, Any]:
+    """Evaluated models with one entry a round for those of the template."""
+    rows: dict[str, Any] = {}
+    for label, model in models.items():
+        if model["stage"] != name:
+            rows[label] = dict(model)
+            continue
+        for count in counts:
+            label_here = label if count == counts[-1] else f"{label}_{count}"
+            rows[label_here] = dict(model) | {"stage": f"{name}_{count}", "steps": [count]}
+    return rows

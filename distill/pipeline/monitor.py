@@ -1,0 +1,220 @@
+"""Evaluation during training: many methods peak and then rot, so the average is measured as it changes and the best
+one is kept."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from torch import Tensor
+
+from distill.data.rng import Draws
+from distill.data.source import Source
+from distill.engine.module import STUDENT, DistillModule
+from distill.evaluation.grid import image_grid, save_png, tile
+from distill.evaluation.measure import Reference, measure
+from distill.files import read_json, write_json, write_text
+from distill.models.denoiser import Denoiser
+from distill.models.features import FeatureExtractor
+from distill.models.generator import Generator
+from distill.pipeline.stage import Room, check_types
+
+WHICH = ("last", "best")
+FOLDER, BEST, RECORD, SUMMARY = "monitor", "best", "evaluations.jsonl", "best.json"
+# Metrics that a best model can be chosen by: all of them are distances.
+METRICS = ("fd", "kid", "sliced_wasserstein")
+DIAGNOSED = 64  # samples of the data that a method's diagnostics are given
+LOGGED = (*METRICS, "recall", "coverage", "class_std", "pixel_std", "nn_train", "class_accuracy")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a training stage's `monitor` says.
+
+    Attributes:
+        every_images: images of the student's updates between evaluations; there is always one at the end.
+        count: samples an evaluation, always of the same noise and labels. batch_size: samples a network call.
+        metric: the distance by which the best model is kept: fd, kid or sliced_wasserstein.
+        columns: samples a row of the picture, which shows as many rows.
+        data, features: configs of the real data and of the feature extractor.
+        k: neighbours of recall and coverage.
+    """
+
+    every_images: int
+    data: dict[str, Any]
+    features: dict[str, Any]
+    count: int = 500
+    batch_size: int = 500
+    metric: str = "fd"
+    columns: int = 10
+    k: int = 5
+
+    def __post_init__(self) -> None:
+        check_types(self, "monitor.")
+        for name in ("every_images", "batch_size", "columns", "k"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"monitor.{name}: expected at least 1, found {getattr(self, name)}")
+        if self.count < self.k + 2:
+            raise ValueError(f"monitor.count: expected at least k + 2 = {self.k + 2}, found {self.count}")
+        if self.metric not in METRICS:
+            raise ValueError(f"monitor.metric: found {self.metric!r}, expected one of {list(METRICS)}")
+
+    def fingerprint(self) -> str:
+        """The real data and the feature extractor."""
+        features = instantiate(self.features)
+        return f"{instantiate(self.data).fingerprint()} {features.name} {features.sha256}"
+
+
+class Monitor:
+    """Evaluates the student of a running method; called by every process after the same steps.
+
+    Leaves in the stage's folder: `monitor/step_<n>.png`, `monitor/evaluations.jsonl`, what the method tells of itself
+    in `monitor/diagnostics_<n>.png`, and the best model so far in `best/` (through `save`, which writes a model folder;
+    called by every process) with `best.json`.
+    Everything is a function of the weights, so a resumed run decides as an uninterrupted one does."""
+
+    def __init__(self, options: Options, room: Room, save: Callable[[Path], None], source: Source) -> None:
+        self.options, self.room, self.save, self.source = options, room, save, source
+        self.folder = room.folder / FOLDER
+        self._reference: Reference | None = None
+        self._extractor: FeatureExtractor | None = None
+
+    def due(self, before: int, now: int) -> bool:
+        """Whether an evaluation falls between two image counts."""
+        return before // self.options.every_images != now // self.options.every_images
+
+    def resume(self, step: int) -> None:
+        """Forget evaluations after the checkpoint at `step`: they come again."""
+        path = self.folder / RECORD
+        if not self.room.world.main:
+            return
+        kept = [e for e in _entries(path) if e["step"] <= step]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_text(path, "".join(json.dumps(e) + "\n" for e in kept))
+        for picture in self.folder.glob("*_*.png"):
+            if int(picture.stem.rpartition("_")[2]) > step:
+                picture.unlink()
+
+    def __call__(self, module: DistillModule) -> dict[str, float]:
+        """Evaluate now; returns what to log (on the main process)."""
+        samples = self._sample(module)
+        better = False
+        found: dict[str, float] = {}
+        if samples is not None:
+            found = self._measure(module, samples)
+            better = self._record(module, found)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            columns = self.options.columns
+            save_png(tile(samples[: columns * columns], columns), self._picture("step", module.progress.step))
+        if self.room.world.any(better):
+            self.save(self.room.folder / BEST)
+        told = self._diagnose(module)
+        return {f"eval/{name}": value for name, value in found.items()} | told if samples is not None else {}
+
+    def _picture(self, kind: str, step: int) -> Path:
+        return self.folder / f"{kind}_{step:07d}.png"
+
+    @torch.no_grad()
+    def _diagnose(self, module: DistillModule) -> dict[str, float]:
+        """What the method tells of itself, on the same samples and draws each time."""
+        rows = torch.arange(min(DIAGNOSED, len(self.source)))
+        draws = Draws(self.room.seed, "diagnostics", 0, rows.to(module.device))
+        networks = [*module.networks.values(), *module.ema.values()]
+        training = [network.training for network in networks]
+        for network in networks:
+            network.eval()
+        told = module.diagnostics(self.source.fetch(rows, rows).to(module.device), draws)
+        for network, mode in zip(networks, training, strict=True):
+            network.train(mode)
+        if told.rows and self.room.world.main:
+            shown = [(label, images[: self.options.columns].clamp(-1, 1)) for label, images in told.rows]
+            save_png(image_grid(shown), self._picture("diagnostics", module.progress.step))
+        return {f"diagnostics/{name}": float(value) for name, value in told.scalars.items()}
+
+    def _sample(self, module: DistillModule) -> Tensor | None:
+        """Samples 0 .. count - 1 on the main process. Every process makes the same number of network calls: the
+        networks may be sharded over them."""
+        model, world = module.best(STUDENT), self.room.world
+        assert isinstance(model, Denoiser)
+        training, _ = model.training, model.eval()
+        generator = Generator(model, module.spec())
+        labels = generator.labels(self.options.count)
+        chunks = list(torch.arange(self.options.count).split(self.options.batch_size))
+        parts: dict[int, Tensor] = {}
+        for number in range(world.rank, -(-len(chunks) // world.size) * world.size, world.size):
+            ids = chunks[number] if number < len(chunks) else chunks[0]
+            images = generator.sample_ids(ids, labels, seed=self.room.seed, stream="monitor")
+            if number < len(chunks):
+                parts[number] = images
+        model.train(training)
+        return world.collect(parts)
+
+    def _measure(self, module: DistillModule, samples: Tensor) -> dict[str, float]:
+        """The logged metrics of the samples; the real half of the work is done once."""
+        if self._reference is None:
+            self._extractor = instantiate(self.options.features, device=str(self.room.device))
+            data = instantiate(self.options.data)
+            images = data.images.to(self.room.device)
+            assert self._extractor is not None
+            self._reference = Reference(
+                images, data.labels, self._extractor, k=self.options.k, seed=self.room.seed
+            )
+        assert self._extractor is not None
+        model = module.best(STUDENT)
+        assert isinstance(model, Denoiser)
+        labels = Generator(model, module.spec()).labels(self.options.count)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a small count is chosen knowingly here, and named so
+            row = measure(samples.to(self.room.device), labels, self._reference, self._extractor)
+        return {name: float(value) for name in LOGGED if (value := row[name]) is not None}
+
+    def _record(self, module: DistillModule, found: Mapping[str, float]) -> bool:
+        """Note an evaluation; whether it is the best so far (the first of equals; never one that is not finite)."""
+        path, step, value = self.folder / RECORD, module.progress.step, found[self.options.metric]
+        earlier = [e for e in _entries(path) if e["step"] < step]
+        entry = {"step": step, "images": module.progress.images, "count": self.options.count, **found}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_text(path, "".join(json.dumps(e) + "\n" for e in [*earlier, entry]))
+        best = min((e[self.options.metric] for e in earlier), default=math.inf)
+        if not value < best:
+            return False
+        summary = {
+            "metric": self.options.metric,
+            "value": value,
+            "step": step,
+            "options": asdict(self.options),
+        }
+        write_json(self.room.folder / SUMMARY, summary)
+        return True
+
+    def facts(self) -> dict[str, Any]:
+        """What the artifact records: where the best model was found."""
+        path = self.room.folder / SUMMARY
+        return (
+            {key: value for key, value in read_json(path).items() if key != "options"}
+            if path.is_file()
+            else {}
+        )
+
+
+def _entries(path: Path) -> list[dict[str, Any]]:
+    """The evaluations noted so far; a line cut off by a kill is dropped."""
+    entries = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return entries
+
+
+def model_folder(folder: Path, which: str) -> Path:
+    """Where the last or the best model of a training stage lies."""
+    return folder / BEST if which == "best" else folder
