@@ -264,7 +264,7 @@ def menu(root: Path = ROOT) -> list[dict[str, Any]]:
     on_disk = sorted(p.name for p in (root / "docs").glob("*.md"))
     written = [*(p for p in WRITTEN if p in on_disk), *(p for p in on_disk if p not in WRITTEN)]
     return [
-        {"distill": "index.md"},
+        {"Start": "index.md"},
         *({_title(root / "docs" / page): page} for page in written),
         {"Recipes and configs": "configs.md"},
         {"Contributing": "contributing.md"},

@@ -91,6 +91,23 @@ def read_description(folder: Path) -> dict[str, Any]:
     return description
 
 
+def read_weights(folder: Path | str) -> dict[str, Tensor]:
+    """The net's weights of a model folder, on the CPU, after comparing their sha256 with the description's."""
+    folder = Path(folder)
+    named = read_description(folder).get("weights")
+    if not isinstance(named, Mapping) or not {"file", "sha256"} <= set(named):
+        raise ValueError(f"{folder / DESCRIPTION}: weights: found {named!r}, expected a file and its sha256")
+    path = folder / str(named["file"])
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: missing; {folder / DESCRIPTION} names it as the weights")
+    if (found := sha256_file(path)) != named["sha256"]:
+        raise ValueError(f"{path}: sha256: found {found}, {DESCRIPTION} expects {named['sha256']}")
+    try:
+        return safetensors.torch.load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: does not fit the net that {DESCRIPTION} describes: {error}") from error
+
+
 def load_model(folder: Path | str, *, device: torch.device | str = "cpu") -> Generator:
     """Read a model folder into a `Generator` in eval mode; checks the weights' sha256 and loads strictly."""
     folder = Path(folder)
@@ -98,17 +115,11 @@ def load_model(folder: Path | str, *, device: torch.device | str = "cpu") -> Gen
     missing = [key for key in REQUIRED if key not in description]
     if missing:
         raise ValueError(f"{folder / DESCRIPTION}: {missing[0]}: missing; expected {', '.join(REQUIRED)}")
-    path = folder / description["weights"]["file"]
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: missing; {folder / DESCRIPTION} names it as the weights")
-    if (found := sha256_file(path)) != description["weights"]["sha256"]:
-        raise ValueError(
-            f"{path}: sha256: found {found}, {DESCRIPTION} expects {description['weights']['sha256']}"
-        )
-    net = build(description["net"])
+    weights, net = read_weights(folder), build(description["net"])
     try:
-        net.load_state_dict(safetensors.torch.load_file(path))
-    except (RuntimeError, SafetensorError) as error:
+        net.load_state_dict(weights)
+    except RuntimeError as error:
+        path = folder / description["weights"]["file"]
         raise ValueError(f"{path}: does not fit the net that {DESCRIPTION} describes: {error}") from error
     denoiser = Denoiser(
         net,

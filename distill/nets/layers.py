@@ -69,6 +69,8 @@ class TimeEmbedding(nn.Module):
     """[B] network times -> [B, dim] sines and cosines (Vaswani et al. 2017) of frequencies from 1 down to
     1/max_period."""
 
+    frequencies: Tensor
+
     def __init__(self, dim: int, max_period: float = 10_000.0) -> None:
         super().__init__()
         if dim % 2:

@@ -7,7 +7,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -82,6 +82,7 @@ class Evaluate(Stage):
         k: neighbours of precision, recall, density and coverage.
         gates: see `evaluation.gates.Gate`.
         note: a sentence that stands above the numbers.
+        seed: of the samples' noise, so that runs of several seeds are measured alike; None: the run's.
     """
 
     # What a row holds beside `model`, `steps` and `guidance_scale`, and gates may name.
@@ -100,6 +101,7 @@ class Evaluate(Stage):
     gates: list[dict[str, Any]] = field(default_factory=list)
     stream: str = "evaluate"
     note: str = ""
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -152,6 +154,9 @@ class Evaluate(Stage):
     def run(self, room: Room) -> dict[str, Any]:
         """Write metrics.json, report.md and grid.png, here and at the top of the run. All processes sample; the
         main one measures."""
+        self._run_seed = room.seed
+        if self.seed is not None:
+            room = replace(room, seed=self.seed)
         generators = self._generators(room)
         threads = use_threads(room, max(_parameters(g) for g in generators.values()))
         jobs = [(label, steps) for label, model in self.models.items() for steps in model["steps"]]
@@ -256,7 +261,7 @@ class Evaluate(Stage):
         model = generator.denoiser
         if (
             self.straightness is None
-            or model.coupling == "endpoint"
+            or model.coupling in ("endpoint", "few_step")
             or model.process.config()["_target_"].rpartition(".")[2] != "Flow"
         ):
             return None
@@ -299,7 +304,7 @@ class Evaluate(Stage):
             "schema": SCHEMA,
             "recipe": room.recipe,
             "digest": room.digest,
-            "seed": room.seed,
+            "seed": self._run_seed,
             "note": self.note,
             "protocol": protocol.to_dict(),
             "real": dict(real),

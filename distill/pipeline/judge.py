@@ -83,15 +83,12 @@ class Judge(Evaluate):
     def images(self, room: Room, samples: ImageFolder) -> None:
         """Measure a folder of images as `run` measures a model."""
         label = next(iter(room.inputs))
-        with warnings.catch_warnings(record=True) as told:
-            bench, images = self._bench(room), samples.images
-            row: dict[str, Any] = dict.fromkeys(
-                ("steps", "nfe", "guidance_scale", "teacher_mse", "straightness", "images_per_second")
-            )
-            row = {"model": label, **row, "train_seconds": None, "peak_memory_bytes": None}
-            row |= measure(images.to(room.device), samples.labels, bench.reference, bench.extractor)
-        for text in sorted({str(warning.message) for warning in told}):
-            room.display.line(text)
+        bench, images = self._bench(room), samples.images
+        row: dict[str, Any] = dict.fromkeys(
+            ("steps", "nfe", "guidance_scale", "teacher_mse", "straightness", "images_per_second")
+        )
+        row = {"model": label, **row, "train_seconds": None, "peak_memory_bytes": None}
+        row |= measure(images.to(room.device), samples.labels, bench.reference, bench.extractor)
         shown = images[showcase(samples.labels, self.grid_columns, len(images))]
         self._picture(room, [(label, shown)])
         counts = () if samples.labels is None else samples.labels.bincount().tolist()
@@ -194,10 +191,13 @@ def judge(request: Request, configs: Mapping[str, Path]) -> Path:
             recipe=recipe_of(path) or label,
             digest=digest,
         )
-        try:
-            stage.run(room) if samples is None else stage.images(room, samples)
-        except InstantiationException as error:
-            raise ValueError(f"features: {error.__cause__ or error}") from error
+        with warnings.catch_warnings(record=True) as told:
+            try:
+                stage.run(room) if samples is None else stage.images(room, samples)
+            except InstantiationException as error:
+                raise ValueError(f"features: {error.__cause__ or error}") from error
+        for text in sorted({str(warning.message) for warning in told}):
+            room.display.line(text)
         metrics = read_json(room.folder / "metrics.json") | {"recipe": recipe_of(path), "source": source}
         out.mkdir(parents=True, exist_ok=True)
         for name in ("grid.png", "report.md"):

@@ -254,11 +254,10 @@ class Train(ModelStage):
                 f"net.num_classes: found {student.num_classes}, but the data have {source.num_classes} classes"
             )
         probe = source.fetch(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+        cond = probe.cond.with_guidance(0.0 if student.embeds_guidance else None)
         try:
             with torch.no_grad():
-                student(
-                    torch.zeros(1, *source.sample_shape), torch.full((1,), student.process.t_max), probe.cond
-                )
+                student(torch.zeros(1, *source.sample_shape), torch.full((1,), student.process.t_max), cond)
         except RuntimeError as error:
             raise ValueError(f"net: does not take samples of shape {source.sample_shape}: {error}") from error
         return student, net

@@ -120,9 +120,8 @@ def test_a_changed_file_is_read_again(tmp_path):
     write(tmp_path / "a.png", np.zeros((2, 2), dtype=np.uint8))
     before = ImageFolder(str(tmp_path))
     write(tmp_path / "a.png", np.full((2, 2), 9, dtype=np.uint8))
-    write(tmp_path / "b.png", np.full((2, 2), 1, dtype=np.uint8))
     after = ImageFolder(str(tmp_path))
-    assert after.pixels[:, 0, 0, 0].tolist() == [9, 1]
+    assert after.pixels.unique().tolist() == [9]
     assert before.fingerprint() != after.fingerprint()
 
 
