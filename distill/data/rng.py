@@ -77,7 +77,9 @@ class Draws:
         key = stream_key(self.seed, self.stream, self.step, name)
         rows = self.index.to(torch.int64)[:, None]
         columns = torch.arange(-(-count // 4), device=rows.device)[None, :]
-        if rows.device.type == "cpu":  # what small batches pay for is the calls, and numpy's cost a third of torch's
+        if (
+            rows.device.type == "cpu"
+        ):  # what small batches pay for is the calls, and numpy's cost a third of torch's
             words = np.stack(_blocks(rows.numpy(), columns.numpy(), key), axis=-1)
             cells = torch.from_numpy((words >> 8).astype(np.float32))
         else:

@@ -184,7 +184,8 @@ def train(
     evaluation: Evaluation | None = None,
 ) -> None:
     """Train a prepared method to `fit.steps` student steps, from the checkpoint in `folder` where there is one;
-    `evaluation` measures the student whenever it is due, and at the end.
+    `evaluation` measures the student whenever it is due, and at the end. `config` (plain containers) says what is trained:
+    a checkpoint with another one is refused.
 
     Afterwards `folder/last.ckpt` holds the end of training. Raises ValueError where the batch cannot be split,
     FloatingPointError after too many non-finite steps, `Interrupted` after SIGINT or SIGTERM (with a checkpoint
@@ -192,6 +193,7 @@ def train(
     path, world = folder / checkpoint.NAME, method.world
     state = checkpoint.read(path) if path.is_file() else None
     if state is not None:
+        _check_same(state["config"], config, path)
         checkpoint.restore(state, method, where=path)
         on_progress(method.progress.step, f"continues from step {method.progress.step}")
     for logger in loggers:
@@ -222,6 +224,21 @@ def train(
     checkpoint.save(path, method, config)
     if world.any(requested() is not None):  # it came after the last iteration
         raise Interrupted(requested() or signal.SIGTERM)
+
+
+def _check_same(found: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
+    """Refuse to go on from a checkpoint of another training; its length and its threads may differ."""
+    free = {"steps", "threads"}
+    changed = [
+        key
+        for key in sorted({*found, *wanted} - free)
+        if found.get(key, "(absent)") != wanted.get(key, "(absent)")
+    ]
+    if changed:
+        told = ", ".join(
+            f"{k}: found {found.get(k, '(absent)')}, expected {wanted.get(k, '(absent)')}" for k in changed
+        )
+        raise ValueError(f"{path}: is the checkpoint of another training: {told}; use another folder")
 
 
 def _trainer(fit: Fit, device: torch.device, watch: _Watch, folder: Path) -> L.Trainer:

@@ -62,8 +62,10 @@ class DistillModule(L.LightningModule):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """A frozen network may be kept under any attribute without becoming a submodule (and part of checkpoints)."""
-        if value is None or type(value) in (str, int, float):
-            object.__setattr__(self, name, value)  # Lightning notes the running hook so, some thirty times a step
+        if (value is None or type(value) is str) and name in self.__dict__:
+            object.__setattr__(
+                self, name, value
+            )  # Lightning notes the running hook so, some twenty times a step
         elif isinstance(value, nn.Module) and any(
             value is kept for kept in self.__dict__.get("frozen", {}).values()
         ):
@@ -164,7 +166,9 @@ class DistillModule(L.LightningModule):
             followers: list[tuple[Callable[[int], float], Follower]] = []
             if settings.ema is not None:
                 decay = partial(decay_at, decay=settings.ema, ramp=settings.ema_ramp)
-                followers += [(decay, Follower(self.ema[role], network)) for role, network in update.trains.items()]
+                followers += [
+                    (decay, Follower(self.ema[role], network)) for role, network in update.trains.items()
+                ]
             followers += [
                 (average.decay, Follower(self.ema[name], update.trains[average.of]))
                 for name, average in self.further.items()

@@ -5,6 +5,10 @@ Liu et al. 2023, "InstaFlow" (arXiv 2309.06380), stage "distill", and the k-step
 code base. The student is G(z) = z - v(z, t = 1) (the papers' tau = 0); the loss D(G(z), x0) is the squared L2
 distance over stored pairs.
 
+What the loss should look like: it starts at the squared gap between the (re)flow's one-step and many-step samples and falls
+by a factor of two to ten; after a reflow it is small from the start. It is the distance to the teacher's samples, so lower is
+better.
+
 Deviations: the papers end with an LPIPS stage; here the loss is L2 (LPIPS needs images of at least 16 pixels
 and weights that no package ships). tau is exactly 0, as in InstaFlow's inference (`t_eps` = 0); the
 rectified-flow code uses 1e-3.

@@ -78,7 +78,7 @@ class Denoiser(nn.Module):
         """The prediction [B,*S] of the net's own kind at times t [B], guided: u + g (c - u), in one batched
         forward."""
         if isinstance(guidance_scale, float | int) and guidance_scale == 1.0:
-            return self.net(x_t, t, cond)
+            return self._call(x_t, t, cond)
         if not self.guidable:
             raise ValueError(
                 f"guidance_scale: found {guidance_scale}, but this model was not trained with a null "
@@ -87,13 +87,17 @@ class Denoiser(nn.Module):
         conditional, unconditional = self.branches(x_t, t, cond)
         return guide(unconditional, conditional, guidance_scale)
 
+    def _call(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """The net's output; it gets its times in the precision of its input, not in the solvers' float64."""
+        return self.net(x_t, t.to(at_least_float32(x_t).dtype), cond)
+
     def branches(self, x_t: Tensor, t: Tensor, cond: Cond, *, guided: bool = True) -> tuple[Tensor, Tensor]:
         """Predictions [B,*S] of the net's own kind with and without the condition, in one batched forward; where not
         `guided`, the first one twice, in a forward of one batch."""
         if not guided:
-            out = self.net(x_t, t, cond)
+            out = self._call(x_t, t, cond)
             return out, out
-        both = self.net(torch.cat([x_t, x_t]), torch.cat([t, t]), cond.cat(cond.null()))
+        both = self._call(torch.cat([x_t, x_t]), torch.cat([t, t]), cond.cat(cond.null()))
         conditional, unconditional = both.chunk(2)
         return conditional, unconditional
 
@@ -131,7 +135,7 @@ class Denoiser(nn.Module):
     def transport(
         self,
         z: Tensor,
-        cond: Cond,
+        cond: Cond | None = None,
         *,
         solver: str = "euler",
         steps: int | None = None,
@@ -148,6 +152,7 @@ class Denoiser(nn.Module):
         `solver` is one of `SOLVERS`. "rk45" takes steps by its tolerance (1e-5) over the whole batch: `steps` and `grid` only
         say where states are wanted. Where the velocity cannot be had at t_min, "heun" ends with an Euler step.
         """
+        cond = Cond.nothing(len(z)) if cond is None else cond
         if grid is None:
             if steps is None or steps < 1:
                 raise ValueError(f"steps: expected at least 1, found {steps}")

@@ -34,8 +34,8 @@ class Generator:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights lie."""
-        return next(chain(self.denoiser.parameters(), self.denoiser.buffers())).device
+        """Where the weights lie; the CPU for a net without any."""
+        return next(chain(self.denoiser.parameters(), self.denoiser.buffers()), torch.empty(0)).device
 
     def to(self, device: torch.device | str) -> Generator:
         """Move the weights to `device` (in place) and return self."""

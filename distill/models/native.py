@@ -65,7 +65,7 @@ def describe(denoiser: Denoiser, net: Mapping[str, Any], spec: SamplerSpec) -> d
         "boundary": None if denoiser.boundary is None else denoiser.boundary.to_dict(),
         "num_classes": denoiser.num_classes,
         "value_range": value_range(denoiser.sample_shape),
-        "sampler": spec.to_dict(),
+        "sampler": spec.to_dict() | {"kind": denoiser.kind},
     }
 
 

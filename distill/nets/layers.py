@@ -120,5 +120,7 @@ def add_guidance(embedding: Tensor, layer: GuidanceEmbedding | None, w: Tensor |
     if layer is None:
         raise ValueError("guidance_w: found a guidance embedding's input, but this net was built without one")
     if w is None:
-        raise ValueError("guidance_w: missing; this net was trained with the guidance w = guidance_scale - 1 as an input")
+        raise ValueError(
+            "guidance_w: missing; this net was trained with the guidance w = guidance_scale - 1 as an input"
+        )
     return embedding + layer(w)

@@ -19,6 +19,10 @@ def expand(recipe: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     stages = {
         name: copy.deepcopy(dict(config)) for name, config in recipe["stages"].items() if config is not None
     }
+    if not stages:
+        raise ValueError(
+            "stages: found none; a recipe of your own starts with the line `# @package _global_` and has a `stages` block"
+        )
     for name, config in stages.items():
         if "_target_" not in config:
             raise ValueError(

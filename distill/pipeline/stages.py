@@ -87,7 +87,9 @@ class Train(ModelStage):
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision: found {self.precision!r}, expected one of {list(PRECISIONS)}")
         if self.adapt is not None and (self.init is None or set(self.adapt) - {"kind", "net"}):
-            raise ValueError(f"adapt: found {self.adapt}, expected `kind` and `net` options, and an `init` to change")
+            raise ValueError(
+                f"adapt: found {self.adapt}, expected `kind` and `net` options, and an `init` to change"
+            )
         self._monitor = None if self.monitor is None else Options(**self.monitor)
         if self.init is None and (self.net is None or self.process is None):
             raise ValueError("init: without a stage to start from, both `net` and `process` are needed")

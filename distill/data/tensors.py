@@ -1,0 +1,53 @@
+"""Tensors as training data: the shortest way from a notebook to a method."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from distill.data.batch import Batch
+from distill.data.cond import Cond
+
+
+class Tensors:
+    """Samples x0 [n,*S] (images in [-1, 1]), with the noise z [n,*S] that a teacher mapped to them and class labels [n], where
+    there are any.
+
+    Raises ValueError where the lengths or shapes differ, or labels are no integers of at least 0."""
+
+    name = "tensors"
+
+    def __init__(self, x0: Tensor, z: Tensor | None = None, labels: Tensor | None = None) -> None:
+        if x0.ndim < 2 or len(x0) < 1:
+            raise ValueError(f"x0: expected [n, *S] with n >= 1, found shape {list(x0.shape)}")
+        if z is not None and z.shape != x0.shape:
+            raise ValueError(f"z: expected the shape of x0, {list(x0.shape)}, found {list(z.shape)}")
+        if labels is not None and (labels.shape != x0.shape[:1] or labels.is_floating_point()):
+            raise ValueError(
+                f"labels: expected {len(x0)} integers, found {labels.dtype} {list(labels.shape)}"
+            )
+        if labels is not None and int(labels.min()) < 0:
+            raise ValueError(f"labels: expected classes of at least 0, found {int(labels.min())}")
+        self.images, self.z, self.labels = x0, z, labels
+        self.sample_shape = tuple(x0.shape[1:])
+        self.num_classes = 0 if labels is None else int(labels.max()) + 1
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def fetch(self, rows: Tensor, index: Tensor) -> Batch:
+        """The samples at `rows` [B]; `index` [B] are their positions in the global batch."""
+        cond = Cond.nothing(len(rows)) if self.labels is None else Cond.of_labels(self.labels[rows])
+        return Batch(
+            ids=rows, index=index, cond=cond, x0=self.images[rows], z=None if self.z is None else self.z[rows]
+        )
+
+    def fingerprint(self) -> str:
+        """sha256 over everything that there is."""
+        digest = hashlib.sha256()
+        for part in (self.images, self.z, self.labels):
+            if part is not None:
+                digest.update(part.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()

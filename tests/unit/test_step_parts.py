@@ -1,0 +1,127 @@
+"""The parts of a training step that were made fast: the same numbers as their plain definitions."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from test_engine import fit, make
+from torch import nn
+
+from distill.data import rng
+from distill.data.rng import Draws, philox
+from distill.engine.ema import Follower, update_ema
+from distill.engine.nonfinite import flagged_step, nonfinite, step_unless
+
+
+def test_philox_is_the_same_on_arrays_and_tensors_of_any_layout():
+    generator = torch.Generator().manual_seed(0)
+    counter = [torch.randint(0, 2**32, (7, 5), generator=generator) for _ in range(4)]
+    tensors = philox(counter, 0xFEDCBA9876543210)
+    arrays = philox([word.numpy() for word in counter], 0xFEDCBA9876543210)
+    column, row = counter[0][:, :1], counter[1][:1]
+    broadcast = philox((row, column, column, 0 * row), 3)
+    full = philox((row.expand(7, 5), column.expand(7, 5), column.expand(7, 5), torch.zeros(7, 5).long()), 3)
+    for a, b in zip([*tensors, *broadcast], [*arrays, *full], strict=True):
+        assert np.array_equal(np.asarray(a), np.asarray(b))
+        assert int(np.min(np.asarray(a))) >= 0
+        assert int(np.max(np.asarray(a))) < 2**32
+
+
+def test_uniforms_are_the_words_of_philox(monkeypatch):
+    index = torch.tensor([5, 2**33 + 1, 0])
+    found = Draws(4, "s", 9, index).uniform("u", (6,))
+    rows, columns = index[:, None], torch.arange(2)[None]
+    words = philox((columns, rows & 0xFFFFFFFF, rows >> 32, 0 * columns), rng.stream_key(4, "s", 9, "u"))
+    cells = (torch.stack(words, dim=-1) >> 8).flatten(1)[:, :6].double()
+    assert torch.equal(found.double(), ((cells + 0.5) * 2.0**-24).float().double())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_nonfinite_finds_each_kind(bad):
+    fine, wrong = torch.tensor(3e38), torch.tensor(bad)
+    assert nonfinite(fine, fine) == 0  # their sum would overflow
+    assert nonfinite(-fine, torch.tensor(0.0)) == 0
+    assert nonfinite(fine, wrong) == nonfinite(wrong, fine) == nonfinite(wrong, -wrong) == 1
+    assert nonfinite(fine, wrong).dtype == torch.float32
+
+
+@pytest.mark.parametrize("step", [flagged_step, step_unless])
+def test_a_flagged_step_changes_nothing_and_another_is_the_plain_one(step):
+    plain, flagged = nn.Linear(3, 2), nn.Linear(3, 2)
+    flagged.load_state_dict(plain.state_dict())
+    optimizers = [torch.optim.AdamW(net.parameters(), lr=0.1, fused=True) for net in (plain, flagged)]
+    for bad in (0.0, 1.0, 0.0):
+        for net in (plain, flagged):
+            for parameter in net.parameters():
+                parameter.grad = torch.full_like(parameter, math.nan if bad else 0.5)
+        if not bad:
+            optimizers[0].step()
+        before = copy.deepcopy(flagged.state_dict())
+        step(optimizers[1], torch.tensor(bad))
+        for name, value in flagged.state_dict().items():
+            assert torch.equal(value, plain.state_dict()[name])
+            assert torch.equal(value, before[name]) == bool(bad)
+    states = [optimizer.state_dict()["state"] for optimizer in optimizers]
+    assert all(torch.equal(states[0][i][key], states[1][i][key]) for i in states[0] for key in states[0][i])
+    assert int(states[1][0]["step"]) == 2
+
+
+def test_a_follower_averages_parameters_and_copies_buffers_even_replaced_ones():
+    network = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    average = copy.deepcopy(network)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(1.0)
+    expected = [0.75 * a + 0.25 * p for a, p in zip(average.parameters(), network.parameters(), strict=True)]
+    follower = Follower(average, network)
+    network[1].running_mean = torch.tensor([5.0, 6.0])  # another tensor than the one that was looked up
+    follower.update(0.75)
+    for found, value in zip(average.parameters(), expected, strict=True):
+        assert torch.allclose(found, value, atol=1e-7)
+    assert torch.equal(average[1].running_mean, torch.tensor([5.0, 6.0]))
+    again = copy.deepcopy(average)
+    update_ema(again, network, 0.0)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), network.parameters(), strict=True))
+
+
+def test_a_follower_refuses_another_network():
+    with pytest.raises(ValueError, match="average: found 2 parameters, the network that it follows has 4"):
+        Follower(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+
+
+def test_networks_are_walked_once_a_run_not_once_a_step(tmp_path, monkeypatch):
+    walks = []
+    method = make()
+    method.parameters_of = lambda update, plain=method.parameters_of: (
+        walks.append(update.name) or plain(update)
+    )
+    fit(method, tmp_path, steps=6)
+    assert method.progress.iteration == 11
+    # Once for the optimizers and once for the steps.
+    assert sorted(walks) == ["fake", "fake", "student", "student"]
+
+
+def test_a_network_replaced_before_distribution_is_the_one_that_is_trained():
+    method = make()
+    method._turn_of(method.plan[0])
+    method.distribute("none", torch.device("cpu"))
+    assert method._turns == {}
+    method._turn_of(method.plan[0])
+    method.prepare({"student": method.optim["student"], "fake": method.optim["fake"]}, seed=0)
+    assert method._turns == {}
+
+
+def test_attributes_that_hold_nothing_or_text_stay_attributes_of_their_kind():
+    method = make()
+    method.label = "a"
+    method.label = None
+    assert method.label is None
+    method.fake = None  # a submodule is taken off, not hidden
+    assert method._modules["fake"] is None
+    assert method.fake is None
+    method.coupling = "paired"
+    assert (method.coupling, type(method).coupling) == ("paired", "independent")
