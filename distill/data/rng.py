@@ -87,6 +87,10 @@ class Draws:
         # The middle of one of 2^24 cells: never 0 or 1, so log and logit stay finite.
         return (cells + 0.5).mul_(2.0**-24).flatten(1)[:, :count]
 
+    def named(self, name: str) -> Draws:
+        """The draws of the same step under another stream, for a function that names its draws itself."""
+        return Draws(self.seed, f"{self.stream}/{name}", self.step, self.index)
+
     def uniform(self, name: str, shape: Sequence[int] = ()) -> Tensor:
         """[B, *shape] float32 in (0, 1)."""
         return self._uniforms(name, math.prod(shape)).reshape(len(self.index), *shape)

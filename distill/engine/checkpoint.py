@@ -23,7 +23,7 @@ NAME = "last.ckpt"
 
 def state_of(module: DistillModule, config: dict[str, Any]) -> dict[str, Any]:
     """The declared keys: networks and their averages by role, optimizers by key, progress, counters, sampler,
-    config, versions. Collective: every process calls it."""
+    the method's own state, config, versions. Collective: every process calls it."""
     names = module.parameter_names()
     return {
         "schema": SCHEMA,
@@ -33,6 +33,7 @@ def state_of(module: DistillModule, config: dict[str, Any]) -> dict[str, Any]:
         "progress": module.progress.to_dict(),
         "nonfinite": module.nonfinite.to_dict(),
         "sampler": module.spec().to_dict(),
+        "method": module.state(),
         "config": config,
         "torch": str(torch.__version__),
     }
@@ -87,6 +88,7 @@ def restore(state: dict[str, Any], module: DistillModule, *, where: Path) -> Non
                 raise ValueError(f"{where}: {part}.{role}: does not fit the network: {error}") from error
     module.progress = Progress(**state["progress"])
     module.nonfinite.load(state["nonfinite"])
+    module.load_state(state.get("method", {}))
 
 
 def restore_optimizers(state: dict[str, Any], module: DistillModule, *, where: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def shadow(network: nn.Module) -> nn.Module:
@@ -24,7 +24,8 @@ class Follower:
     where it is trained (sharding replaces parameters). Buffers are read anew, as a net may replace them."""
 
     def __init__(self, average: nn.Module, network: nn.Module) -> None:
-        self.kept, self.current = list(average.parameters()), list(network.parameters())
+        self.kept: list[Tensor] = list(average.parameters())
+        self.current: list[Tensor] = list(network.parameters())
         if len(self.kept) != len(self.current):
             raise ValueError(
                 f"average: found {len(self.kept)} parameters, the network that it follows has {len(self.current)}"

@@ -96,14 +96,10 @@ class _Watch(Callback):
         on_progress: Callable[[int, str], None],
         resumed: dict[str, Any] | None,
         evaluation: Evaluation | None,
+        snapshot: Callable[[int], None],
     ) -> None:
-        self.fit, self.path, self.config, self.loggers, self.evaluation = (
-            fit,
-            path,
-            config,
-            loggers,
-            evaluation,
-        )
+        self.fit, self.path, self.config, self.loggers = fit, path, config, loggers
+        self.evaluation, self.snapshot = evaluation, snapshot
         self.on_progress, self.resumed = on_progress, resumed
         self.seen = self.saved = self.images = 0
         self.logs: dict[str, Tensor] = {}
@@ -123,6 +119,9 @@ class _Watch(Callback):
         self.logs |= logs  # of updates that do not run in every iteration, the latest
         step = module.progress.step
         logging_now = step != self.seen and (step % self.fit.log_every == 0 or step == self.fit.steps)
+        if step != self.seen and step in module.snapshots():
+            self.snapshot(step)
+            module.restart_clock()
         evaluated = self._evaluate(module) if step != self.seen else None
         if logging_now or evaluated is not None:
             self._log(module, self.logs, evaluated or {})
@@ -182,10 +181,12 @@ def train(
     loggers: Sequence[Logger] = (),
     on_progress: Callable[[int, str], None] = lambda step, text: None,
     evaluation: Evaluation | None = None,
+    snapshot: Callable[[int], None] = lambda step: None,
 ) -> None:
-    """Train a prepared method to `fit.steps` student steps, from the checkpoint in `folder` where there is one;
-    `evaluation` measures the student whenever it is due, and at the end. `config` (plain containers) says what is trained:
-    a checkpoint with another one is refused.
+    """Train a prepared method to `fit.steps` student steps, from the checkpoint in `folder` where there is one.
+
+    `evaluation` measures the student whenever it is due, and at the end; `snapshot` is called after each of the method's
+    `snapshots`. `config` (plain containers) says what is trained: a checkpoint with another one is refused.
 
     Afterwards `folder/last.ckpt` holds the end of training. Raises ValueError where the batch cannot be split,
     FloatingPointError after too many non-finite steps, `Interrupted` after SIGINT or SIGTERM (with a checkpoint
@@ -216,7 +217,7 @@ def train(
         rank=world.rank,
         world=world.size,
     )
-    watch = _Watch(fit, path, config, loggers, on_progress, state, evaluation)
+    watch = _Watch(fit, path, config, loggers, on_progress, state, evaluation, snapshot)
     with deferred():
         _trainer(fit, device, watch, folder).fit(method, train_dataloaders=loader)
     if method.progress.iteration < stop:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from distill.data.batch import Batch
 from distill.data.rng import Draws
-from distill.engine.ema import Follower, decay_at, shadow
+from distill.engine.ema import Follower, shadow
 from distill.engine.nonfinite import NonFinite, nonfinite, step_unless
 from distill.engine.parallel import full_norm, make_mesh, shard_net, sync_gradients
 from distill.engine.progress import Progress
@@ -93,6 +93,20 @@ class DistillModule(L.LightningModule):
         gradients; every process calls it."""
         return Diagnostics()
 
+    def snapshots(self) -> Sequence[int]:
+        """Student steps after which the stage stores the student as it is (DisBack's path)."""
+        return ()
+
+    def after_step(self) -> None:
+        """Called after each step of the student, on every process, for what a method decides by its own course."""
+
+    def state(self) -> dict[str, Any]:
+        """What a method needs to go on beside its networks, as plain numbers and strings; saved in checkpoints."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Inverse of `state`."""
+
     def keep_frozen(self, role: str, network: Frozen) -> Frozen:
         """Keep a network that is never trained: moved to the device with the others, but neither registered
         nor saved."""
@@ -131,7 +145,7 @@ class DistillModule(L.LightningModule):
         for update in self.plan:
             for role, network in update.trains.items():
                 self.networks[role] = network
-                if self.optim[update.optim_key].ema is not None and role not in self.ema:
+                if self.optim[update.optim_key].averaged and role not in self.ema:
                     self.ema[role] = shadow(network)
         self.further = dict(self.averages())
         for name, average in self.further.items():
@@ -164,8 +178,8 @@ class DistillModule(L.LightningModule):
         if (turn := self._turns.get(update.name)) is None:
             settings = self.optim[update.optim_key]
             followers: list[tuple[Callable[[int], float], Follower]] = []
-            if settings.ema is not None:
-                decay = partial(decay_at, decay=settings.ema, ramp=settings.ema_ramp)
+            if settings.averaged:
+                decay = partial(settings.decay_at, images=self._images)
                 followers += [
                     (decay, Follower(self.ema[role], network)) for role, network in update.trains.items()
                 ]
@@ -223,6 +237,7 @@ class DistillModule(L.LightningModule):
     def training_step(self, batch: list[Batch], batch_idx: int) -> None:
         """Run every update whose turn it is on all micro batches."""
         iteration = self.progress.iteration
+        self._images = sum(len(micro) for micro in batch) * self.world.size
         shared: list[dict[str, Tensor]] = [{} for _ in batch]
         logs: dict[str, Tensor] = {}
         for update in self.plan:
@@ -268,7 +283,8 @@ class DistillModule(L.LightningModule):
             follower.update(decay(step))
         if update is self.student_update:
             self.progress.step += 1
-            self.progress.images += sum(len(micro) for micro in batch) * self.world.size
+            self.progress.images += self._images
+            self.after_step()
         rate = torch.tensor(optimizer.param_groups[0]["lr"])
         return logs | {f"{update.name}/grad_norm": norm, f"{update.name}/lr": rate}
 

@@ -41,7 +41,8 @@ class NonFinite:
 def nonfinite(*values: Tensor) -> Tensor:
     """1 where any of the scalars is infinite or nan, else 0, as a float32 scalar on their device."""
     # 0 * x is 0 for every finite x and nan for all others: fewer small operations than `isfinite` of each.
-    return sum(0.0 * value for value in values).isnan().to(torch.float32)
+    nothing = sum((0.0 * value for value in values[1:]), start=0.0 * values[0])
+    return nothing.isnan().to(torch.float32)
 
 
 def step_unless(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:

@@ -103,6 +103,20 @@ def full_state(module: nn.Module) -> dict[str, Tensor]:
     return {name: full(value) for name, value in module.state_dict().items()}
 
 
+@torch.no_grad()
+def copy_full(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Give a module, sharded or not, the weights of a whole state dict; strict. Each process keeps its own shards."""
+    own = module.state_dict()
+    if set(own) != set(state):
+        raise ValueError(f"weights: found {sorted(set(state) ^ set(own))[:4]} in one of the two models alone")
+    for name, value in own.items():
+        if value.shape != state[name].shape:
+            raise ValueError(
+                f"weights: {name}: found shape {list(state[name].shape)}, expected {list(value.shape)}"
+            )
+        value.copy_(_like(state[name], value) if is_sharded(value) else state[name])
+
+
 def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, dict[str, Any]]:
     """State by parameter name (`names`: id(parameter) -> name), as plain CPU tensors, so that it fits any
     sharding. Collective."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from distill.data.batch import Batch
 from distill.data.rng import Draws
+from distill.engine.ema import decay_at, halflife_decay
 
 
 class Loss(NamedTuple):
@@ -113,7 +114,9 @@ class Optim:
         schedule: step (from 0) -> factor on the learning rate.
         clip: largest gradient norm over all parameters of the update, or None.
         ema: decay of the exponential moving average of the trained weights, or None for no average.
-        ema_ramp: use min(ema, (1 + n) / (10 + n)) at step n, so that the average forgets the start.
+        ema_halflife: half-life of that average in images instead (`ema` then has no meaning): the same for every batch size.
+        ema_ramp: use min(ema, (1 + n) / (10 + n)) at step n, so that the average forgets the start; of a half-life, at most
+            a twentieth of the images so far.
     """
 
     optimizer: Callable[[Any], Any]
@@ -121,9 +124,26 @@ class Optim:
     clip: float | None = 1.0
     ema: float | None = 0.999
     ema_ramp: bool = True
+    ema_halflife: float | None = None
 
     def __post_init__(self) -> None:
         if self.clip is not None and self.clip <= 0:
             raise ValueError(f"optim.clip: expected a positive norm or null, found {self.clip}")
         if self.ema is not None and not 0 <= self.ema < 1:
             raise ValueError(f"optim.ema: expected a decay in [0, 1) or null, found {self.ema}")
+        if self.ema_halflife is not None and self.ema_halflife < 0:
+            raise ValueError(
+                f"optim.ema_halflife: expected images, at least 0, or null, found {self.ema_halflife}"
+            )
+
+    @property
+    def averaged(self) -> bool:
+        """Whether an average is kept."""
+        return self.ema is not None or self.ema_halflife is not None
+
+    def decay_at(self, step: int, images: int) -> float:
+        """Decay of the average after optimizer step `step` (from 0), each of `images` images."""
+        if self.ema_halflife is not None:
+            return halflife_decay(step * images, images, self.ema_halflife, 0.05 if self.ema_ramp else None)
+        assert self.ema is not None
+        return decay_at(step, self.ema, self.ema_ramp)

@@ -64,6 +64,8 @@ class UNet(nn.Module):
         guidance_embedding: features of the guidance w as an input (`Cond.guidance_w`); 0: no such input.
     """
 
+    bottleneck = "middle_out"  # whose output discriminators look at
+
     def __init__(
         self,
         *,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -35,9 +35,11 @@ from distill.models.native import (
 from distill.pipeline.execution import peak_memory_bytes, use_threads
 from distill.pipeline.generate import Generate
 from distill.pipeline.monitor import WHICH, Monitor, Options
+from distill.pipeline.nodes import keeper, read_nodes, write_manifest
 from distill.pipeline.stage import ModelStage, Room, Stage, check_types
 
 CHECKPOINTS = "checkpoints"
+ROLES = ("student", "teacher")
 
 
 @dataclass
@@ -56,11 +58,14 @@ class Train(ModelStage):
         path: a model folder to use instead of training (the stage becomes a `Load`).
         monitor: evaluation during training, see `pipeline.monitor.Options`; None for none. The best model so far is
             kept in `best/`.
+        networks: further frozen models by the name under which the method's constructor takes them, and the stages that
+            made them.
+        nodes: name of a stage that stored nodes on its way (method `degrade`), for a method that takes them.
         adapt: changes to the model of `init`, see `adapted`: {kind: v, net: {guidance_embedding: 64}}.
     """
 
     LENGTH: ClassVar[tuple[str, ...]] = ("steps",)
-    REFERENCES: ClassVar[tuple[str, ...]] = ("init", "teacher", "data")
+    REFERENCES: ClassVar[tuple[str, ...]] = ("init", "teacher", "data", "nodes")
 
     method: dict[str, Any]
     data: str | dict[str, Any]
@@ -78,6 +83,8 @@ class Train(ModelStage):
     path: str | None = None
     monitor: dict[str, Any] | None = None
     adapt: dict[str, Any] | None = None
+    networks: dict[str, str] | None = None
+    nodes: str | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -104,13 +111,29 @@ class Train(ModelStage):
                 raise ValueError(f"optim.{key}: {error.__cause__ or error}") from error
         self._takes = inspect.signature(get_class(self.method["_target_"])).parameters
 
+    def inputs(self) -> dict[str, str]:
+        """The references, and the further networks by their role."""
+        return super().inputs() | dict(self.networks or {})
+
     def check(self, stages: Mapping[str, Stage]) -> None:
-        """References exist, and the method gets a teacher exactly if it wants one."""
+        """References exist, and the method gets exactly the models that it wants."""
         super().check(stages)
-        for role in ("init", "teacher"):
-            name = getattr(self, role)
+        further = dict(self.networks or {})
+        if unknown := sorted(
+            set(further) - set(self._takes) | set(further) & {"init", "data", "nodes", *ROLES}
+        ):
+            raise ValueError(
+                f"networks: found {unknown}, which the method {self.method['_target_']} does not take as further networks"
+            )
+        for role, name in {"init": self.init, "teacher": self.teacher, **further}.items():
             if name is not None and not isinstance(stages[name], ModelStage):
                 raise ValueError(f"{role}: {name!r} makes no model")
+        if self.nodes is not None and "nodes" not in self._takes:
+            raise ValueError(
+                f"nodes: found {self.nodes!r}, but the method {self.method['_target_']} takes none"
+            )
+        if self.nodes is not None and self.teacher is None:
+            raise ValueError("nodes: found without a `teacher`, where their way begins")
         if ("teacher" in self._takes) != (self.teacher is not None):
             wants = "needs a teacher" if "teacher" in self._takes else "takes no teacher"
             raise ValueError(
@@ -135,13 +158,16 @@ class Train(ModelStage):
         source: Source = Pairs(room.inputs["data"]) if isinstance(self.data, str) else instantiate(self.data)
         student, net = self._student(room, source)
         threads = use_threads(room, sum(p.numel() for p in student.parameters()))
-        networks = {"student": student}
-        if self.teacher is not None:
-            networks["teacher"] = load_model(room.inputs["teacher"]).denoiser
+        given: dict[str, Any] = {"student": student}
+        for role in [*(["teacher"] if self.teacher is not None else []), *(self.networks or {})]:
+            given[role] = load_model(room.inputs[role]).denoiser
+        if "nodes" in self._takes:
+            found = [] if self.nodes is None else read_nodes(room.inputs["nodes"], room.inputs["teacher"])
+            given["nodes"] = [str(folder) for folder in found]
         options = dict(self.method)
         if "total_steps" in options and options["total_steps"] is None:
             options["total_steps"] = self.steps
-        method: DistillModule = instantiate(options, **networks)
+        method: DistillModule = instantiate(options, **given, _convert_="all")
         method.prepare(self._optim(), seed=room.seed, stream=self.stream, world=room.world)
         config = {
             "method": self.method,
@@ -164,8 +190,10 @@ class Train(ModelStage):
                 save_model(folder, weights, description)
 
         monitor = None if self._monitor is None else Monitor(self._monitor, room, save, source)
-        self._fit(room, method, source, config, monitor)
+        self._fit(room, method, source, config, monitor, keeper(room.folder, method.snapshots(), save))
         save(room.folder)
+        if method.snapshots() and room.world.main:
+            write_manifest(room.folder, method.snapshots(), room.inputs["init"])
         return {
             "train_seconds": method.progress.seconds,
             "images": method.progress.images,
@@ -185,6 +213,7 @@ class Train(ModelStage):
         source: Source,
         config: dict[str, Any],
         monitor: Monitor | None,
+        snapshot: Callable[[int], None],
     ) -> None:
         """Train with loggers and a bar; the main process alone logs."""
         loggers: list[Logger] = []
@@ -225,6 +254,7 @@ class Train(ModelStage):
                     loggers=loggers,
                     on_progress=show,
                     evaluation=monitor,
+                    snapshot=snapshot,
                 )
             finally:  # also where the run is stopped: a half-open W&B run would swallow the next stage's
                 for logger in loggers:

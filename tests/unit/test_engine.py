@@ -144,6 +144,7 @@ def test_frozen_networks_are_neither_registered_nor_saved(tmp_path):
     assert sorted(state) == [
         "config",
         "ema",
+        "method",
         "networks",
         "nonfinite",
         "optimizers",

@@ -1,0 +1,63 @@
+"""Nodes: models that a training stage stores on its way (DisBack's degradation path), known by a manifest written last."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from distill.files import read_json, sha256_file, write_json
+from distill.models.native import WEIGHTS
+
+SCHEMA = 1
+FOLDER, MANIFEST = "nodes", "nodes.json"
+
+
+def node_folder(stage: Path, number: int) -> Path:
+    """Where node `number` (from 1) of a stage lies."""
+    return stage / FOLDER / f"{number:03d}"
+
+
+def keeper(stage: Path, steps: Sequence[int], save: Callable[[Path], None]) -> Callable[[int], None]:
+    """What to call after each of `steps`: stores the student as it is, under its number. A kill before the next checkpoint
+    writes the same bytes again."""
+    numbers = {step: number for number, step in enumerate(steps, 1)}
+    return lambda step: save(node_folder(stage, numbers[step]))
+
+
+def write_manifest(stage: Path, steps: Sequence[int], start: Path) -> None:
+    """Note the nodes of a finished stage and which weights (of the model folder `start`) the way began with."""
+    nodes = [
+        {"number": number, "step": step, "sha256": sha256_file(node_folder(stage, number) / WEIGHTS)}
+        for number, step in enumerate(steps, 1)
+    ]
+    write_json(stage / MANIFEST, {"schema": SCHEMA, "start": sha256_file(start / WEIGHTS), "nodes": nodes})
+
+
+def read_nodes(stage: Path, start: Path) -> list[Path]:
+    """Model folders of a way, in its order: `start` and every stored node.
+
+    Raises FileNotFoundError or ValueError where there is no manifest, a node is missing or changed, or the way began with
+    other weights than those in `start`."""
+    path = stage / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: missing; expected a stage that stores nodes (method `degrade`), finished"
+        )
+    manifest = read_json(path)
+    if manifest.get("schema") != SCHEMA:
+        raise ValueError(f"{path}: schema: found {manifest.get('schema')!r}, this version reads {SCHEMA}")
+    if manifest["start"] != (found := sha256_file(start / WEIGHTS)):
+        raise ValueError(
+            f"{path}: start: the way began with weights {manifest['start'][:12]}, the teacher's are {found[:12]}"
+        )
+    folders = [start]
+    for node in manifest["nodes"]:
+        folder = node_folder(stage, node["number"])
+        if not (folder / WEIGHTS).is_file():
+            raise FileNotFoundError(f"{folder / WEIGHTS}: missing; {path} names it as node {node['number']}")
+        if (found := sha256_file(folder / WEIGHTS)) != node["sha256"]:
+            raise ValueError(
+                f"{folder / WEIGHTS}: sha256: found {found[:12]}, {path} expects {node['sha256'][:12]}"
+            )
+        folders.append(folder)
+    return folders
