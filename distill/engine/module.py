@@ -216,8 +216,10 @@ class DistillModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Nothing requires a gradient until its update runs."""
+        for network in [*self.networks.values(), *self.frozen.values(), *self.ema.values()]:
+            network.requires_grad_(False)
         for network in self.networks.values():
-            network.requires_grad_(False).train()
+            network.train()
         self.nonfinite.to(self.device)
         self.restart_clock()
 

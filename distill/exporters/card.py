@@ -44,6 +44,8 @@ def card(
     ]
     if description["coupling"] == "endpoint":
         facts.append("- knows the noisiest time alone: not a start for further reflow or multi-step sampling")
+    if description["coupling"] == "few_step":
+        facts.append("- knows its sampler's times alone: not a start for reflow, no ODE for other solvers")
     label = f", label={min(3, classes - 1)}" if classes else ""
     samples = "points" if points else "images"
     use = (

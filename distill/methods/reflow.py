@@ -41,6 +41,10 @@ class Reflow(DistillModule):
         require_flow(student.process)
         if student.coupling == "endpoint":
             raise ValueError("init: reflow cannot start from a one-step student: it is valid at t_max alone")
+        if student.coupling == "few_step":
+            raise ValueError(
+                "init: reflow cannot start from a few-step student: it is valid at its sampler's times alone"
+            )
         if not 0 <= null_prob < 1:
             raise ValueError(f"null_prob: expected a probability in [0, 1), found {null_prob}")
         self.null_prob = null_prob

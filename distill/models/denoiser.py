@@ -162,6 +162,22 @@ class Denoiser(nn.Module):
         return states[None] if index is None else torch.stack([states[i] for i in index])
 
 
+def check_same_samples(student: Denoiser, teacher: Denoiser) -> None:
+    """Refuse a teacher whose samples or times mean something else to the student.
+
+    Raises:
+        ValueError: names `teacher`.
+    """
+    if teacher.process.config() != student.process.config():
+        raise ValueError(
+            f"teacher: lives under {teacher.process!r}, the student under {student.process!r}; expected one process"
+        )
+    for what in ("sample_shape", "num_classes"):
+        theirs, ours = getattr(teacher, what), getattr(student, what)
+        if theirs != ours:
+            raise ValueError(f"teacher.{what}: found {theirs}, expected the student's {ours}")
+
+
 def _places(times: Sequence[float], grid: Tensor) -> list[int]:
     """Where the times stand on a grid (on the CPU)."""
     points = grid.tolist()
@@ -187,7 +203,7 @@ def _solve(
     if solver == "euler":
         return lambda x, grid, path: euler(velocity, x, grid, return_path=path)
     if solver == "heun":
-        singular = not _velocity_at_end(model)
+        singular = not velocity_at_end(model)
         return lambda x, grid, path: heun(velocity, x, grid, return_path=path, last_euler=singular)
     if solver == "rk45":
         return lambda x, grid, path: rk45(prediction, model.process, x, grid, kind=kind, return_path=path)[0]
@@ -199,8 +215,9 @@ def _solve(
     raise ValueError(f"solver: found {solver!r}, expected one of {list(SOLVERS)}")
 
 
-def _velocity_at_end(model: Denoiser) -> bool:
-    """Whether the velocity can be had at t_min: not where it is singular, nor from predicted data where no noise is left."""
+def velocity_at_end(model: Denoiser) -> bool:
+    """Whether a model's velocity can be had at t_min: not where it is singular, nor from predicted data where no noise is
+    left."""
     end = torch.tensor([model.process.t_min], dtype=torch.float64, device="cpu")
     clean = float(model.process.sigma(end)) == 0
     return model.process.regular_end and not (clean and (model.kind == "x0" or model.boundary is not None))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 
 import torch
@@ -59,20 +59,28 @@ class Generator:
         guidance_scale: float | None = None,
         guidance_w: float | None = None,
         noise: Noise | None = None,
+        return_path: bool = False,
     ) -> Tensor:
         """[B,*S] noise -> [B,*S] samples in `steps` steps (default: the spec's); refuses counts that the
         model is not valid for. `guidance_scale` and `guidance_w` (the input of a net that embeds it) replace the spec's.
 
         `noise` [steps, B,*S], or step -> [B,*S], is the fresh noise of stochastic samplers ("sde") with more than one
-        step. Differentiable with respect to z."""
+        step. With `return_path`, all states [steps + 1, B,*S] from the noise to the samples. Differentiable with respect
+        to z."""
         model, spec = self.denoiser, self.spec
         grid = spec.grid(model.process, steps, force=force)
         cond = cond.with_guidance(spec.embedded(guidance_w)).to(z.device)
         scale = spec.guidance_scale if guidance_scale is None else guidance_scale
         if spec.mode == "ode":
-            return model.transport(
-                spec.start_scale * z, cond, solver=spec.solver, grid=grid, guidance_scale=scale
-            )[0]
+            states = model.transport(
+                spec.start_scale * z,
+                cond,
+                solver=spec.solver,
+                grid=grid,
+                guidance_scale=scale,
+                times=grid.tolist() if return_path else None,
+            )
+            return states if return_path else states[0]
         if noise is None and len(grid) > 2:
             raise ValueError(
                 f"noise: missing; this model's sampler draws fresh noise in each of {len(grid) - 1} steps"
@@ -85,6 +93,7 @@ class Generator:
             torch.zeros_like(z)[None] if noise is None else noise,
             noise_scale=spec.noise_scale,
             noise_floor=spec.noise_floor,
+            return_path=return_path,
         )
 
     @torch.no_grad()
@@ -137,14 +146,8 @@ class Generator:
         guidance_w: float | None = None,
     ) -> Tensor:
         """The samples `ids` [n] of `sample`, in one batch; `labels` holds those of all samples."""
-        shape, device = self.denoiser.sample_shape, self.device
-        z = sample_noise(seed, stream, ids, shape).to(device)
-
-        def fresh(step: int) -> Tensor:
-            """The noise added after a step: as much a function of (seed, stream, i) as the first."""
-            return sample_noise(seed, f"{stream}/renoise{step}", ids, shape).to(device)
-
-        cond = (Cond.nothing(len(ids)) if labels is None else Cond.of_labels(labels[ids])).to(device)
+        z, fresh = self.noises(seed, stream, ids)
+        cond = (Cond.nothing(len(ids)) if labels is None else Cond.of_labels(labels[ids])).to(self.device)
         samples = self.generate(
             z,
             cond,
@@ -155,6 +158,16 @@ class Generator:
             noise=fresh,
         )
         return (samples if self.range is None else samples.clamp(*self.range)).cpu()
+
+    def noises(self, seed: int, stream: str, ids: Tensor) -> tuple[Tensor, Callable[[int], Tensor]]:
+        """(the initial noise [n,*S] of samples `ids` [n], step -> the fresh noise that is added after it): functions of
+        (seed, stream, i), both."""
+        shape, device = self.denoiser.sample_shape, self.device
+
+        def fresh(step: int) -> Tensor:
+            return sample_noise(seed, f"{stream}/renoise{step}", ids, shape).to(device)
+
+        return sample_noise(seed, stream, ids, shape).to(device), fresh
 
     def labels(self, count: int, label: int | Sequence[int] | Tensor | None = None) -> Tensor | None:
         """[count] int64 labels as `sample` reads them; None for an unconditional model."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from distill.process.base import expand
+from distill.process.guidance_w import check_w_range
 
 
 def guide(uncond: Tensor, cond: Tensor, scale: float | Tensor) -> Tensor:
@@ -26,18 +27,33 @@ def guide(uncond: Tensor, cond: Tensor, scale: float | Tensor) -> Tensor:
     return uncond + factor * (cond - uncond)
 
 
+def check_guidance_scale(guidable: bool, scale: float) -> None:
+    """Refuse to guide a teacher that has no null condition.
+
+    Raises:
+        ValueError: names `guidance_scale`.
+    """
+    if scale != 1 and not guidable:
+        raise ValueError(
+            f"guidance_scale: found {scale}, but the teacher was trained without a null condition; expected 1"
+        )
+
+
 def check_guidance_range(
     embeds: bool, w_min: float | None, w_max: float | None, who: str = "student"
 ) -> None:
-    """Refuse a range of the guidance w that is none, and a range and a net that do not agree on whether w is an input.
+    """Refuse a range of the guidance w that is none, and a range and a net that do not agree on whether w is an input; warn
+    about w above 20, which is hardly one.
 
     Raises:
         ValueError: names `w_min`, `w_max`.
     """
     if (w_min is None) != (w_max is None):
         raise ValueError(f"w_min, w_max: found {w_min} and {w_max}, expected both or neither")
-    if w_min is not None and w_max is not None and not w_min <= w_max:
-        raise ValueError(f"w_min, w_max: found {w_min} and {w_max}, expected w_min <= w_max")
+    if w_min is not None and w_max is not None:
+        if not -1 <= w_min <= w_max:
+            raise ValueError(f"w_min, w_max: found {w_min} and {w_max}, expected -1 <= w_min <= w_max")
+        check_w_range(w_min, w_max)  # warns of a guidance scale given for w
     if embeds and w_min is None:
         raise ValueError(f"w_min, w_max: missing; the {who}'s net takes the guidance w as an input")
     if not embeds and w_min is not None:

@@ -105,6 +105,10 @@ class GuidanceEmbedding(nn.Module):
 
     def __init__(self, features: int, width: int) -> None:
         super().__init__()
+        if features < 4:
+            raise ValueError(
+                f"guidance_embedding: found {features}, expected 0 (none) or at least 4 features"
+            )
         self.features = features
         self.out = nn.Linear(features, width, bias=False)
         nn.init.zeros_(self.out.weight)

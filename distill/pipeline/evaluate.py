@@ -268,7 +268,8 @@ class Evaluate(Stage):
         ids = torch.arange(min(self.straightness["count"], self.count))
         z = sample_noise(room.seed, self.stream, ids, model.sample_shape).to(generator.device)
         labels = generator.labels(len(ids))
-        cond = (Cond.nothing(len(ids)) if labels is None else Cond.of_labels(labels)).to(generator.device)
+        cond = Cond.nothing(len(ids)) if labels is None else Cond.of_labels(labels)
+        cond = cond.with_guidance(generator.spec.embedded()).to(generator.device)
         grid = torch.linspace(1.0, 0.0, self.straightness["steps"] + 1, dtype=torch.float64, device=z.device)
         return rollout(lambda x, t: model.velocity(x, t, cond, generator.spec.guidance_scale), z, grid)
 

@@ -72,6 +72,14 @@ class Generate(Stage):
             raise ValueError(
                 f"teacher: {self.teacher!r} is a one-step student, valid at t_max alone; pairs need an ODE"
             )
+        if denoiser.coupling == "few_step":
+            raise ValueError(
+                f"teacher: {self.teacher!r} is a few-step student, valid at its sampler's times alone; pairs need an ODE"
+            )
+        if denoiser.embeds_guidance:
+            raise ValueError(
+                f"teacher: {self.teacher!r} takes the guidance as an input; expected a teacher without"
+            )
         if self.guidance_scale != 1 and not denoiser.guidable:
             raise ValueError(
                 f"guidance_scale: found {self.guidance_scale}, but {self.teacher!r} was trained without a null "

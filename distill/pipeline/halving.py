@@ -35,17 +35,16 @@ def halve(stages: Mapping[str, dict[str, Any]], block: Mapping[str, Any]) -> dic
     `<stage>_<N>`; its method gets `steps: N`; its `init` and `teacher` are the template's in the first round and the
     round before in the others; `rounds` overrides options of single rounds. Later stages that refer to the template
     mean the last round; an evaluated model of the template gets a row set a round: label `<label>_<N>` at N steps, the
-    last one `<label>` itself.
+    last one `<label>` itself. Only the first round is guided by `method.guidance_scale`: its student is guided already.
     """
+    check_block(block, stages)
     name = block["stage"]
-    if name not in stages:
-        raise ValueError(f"halve.stage: found {name!r}, expected one of {list(stages)}")
     counts = step_counts(block["start"], block["end"])
-    special = {int(count): dict(options) for count, options in (block.get("rounds") or {}).items()}
-    if unknown := sorted(set(special) - set(counts)):
-        raise ValueError(f"halve.rounds: found {unknown}, expected step counts among {counts}")
+    special = _special(block.get("rounds") or {}, counts)
     result: dict[str, dict[str, Any]] = {}
     last = f"{name}_{counts[-1]}"
+    if taken := [f"{name}_{count}" for count in counts if f"{name}_{count}" in stages]:
+        raise ValueError(f"halve.stage: the rounds of {name!r} need the names {taken}, which stages have")
     for other, config in stages.items():
         if other != name:
             changed = redirect(config, {name: last})
@@ -58,10 +57,37 @@ def halve(stages: Mapping[str, dict[str, Any]], block: Mapping[str, Any]) -> dic
             stage = merged(copy.deepcopy(config), {"method": {"steps": count}})
             if previous is not None:
                 stage |= {role: previous for role in ("init", "teacher") if stage.get(role) is not None}
-            stage["stream"] = f"{stage['stream']}_{count}"
+                if "guidance_scale" in stage["method"]:
+                    stage["method"]["guidance_scale"] = 1.0
+            stage["stream"] = f"{stage.get('stream', 'train')}_{count}"
             result[f"{name}_{count}"] = merged(stage, special.get(count, {}))
             previous = f"{name}_{count}"
     return result
+
+
+def check_block(block: Mapping[str, Any], stages: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse a `halve` block with other keys than it has, or whose stage is none that a method trains."""
+    if not isinstance(block, Mapping):
+        raise ValueError(f"halve: found {block!r}, expected {{stage, start, end, rounds}}")
+    if unknown := sorted(set(block) - {"stage", "start", "end", "rounds"}):
+        raise ValueError(f"halve.{unknown[0]}: no such key; expected stage, start, end, rounds")
+    if missing := [key for key in ("stage", "start", "end") if block.get(key) is None]:
+        raise ValueError(f"halve.{missing[0]}: missing")
+    name = block["stage"]
+    if name not in stages:
+        raise ValueError(f"halve.stage: found {name!r}, expected one of {list(stages)}")
+    if not isinstance(stages[name].get("method"), Mapping):
+        found = str(stages[name]["_target_"]).rpartition(".")[2]
+        raise ValueError(f"halve.stage: {name!r} is a {found} stage, expected one that trains with a method")
+
+
+def _special(rounds: Any, counts: list[int]) -> dict[int, dict[str, Any]]:
+    """step count -> options of that round."""
+    if not isinstance(rounds, Mapping) or not all(isinstance(v, Mapping) for v in rounds.values()):
+        raise ValueError(f"halve.rounds: found {rounds!r}, expected {{step count: {{option: value}}}}")
+    if unknown := [count for count in rounds if str(count) not in map(str, counts)]:
+        raise ValueError(f"halve.rounds: found {unknown}, expected step counts among {counts}")
+    return {int(count): dict(options) for count, options in rounds.items()}
 
 
 def merged(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -167,20 +167,10 @@ class EvaluatePoints(Evaluate):
         for label, steps in self.grid or self._largest_and_smallest():
             generator = generators[label]
             ids = torch.arange(min(self.paths, self.count))
-            z = sample_noise(room.seed, self.stream, ids, generator.denoiser.sample_shape).to(
-                generator.device
-            )
+            z, fresh = generator.noises(room.seed, self.stream, ids)
             labels = generator.labels(len(ids))
             cond = Cond.nothing(len(ids)) if labels is None else Cond.of_labels(labels)
-            grid = generator.spec.grid(generator.denoiser.process, steps)
-            path = generator.denoiser.transport(
-                generator.spec.start_scale * z,
-                cond.to(generator.device),
-                solver=generator.spec.solver,
-                grid=grid,
-                guidance_scale=generator.spec.guidance_scale,
-                times=grid.tolist(),
-            )
+            path = generator.generate(z, cond, steps, noise=fresh, return_path=True)
             panels.append(Panel(f"{label}, {steps} step{'s' * (steps > 1)}", path))
         data: Points = instantiate(self.data)
         save_trajectories(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -32,11 +33,13 @@ from distill.models.native import (
     read_description,
     save_model,
 )
+from distill.pipeline.adapt import adapted
 from distill.pipeline.execution import peak_memory_bytes, use_threads
 from distill.pipeline.generate import Generate
 from distill.pipeline.monitor import WHICH, Monitor, Options
 from distill.pipeline.nodes import keeper, read_nodes, write_manifest
 from distill.pipeline.stage import ModelStage, Room, Stage, check_types
+from distill.process.base import KINDS
 
 CHECKPOINTS = "checkpoints"
 ROLES = ("student", "teacher")
@@ -97,6 +100,12 @@ class Train(ModelStage):
             raise ValueError(
                 f"adapt: found {self.adapt}, expected `kind` and `net` options, and an `init` to change"
             )
+        if self.adapt is not None:
+            kind, net = self.adapt.get("kind"), self.adapt.get("net")
+            if kind is not None and kind not in KINDS:
+                raise ValueError(f"adapt.kind: found {kind!r}, expected one of {list(KINDS)}")
+            if net is not None and not isinstance(net, dict):
+                raise ValueError(f"adapt.net: found {net!r}, expected options of the net")
         self._monitor = None if self.monitor is None else Options(**self.monitor)
         if self.init is None and (self.net is None or self.process is None):
             raise ValueError("init: without a stage to start from, both `net` and `process` are needed")
@@ -128,6 +137,7 @@ class Train(ModelStage):
         for role, name in {"init": self.init, "teacher": self.teacher, **further}.items():
             if name is not None and not isinstance(stages[name], ModelStage):
                 raise ValueError(f"{role}: {name!r} makes no model")
+        self._check_method()
         if self.nodes is not None and "nodes" not in self._takes:
             raise ValueError(
                 f"nodes: found {self.nodes!r}, but the method {self.method['_target_']} takes none"
@@ -142,6 +152,25 @@ class Train(ModelStage):
         if isinstance(self.data, str) and not isinstance(stages[self.data], Generate):
             found = type(stages[self.data]).__name__
             raise ValueError(f"data: {self.data!r} is a {found} stage, expected a Generate stage")
+
+    def _check_method(self) -> None:
+        """Every option of the method is one that its constructor takes, and none is missing. Their values are the
+        constructor's business, when the stage starts and the networks are there."""
+        target, known = self.method["_target_"], dict(self._takes)
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+            return
+        models = {*ROLES, "nodes", *(self.networks or {})}
+        options = {name: known[name] for name in known if name not in models}
+        given = [name for name in self.method if not name.startswith("_")]
+        if unknown := [name for name in given if name not in options]:
+            near = difflib.get_close_matches(unknown[0], options, n=1)
+            hint = f", did you mean method.{near[0]}?" if near else ""
+            raise ValueError(
+                f"method.{unknown[0]}: {target} has no such option{hint}; expected some of {list(options)}"
+            )
+        for name, parameter in options.items():
+            if parameter.default is parameter.empty and name not in given:
+                raise ValueError(f"method.{name}: missing; {target} needs it")
 
     def fingerprint(self) -> str:
         """The data's fingerprint, where it does not come from a stage, and what a monitor measures with."""
@@ -165,7 +194,7 @@ class Train(ModelStage):
             found = [] if self.nodes is None else read_nodes(room.inputs["nodes"], room.inputs["teacher"])
             given["nodes"] = [str(folder) for folder in found]
         options = dict(self.method)
-        if "total_steps" in options and options["total_steps"] is None:
+        if "total_steps" in self._takes and options.get("total_steps") is None:
             options["total_steps"] = self.steps
         method: DistillModule = instantiate(options, **given, _convert_="all")
         method.prepare(self._optim(), seed=room.seed, stream=self.stream, world=room.world)
@@ -182,7 +211,7 @@ class Train(ModelStage):
             result = method.best(STUDENT)
             assert isinstance(result, Denoiser)
             weights, spec = full_state(result.net), method.spec()
-            if isinstance(source, Pairs):
+            if isinstance(source, Pairs) and self.teacher is None:  # else the data are not what is learned
                 spec = replace(spec, guidance_baked=source.header.guidance_scale)
             if room.world.main:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -332,34 +361,6 @@ class Load(ModelStage):
         for name in (WEIGHTS, DESCRIPTION) if room.world.main else ():
             link(source / name, room.folder / name)
         return {"train_seconds": None, "peak_memory_bytes": None}
-
-
-def adapted(
-    student: Denoiser, net: Mapping[str, Any], changes: Mapping[str, Any]
-) -> tuple[Denoiser, dict[str, Any]]:
-    """The same model with other options of its net, or read as a predictor of another kind; and its net's config.
-
-    Every weight that there was is kept; parameters that the options add start as the net makes them. A net that is read
-    as another kind starts wrong: the method has to repair it."""
-    config = dict(net) | dict(changes.get("net") or {})
-    built, state = build(config), student.net.state_dict()
-    try:
-        missing, unexpected = built.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise ValueError(f"adapt.net: the weights do not fit the changed net: {error}") from error
-    if unexpected or not set(missing) <= set(built.state_dict()) - set(state):
-        raise ValueError(f"adapt.net: {config} has no place for the weights {list(unexpected)[:4]}")
-    other = Denoiser(
-        built,
-        student.process,
-        changes.get("kind") or student.kind,
-        student.sample_shape,
-        num_classes=student.num_classes,
-        guidable=student.guidable,
-        coupling=student.coupling,
-        boundary=student.boundary,
-    )
-    return other, config
 
 
 def check_which(which: str, name: str, stages: Mapping[str, Stage]) -> None:

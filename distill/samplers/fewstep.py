@@ -213,7 +213,8 @@ def lcm_grid(num_timesteps: int = 1000, ddim_steps: int = 50) -> Tensor:
     Raises:
         ValueError: ``ddim_steps`` is not in 1 .. T or does not divide T, which a rounded-down skip would hide.
     """
-    if not 1 <= ddim_steps <= num_timesteps or num_timesteps % ddim_steps:
+    whole = isinstance(ddim_steps, int)
+    if not whole or not 1 <= ddim_steps <= num_timesteps or num_timesteps % ddim_steps:
         raise ValueError(
             f"ddim_steps: found {ddim_steps}, expected a divisor of the {num_timesteps} timesteps"
         )

@@ -24,9 +24,11 @@ from distill.engine.update import Optim
 from distill.evaluation.protocol import Protocol
 from distill.models.denoiser import Denoiser
 from distill.models.generator import Generator
+from distill.models.native import build as models_build
 from distill.models.native import describe, load_model, save_model
-from distill.nets.unet import UNet
+from distill.process.base import Process
 from distill.process.flow import Flow
+from distill.process.vp import VPCosine, VPScaledLinear
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -36,8 +38,8 @@ NET = {"_target_": "distill.nets.unet.UNet", "width": 8, "embedding": 16, "group
 
 def test_counts():
     """What this file covers; a new recipe or method raises the number here, and nothing else."""
-    assert len(RECIPES) == 2
-    assert len(METHOD_CONFIGS) == 3
+    assert len(RECIPES) == 6
+    assert len(METHOD_CONFIGS) == 9
     on_disk = {path.stem for path in (ROOT / "distill" / "methods").glob("*.py")} - {"__init__"}
     assert on_disk == {path.stem for path in METHOD_CONFIGS}, (
         "every method has a config of its name, and no other has"
@@ -50,6 +52,17 @@ def method_class(path: Path) -> tuple[type[DistillModule], dict]:
     return getattr(importlib.import_module(module), name), config
 
 
+def setting(path: Path) -> tuple[Process, str, dict]:
+    """Process, kind and options of the student's net for a method; a flow where nothing is said."""
+    known: dict[str, tuple[Process, str, dict]] = {
+        "progressive": (VPCosine(), "v", {}),
+        "guided": (VPCosine(), "v", {}),
+        "lcm": (VPScaledLinear(), "v", {"guidance_embedding": 8}),
+    }
+    process, kind, options = known.get(path.stem, (Flow(), "velocity", {}))
+    return process, kind, NET | options
+
+
 class PairedDigits(Digits):
     """Digits with a noise each, as a pair cache would give them."""
 
@@ -60,15 +73,11 @@ class PairedDigits(Digits):
 
 def build(path: Path) -> DistillModule:
     cls, options = method_class(path)
+    process, kind, net = setting(path)
     torch.manual_seed(0)
     roles = {
         role: Denoiser(
-            UNet(**{k: v for k, v in NET.items() if k != "_target_"}),
-            Flow(),
-            "velocity",
-            (1, 8, 8),
-            num_classes=10,
-            guidable=True,
+            models_build(net if role == "student" else NET), process, kind, (1, 8, 8), num_classes=10, guidable=True
         )
         for role in ("student", "teacher")
         if role in inspect.signature(cls).parameters
@@ -86,7 +95,11 @@ def build(path: Path) -> DistillModule:
 def test_config_is_the_constructor(path):
     cls, options = method_class(path)
     parameters = inspect.signature(cls).parameters
-    defaults = {k: p.default for k, p in parameters.items() if p.default is not inspect.Parameter.empty}
+    defaults = {
+        k: list(p.default) if isinstance(p.default, tuple) else p.default
+        for k, p in parameters.items()
+        if p.default is not inspect.Parameter.empty
+    }
     assert options == defaults, (
         "configs/method/<name>.yaml spells out every option with the constructor's default"
     )
@@ -141,7 +154,7 @@ def test_one_step_checkpoint_and_export(path, tmp_path):
     assert state["progress"]["step"] == 1
     student = method.best()
     student.coupling = method.coupling
-    save_model(tmp_path / "model", student.net.state_dict(), describe(student, NET, method.spec()))
+    save_model(tmp_path / "model", student.net.state_dict(), describe(student, setting(path)[2], method.spec()))
     again = load_model(tmp_path / "model")
     assert again.spec == method.spec()
     original = Generator(student, method.spec())

@@ -94,3 +94,15 @@ class Spherical(Process):
 
     def d_sigma(self, t: Tensor) -> Tensor:
         return math.pi / 2 * self.alpha(t)
+
+
+# ---- consistency: images [B, C, H, W]; noise levels are times of EDM, integer timesteps those of VPScaledLinear ----
+
+
+def bounded_net(abk: Tensor) -> Field:
+    """The consistency files' network F(x, c) = a tanh(b x) + k sin(c), x [B, *S], c [B], differentiable in abk = [a, b, k]."""
+
+    def net(x: Tensor, c: Tensor) -> Tensor:
+        return abk[0] * torch.tanh(abk[1] * x) + abk[2] * torch.sin(expand(c, x).to(x.dtype))
+
+    return net

@@ -8,12 +8,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_engine import fit, make
+from test_engine import Points, fit, make
 from torch import nn
 
 from distill.data import rng
 from distill.data.rng import Draws, philox
 from distill.engine.ema import Follower, update_ema
+from distill.engine.fit import Fit, train
 from distill.engine.nonfinite import flagged_step, nonfinite, step_unless
 
 
@@ -105,13 +106,37 @@ def test_networks_are_walked_once_a_run_not_once_a_step(tmp_path, monkeypatch):
     assert sorted(walks) == ["fake", "fake", "student", "student"]
 
 
-def test_a_network_replaced_before_distribution_is_the_one_that_is_trained():
-    method = make()
-    method._turn_of(method.plan[0])
-    method.distribute("none", torch.device("cpu"))
+class Entries(list):
+    """A logger that keeps what it gets."""
+
+    def resume(self, step):
+        pass
+
+    def log(self, entry):
+        self.append(entry)
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_what_is_logged_is_the_mean_over_micro_batches(tmp_path, accumulate):
+    whole, parts = Entries(), Entries()
+    for entries, count in ((whole, 1), (parts, accumulate)):
+        fit_options = Fit(steps=3, batch_size=8, accumulate=count, log_every=1)
+        train(make(), Points(), fit_options, folder=tmp_path / str(count), config={}, loggers=[entries])
+    assert len(whole) == len(parts) == 3
+    for name in ("student/loss", "fake/loss", "fake/mean", "fake/grad_norm"):
+        assert [entry[name] for entry in parts] == pytest.approx([entry[name] for entry in whole], abs=1e-5)
+
+
+def test_what_was_looked_up_is_forgotten_where_parameters_may_be_replaced(tmp_path):
+    method = fit(make(), tmp_path, steps=2)
+    assert sorted(method._turns) == ["fake", "student"]
+    method.distribute("none", torch.device("cpu"))  # shards networks, where there are several processes
     assert method._turns == {}
-    method._turn_of(method.plan[0])
-    method.prepare({"student": method.optim["student"], "fake": method.optim["fake"]}, seed=0)
+    fit(method, tmp_path, steps=4)
+    method.prepare(method.optim, seed=0)
     assert method._turns == {}
 
 

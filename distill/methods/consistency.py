@@ -1,0 +1,153 @@
+"""Consistency distillation: the student's prediction of the data is to be the same along each of the teacher's trajectories.
+
+Song et al. 2023 (arXiv 2303.01469), Algorithm 2: f(x_t, t) learns the (detached) f(x_u, u), where x_u is one step of the
+teacher's ODE from x_t. Any teacher with a velocity will do; times t > u are neighbours of a grid of `scales` levels.
+
+What the loss should look like: it falls by a factor of two or so within the first tenth and then hardly moves, while samples
+go on improving: target and student move together. It is no measure of progress; watch `diagnostics/trajectory` (distance to the
+teacher's endpoint from the same noise) and `eval/fd`. `diagnostics/boundary` must stay at 0.
+
+Deviations: the distance is a pseudo-Huber of the whole sample by default (arXiv 2310.14189; the paper's LPIPS needs images of
+64 pixels and weights that no package ships). The grid and the solver live in the teacher's own process; on a flow the uniform
+grid is the default, and no boundary scaling is needed, since x0 = x_t - t v is x_t at t = 0. Where Heun's step would end at a
+time without a velocity (t = 0 of a predicted x0), it is Euler's. Few-step times are evenly spaced on the grid; the paper
+searches them by FID.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from distill.data.batch import Batch
+from distill.data.rng import Draws
+from distill.engine.module import DistillModule
+from distill.engine.update import Average, Diagnostics, Loss, Step, Update
+from distill.methods.losses.consistency import grid_pair, teacher_step
+from distill.methods.losses.distances import distance
+from distill.methods.losses.trajectory import (
+    boundary_at,
+    by_thirds,
+    check_pair_of_models,
+    check_sample_steps,
+    level_grid,
+    noise_level,
+    trajectory_diagnostics,
+)
+from distill.models.denoiser import Denoiser, velocity_at_end
+from distill.models.generator import Generator
+from distill.models.guidance import check_guidance_scale
+from distill.models.spec import SamplerSpec
+from distill.process.scalings import sigma_weight
+from distill.samplers.fewstep import spread_times
+
+
+class Consistency(DistillModule):
+    """Consistency distillation.
+
+    Args:
+        student: starts from the teacher.
+        teacher: a diffusion or flow teacher under the same process.
+        scales: N, levels of the grid.
+        grid: "karras", "uniform" in the process's time, or "auto": Karras for EDM, uniform for the others.
+        solver: "heun" (two network calls) or "euler".
+        loss: "pseudo_huber" of a whole sample, "huber" of its elements, "l2" or "l1".
+        huber_c: c of both Huber losses.
+        weight: over noise levels: "uniform", "snr", "snr+1", "karras" or "truncated-snr".
+        target_decay: of the target network, an average of the student; 0: the student itself.
+        guidance_scale: the teacher's guidance; the student learns the guided trajectories.
+        sample_steps: the step counts that the student is sampled with.
+    """
+
+    coupling = "few_step"
+
+    def __init__(
+        self,
+        student: Denoiser,
+        teacher: Denoiser,
+        *,
+        scales: int = 18,
+        grid: str = "auto",
+        solver: str = "heun",
+        loss: str = "pseudo_huber",
+        huber_c: float = 0.03,
+        weight: str = "uniform",
+        target_decay: float = 0.0,
+        guidance_scale: float = 1.0,
+        sample_steps: Sequence[int] = (1, 2, 4),
+    ) -> None:
+        super().__init__(student)
+        check_pair_of_models(student, teacher)
+        if not isinstance(scales, int) or scales < 2:
+            raise ValueError(f"scales: found {scales!r}, expected an integer of at least 2")
+        if not 0 <= target_decay < 1:
+            raise ValueError(f"target_decay: expected a number in [0, 1), found {target_decay}")
+        if solver not in ("heun", "euler"):
+            raise ValueError(f"solver: found {solver!r}, expected 'heun' or 'euler'")
+        check_guidance_scale(teacher.guidable, guidance_scale)
+        sigma_weight(weight, torch.ones(1))
+        self.distance = distance(loss, huber_c)
+        self.teacher = self.keep_frozen("teacher", teacher)
+        self.levels = level_grid(student.process, scales, grid)
+        self.solver, self.weight, self.target_decay = solver, weight, target_decay
+        self.guidance_scale, self.sample_steps = guidance_scale, check_sample_steps(sample_steps, scales - 1)
+        # The last step of Heun ends where the teacher's velocity cannot always be had.
+        self.singular = None if velocity_at_end(teacher) else student.process.t_min
+        student.boundary = boundary_at(student.process, self.levels, student.kind)
+        student.guidable = False
+
+    def updates(self) -> Sequence[Update]:
+        """One update: the student."""
+        return [Update("student", {"student": self.student}, self.loss)]
+
+    def averages(self) -> Mapping[str, Average]:
+        """The target network, where it is not the student itself."""
+        decay = self.target_decay
+        return {"target": Average("student", lambda step: decay)} if decay > 0 else {}
+
+    def spec(self) -> SamplerSpec:
+        """Multistep consistency sampling at times evenly spaced on the grid."""
+        return SamplerSpec(
+            steps=min(self.sample_steps),
+            times=spread_times(self.levels, self.sample_steps, self.student.process.t_min),
+            mode="sde",
+            kind=self.student.kind,
+            guidance_baked=self.guidance_scale,
+            noise_floor=0.0 if self.student.boundary is None else self.student.boundary.sigma_min,
+        )
+
+    def loss(self, batch: Batch, step: Step) -> Loss:
+        """w(t) d(f(x_t, t), sg f(x_u, u)), x_u from a step of the teacher."""
+        assert batch.x0 is not None
+        process, draws = self.student.process, step.draws
+        index = draws.integer("n", len(self.levels) - 1)
+        t, u = grid_pair(self.levels, index)
+        x_t = process.add_noise(batch.x0, draws.normal("eps", batch.x0.shape[1:]), t)
+
+        def velocity(x: Tensor, time: Tensor) -> Tensor:
+            return self.teacher.velocity(x, time, batch.cond, self.guidance_scale)
+
+        x_u = teacher_step(velocity, x_t, t, u, self.solver, self.singular)
+        judge = self.average("target") if "target" in self.further else self.student
+        with torch.no_grad():
+            target = judge.x0(x_u, u, batch.cond)
+        prediction = self.student.x0(x_t, t, batch.cond)
+        per_sample = self.distance(prediction, target)
+        weight = sigma_weight(self.weight, noise_level(process, t))
+        with torch.no_grad():
+            logs = by_thirds(per_sample, index / (len(self.levels) - 1))
+            logs["unweighted"] = per_sample.mean()
+            logs["x_std"] = prediction.std()
+        return Loss((weight * per_sample).mean().to(prediction.dtype), logs)
+
+    def diagnostics(self, batch: Batch, draws: Draws) -> Diagnostics:
+        """Distance to the teacher's endpoints from the same noise, the boundary, mean and spread of samples."""
+        student = self.best()
+        assert isinstance(student, Denoiser)
+        z = draws.normal("z", student.sample_shape)
+        wanted = self.teacher.transport(
+            z, batch.cond, solver="heun", steps=len(self.levels), guidance_scale=self.guidance_scale
+        )[0]
+        return trajectory_diagnostics(Generator(student, self.spec()), batch, z, wanted, self.levels)

@@ -1,0 +1,98 @@
+"""Denoising score matching on data: how embedded diffusion teachers are trained, under any process and any kind of prediction.
+
+Ho et al. 2020 (arXiv 2006.11239), Salimans & Ho 2022 (arXiv 2202.00512, v-prediction), Karras et al. 2022 (arXiv 2206.00364).
+The net regresses its own kind of target from x_t = alpha(t) x0 + sigma(t) eps.
+
+Deviations: none; `times` and `weight` name what the papers differ in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from distill.data.batch import Batch
+from distill.engine.module import DistillModule
+from distill.engine.update import Loss, Step, Update
+from distill.models.denoiser import Denoiser
+from distill.models.spec import SamplerSpec
+from distill.process.base import at_least_float32
+from distill.process.edm import EDM
+from distill.process.scalings import edm_weight
+from distill.process.times import lognormal_level, uniform_times
+
+TIMES, WEIGHTS = ("uniform", "lognormal"), ("own", "edm")
+
+
+class Denoising(DistillModule):
+    """Regress the net's own kind of prediction.
+
+    Args:
+        student: the net to train, of any kind under any process.
+        null_prob: share of samples whose condition is dropped, so that guidance works afterwards.
+        times: "uniform" in [t_min, t_max], or "lognormal" noise levels exp(mean + std n) (EDM's training distribution).
+        mean, std: of ln(sigma / alpha), for "lognormal".
+        weight: "own", mean square in the net's own kind (for v it is SNR + 1 on x0), or "edm", 1 / sigma^2 + 1 / sigma_data^2
+            on x0 with sigma_data = 0.5.
+    """
+
+    def __init__(
+        self,
+        student: Denoiser,
+        *,
+        null_prob: float = 0.1,
+        times: str = "uniform",
+        mean: float = -1.2,
+        std: float = 1.2,
+        weight: str = "own",
+    ) -> None:
+        super().__init__(student)
+        if not 0 <= null_prob < 1:
+            raise ValueError(f"null_prob: expected a probability in [0, 1), found {null_prob}")
+        if times not in TIMES:
+            raise ValueError(f"times: found {times!r}, expected one of {list(TIMES)}")
+        if weight not in WEIGHTS:
+            raise ValueError(f"weight: found {weight!r}, expected one of {list(WEIGHTS)}")
+        if weight == "edm" and not isinstance(student.process, EDM):
+            raise ValueError(f"weight: found 'edm' under {student.process!r}, expected the process EDM")
+        if not std > 0:
+            raise ValueError(f"std: found {std}, expected a positive number")
+        self.null_prob, self.times, self.mean, self.std, self.weight = null_prob, times, mean, std, weight
+        student.guidable, student.boundary = null_prob > 0 and student.num_classes > 0, None
+
+    def updates(self) -> Sequence[Update]:
+        """One update: the net itself."""
+        return [Update("student", {"student": self.student}, self.loss)]
+
+    def spec(self) -> SamplerSpec:
+        """Any number of steps: Heun on Karras's grid for EDM (18 by default), else 50 steps of DDIM."""
+        if isinstance(self.student.process, EDM):
+            return SamplerSpec(steps=18, any_steps=True, solver="heun", kind=self.student.kind)
+        return SamplerSpec(steps=50, any_steps=True, solver="ddim", kind=self.student.kind)
+
+    def draw_times(self, step: Step) -> Tensor:
+        """[B] times in the process's own clock."""
+        process = self.student.process
+        if self.times == "uniform":
+            return uniform_times(step.draws.uniform("t"), process.t_min, process.t_max)
+        return process.time_of(-torch.log(lognormal_level(step.draws.normal("t"), self.mean, self.std)))
+
+    def loss(self, batch: Batch, step: Step) -> Loss:
+        """E w(t) |prediction - target|^2 over fresh noise and times."""
+        assert batch.x0 is not None
+        process, kind = self.student.process, self.student.kind
+        eps, t = step.draws.normal("eps", batch.x0.shape[1:]), self.draw_times(step)
+        cond = batch.cond.drop(step.draws.uniform("null") < self.null_prob)
+        x_t = process.add_noise(batch.x0, eps, t)
+        out = at_least_float32(self.student(x_t, t, cond))
+        if self.weight == "edm":
+            error = (process.convert(kind, out, x_t, t, "x0") - batch.x0).square().flatten(1).mean(1)
+            per_sample = edm_weight(t) * error
+        else:
+            per_sample = (out - process.target(kind, batch.x0, eps, t)).square().flatten(1).mean(1)
+        noisy = process.sigma(t) > process.alpha(t)
+        with torch.no_grad():
+            noisy_half = (per_sample * noisy).sum() / noisy.sum().clamp(min=1)
+        return Loss(per_sample.mean(), {"loss_noisy_half": noisy_half})

@@ -1,0 +1,178 @@
+"""Latent consistency distillation: consistency along the guided trajectories of a variance-preserving teacher, the guidance an
+input of the student.
+
+Luo et al. 2023 (arXiv 2310.04378), Algorithm 1: t and u = t - T / k on a grid of k levels of the teacher's table; x_u by one
+guided DDIM step, w ~ U[w_min, w_max]; f(x_t, t, w) learns the (detached) target f(x_u, u, w). "Latent" says where it was used:
+nothing here asks what the samples are.
+
+What the loss should look like: it falls within some hundred steps to a plateau whose height depends on huber_c and stays there
+while samples sharpen; watch `diagnostics/trajectory` (distance to the teacher's guided endpoints from one noise) and `eval/fd`.
+`diagnostics/boundary` is near 0 (the table's first level is not quite clean).
+
+Deviations: the features of w enter through a layer that starts at 0, so that the student begins as its teacher. Guidance acts
+on the net's own prediction after both branches of one batched call; the paper's script guides raw outputs as noise, which is
+wrong for v (its later versions convert first).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from distill.data.batch import Batch
+from distill.data.rng import Draws
+from distill.engine.module import DistillModule
+from distill.engine.update import Average, Diagnostics, Loss, Step, Update
+from distill.methods.losses.distances import distance
+from distill.methods.losses.lcm import check_teacher, guided_ddim_step, lcm_pair
+from distill.methods.losses.trajectory import (
+    by_thirds,
+    check_pair_of_models,
+    check_sample_steps,
+    trajectory_diagnostics,
+)
+from distill.models.boundary import Boundary
+from distill.models.denoiser import Denoiser
+from distill.models.generator import Generator
+from distill.models.guidance import check_guidance_range
+from distill.models.spec import SamplerSpec
+from distill.process.tables import VPTable
+from distill.process.times import uniform_times
+from distill.samplers.fewstep import lcm_grid, lcm_times
+
+
+class LCM(DistillModule):
+    """Latent consistency distillation.
+
+    Args:
+        student: starts from the teacher; a net with `guidance_embedding`, unless w_min = w_max.
+        teacher: under a table of noise levels (`VPTable`), trained with a null condition unless w_min = w_max = 0.
+        w_min, w_max: range of the guidance w = guidance_scale - 1 (the published script: 5 .. 15).
+        ddim_steps: k, levels of the training grid; divides the table's length.
+        loss: "huber" of the elements, "l2", "l1", or "pseudo_huber" of a whole sample.
+        huber_c: c of the Huber losses.
+        target_decay: of the target network, an average of the student; 0: the student itself.
+        timestep_scaling: of the boundary's coefficients.
+        sample_steps: the step counts that the student is sampled with.
+        sample_w: guidance w to sample with; null: w_min.
+    """
+
+    coupling = "few_step"
+
+    def __init__(
+        self,
+        student: Denoiser,
+        teacher: Denoiser,
+        *,
+        w_min: float = 0.0,
+        w_max: float = 1.0,
+        ddim_steps: int = 50,
+        loss: str = "huber",
+        huber_c: float = 0.001,
+        target_decay: float = 0.95,
+        timestep_scaling: float = 10.0,
+        sample_steps: Sequence[int] = (1, 2, 4, 8),
+        sample_w: float | None = None,
+    ) -> None:
+        super().__init__(student)
+        process = student.process
+        if not isinstance(process, VPTable):
+            raise ValueError(
+                f"student: found {process!r}, expected a table of noise levels such as VPScaledLinear"
+            )
+        check_pair_of_models(student, teacher)
+        check_teacher(process, teacher.kind)
+        if not 0 <= target_decay < 1:
+            raise ValueError(f"target_decay: expected a number in [0, 1), found {target_decay}")
+        check_guidance_range(True, w_min, w_max)
+        if student.embeds_guidance == (w_min == w_max):
+            wanted = "without" if w_min == w_max else "with"
+            raise ValueError(
+                f"w_min, w_max: found {w_min} and {w_max}, expected a student {wanted} a guidance embedding "
+                "(adapt: {net: {guidance_embedding: 64}} adds one)"
+            )
+        if (w_min, w_max) != (0, 0) and not teacher.guidable:
+            raise ValueError(
+                f"w_max: found {w_max}, but the teacher was trained without a null condition; expected 0"
+            )
+        self.grid = lcm_grid(process.num_timesteps, ddim_steps)
+        self.distance = distance(loss, huber_c)
+        self.teacher = self.keep_frozen("teacher", teacher)
+        self.w_min, self.w_max, self.ddim_steps = w_min, w_max, ddim_steps
+        self.target_decay, self.sample_steps = target_decay, check_sample_steps(sample_steps, ddim_steps)
+        self.sample_w = w_min if sample_w is None else sample_w
+        if not w_min <= self.sample_w <= w_max:
+            raise ValueError(
+                f"sample_w: found {sample_w}, expected {w_min} .. {w_max}, what the student is trained for"
+            )
+        student.boundary = Boundary("lcm", timestep_scaling=timestep_scaling)
+        student.guidable = False
+
+    def updates(self) -> Sequence[Update]:
+        """One update: the student."""
+        return [Update("student", {"student": self.student}, self.loss)]
+
+    def averages(self) -> Mapping[str, Average]:
+        """The target network, where it is not the student itself."""
+        decay = self.target_decay
+        return {"target": Average("student", lambda step: decay)} if decay > 0 else {}
+
+    def spec(self) -> SamplerSpec:
+        """Latent consistency sampling at diffusers' timesteps."""
+        process, embeds = self.student.process, self.student.embeds_guidance
+        assert isinstance(process, VPTable)
+        times = {
+            n: tuple(
+                lcm_times(n, num_timesteps=process.num_timesteps, original_steps=self.ddim_steps).tolist()
+            )
+            for n in self.sample_steps
+        }
+        return SamplerSpec(
+            steps=min(4, max(self.sample_steps)) if 4 in self.sample_steps else min(self.sample_steps),
+            times=times,
+            mode="sde",
+            kind=self.student.kind,
+            guidance_baked=1.0 if embeds else 1 + self.w_min,
+            guidance_w=self.sample_w if embeds else None,
+            guidance_w_range=(self.w_min, self.w_max) if embeds else None,
+        )
+
+    def draw_w(self, draws: Draws) -> Tensor:
+        """[B] guidance w."""
+        return uniform_times(draws.uniform("w"), self.w_min, self.w_max)
+
+    def loss(self, batch: Batch, step: Step) -> Loss:
+        """d(f(x_t, t, w), sg f(x_u, u, w)), x_u from a guided DDIM step of the teacher."""
+        assert batch.x0 is not None
+        process, draws = self.student.process, step.draws
+        assert isinstance(process, VPTable)
+        index = draws.integer("j", len(self.grid))
+        t, u = (time.double() for time in lcm_pair(self.grid, index))
+        x_t = process.add_noise(batch.x0, draws.normal("eps", batch.x0.shape[1:]), t)
+        w = self.draw_w(draws)
+        cond = batch.cond.with_guidance(w) if self.student.embeds_guidance else batch.cond
+        with torch.no_grad():
+            guided = (self.w_min, self.w_max) != (0, 0)
+            conditional, unconditional = self.teacher.branches(x_t, t, batch.cond, guided=guided)
+            x_u = guided_ddim_step(process, self.teacher.kind, conditional, unconditional, x_t, t, u, w).x_u
+            judge = self.average("target") if "target" in self.further else self.student
+            target = judge.x0(x_u, u, cond)
+        prediction = self.student.x0(x_t, t, cond)
+        per_sample = self.distance(prediction, target)
+        with torch.no_grad():
+            logs = by_thirds(per_sample, 1 - (index + 1) / len(self.grid))
+            logs |= {"x_std": prediction.std(), "w": w.mean()}
+        return Loss(per_sample.mean(), logs)
+
+    def diagnostics(self, batch: Batch, draws: Draws) -> Diagnostics:
+        """Distance to the teacher's guided endpoints from the same noise, the boundary, mean and spread of samples."""
+        student = self.best()
+        assert isinstance(student, Denoiser)
+        z, scale = draws.normal("z", student.sample_shape), 1 + self.sample_w
+        wanted = self.teacher.transport(
+            z, batch.cond, solver="ddim", steps=self.ddim_steps, guidance_scale=scale
+        )[0]
+        levels = torch.cat([self.grid.flip(0).double(), torch.zeros(1, dtype=torch.float64)])
+        return trajectory_diagnostics(Generator(student, self.spec()), batch, z, wanted, levels)

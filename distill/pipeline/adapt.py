@@ -1,0 +1,42 @@
+"""A trained model with another net or another meaning, for a student that is to learn something that its teacher has not."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from distill.models.denoiser import Denoiser
+from distill.models.native import build
+from distill.pipeline.halving import merged
+
+
+def adapted(
+    student: Denoiser, net: Mapping[str, Any], changes: Mapping[str, Any]
+) -> tuple[Denoiser, dict[str, Any]]:
+    """The same model with other options of its net, or read as a predictor of another kind; and its net's config.
+
+    Every weight that there was is kept; parameters that the options add start as the net makes them. A net that is read
+    as another kind starts wrong: the method has to repair it."""
+    config = merged(copy.deepcopy(dict(net)), changes.get("net") or {})
+    try:
+        built, state = build(config), student.net.state_dict()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"adapt.net: {error}") from error
+    try:
+        missing, unexpected = built.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"adapt.net: the weights do not fit the changed net: {error}") from error
+    if unexpected or not set(missing) <= set(built.state_dict()) - set(state):
+        raise ValueError(f"adapt.net: {config} has no place for the weights {list(unexpected)[:4]}")
+    other = Denoiser(
+        built,
+        student.process,
+        changes.get("kind") or student.kind,
+        student.sample_shape,
+        num_classes=student.num_classes,
+        guidable=student.guidable,
+        coupling=student.coupling,
+        boundary=student.boundary,
+    )
+    return other, config
