@@ -14,14 +14,14 @@ from omegaconf.errors import OmegaConfBaseException
 from distill.evaluation.grid import save_samples
 from distill.models.native import load_model
 
-PASSED_ON = ("seed", "steps", "force", "guidance_scale")
+PASSED_ON = ("seed", "steps", "force", "guidance_scale", "guidance_w")
 
 
 @dataclass
 class Options:
     """model: an export (or any model folder); count, label, seed: what to draw; steps: null is the model's
-    own; force: allow step counts that the model is not valid for; guidance_scale: null is the model's own; out: the PNG,
-    of images in `columns` or of points in the plane."""
+    own; force: allow step counts that the model is not valid for; guidance_scale: null is the model's own; guidance_w: the
+    guidance less 1 as an input, of models that take it so; out: the PNG, of images in `columns` or of points in the plane."""
 
     model: str = ""
     out: str = "grid.png"
@@ -32,6 +32,7 @@ class Options:
     force: bool = False
     columns: int | None = None
     guidance_scale: float | None = None
+    guidance_w: float | None = None
     device: str = "cpu"
 
 
@@ -44,9 +45,8 @@ def parse(arguments: list[str]) -> Options:
             near = difflib.get_close_matches(key, names, n=1)
             hint = f"; did you mean {near[0]}=?" if near else ""
             raise ValueError(f"{argument}: expected key=value with a key among {', '.join(names)}{hint}")
-    options = OmegaConf.to_object(
-        OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_dotlist(arguments))
-    )
+    merged = OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_dotlist(arguments))
+    options = OmegaConf.to_object(merged)
     assert isinstance(options, Options)
     return options
 
@@ -72,8 +72,8 @@ def main() -> None:
         save_samples(samples, columns, Path(options.out))
     except (ValueError, OSError, RuntimeError, OmegaConfBaseException) as error:
         sys.exit(f"error: {error}")
-    steps = options.steps or generator.spec.steps
-    print(f"{options.out}: {options.count} samples of {options.model}, {steps} step(s)")
+    steps = f"{options.steps or generator.spec.steps} step(s)"
+    print(f"{options.out}: {options.count} samples of {options.model}, {steps}")
 
 
 if __name__ == "__main__":

@@ -31,10 +31,11 @@ def card(
         if points
         else f"images of {shape} (channels x height x width) in [-1, 1]"
     )
+    ode = sampler["mode"] == "ode"
+    how = f"solver {sampler['solver']}, ode" if ode else "predicts, adds fresh noise, predicts again (sde)"
     facts = [
         f"- makes {what}" + (f" for {classes} classes" if classes else ""),
-        f"- valid for {valid} step(s); default {sampler['steps']}; solver {sampler['solver']}, "
-        f"{sampler['mode']}",
+        f"- valid for {valid} step(s); default {sampler['steps']}; {how}",
         f"- guidance scale {sampler['guidance_scale']:g}"
         + (" (two network calls a step)" if guided else ": one network call a step"),
         f"- predicts {description['kind']} under {description['process']['_target_'].rpartition('.')[2]}; "

@@ -183,8 +183,11 @@ class ConsistencyTraining(DistillModule):
                 "unweighted": per_sample.mean(),
                 "levels": torch.tensor(float(self.scales(step.iteration))),
                 "share_clean_target": clean.double().mean(),
+                "ratio": (noise_level(process, u) / noise_level(process, t)).mean(),
                 "x_std": prediction.std(),
             }
+            if self.curriculum == "cm":
+                logs["target_decay"] = torch.tensor(self.decay(step.iteration))
         return Loss((weight * per_sample).mean().to(prediction.dtype), logs)
 
     def diagnostics(self, batch: Batch, draws: Draws) -> Diagnostics:

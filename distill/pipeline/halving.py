@@ -86,8 +86,12 @@ def _special(rounds: Any, counts: list[int]) -> dict[int, dict[str, Any]]:
     if not isinstance(rounds, Mapping) or not all(isinstance(v, Mapping) for v in rounds.values()):
         raise ValueError(f"halve.rounds: found {rounds!r}, expected {{step count: {{option: value}}}}")
     if unknown := [count for count in rounds if str(count) not in map(str, counts)]:
-        raise ValueError(f"halve.rounds: found {unknown}, expected step counts among {counts}")
-    return {int(count): dict(options) for count, options in rounds.items()}
+        listed = ", ".join(str(count) for count in unknown)
+        raise ValueError(f"halve.rounds: found [{listed}], expected step counts among {counts}")
+    found: dict[int, dict[str, Any]] = {}
+    for count, options in rounds.items():  # 1 and "1" are one: the command line makes strings of new keys
+        found[int(count)] = merged(found.get(int(count), {}), options)
+    return found
 
 
 def merged(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -77,7 +77,12 @@ def build(path: Path) -> DistillModule:
     torch.manual_seed(0)
     roles = {
         role: Denoiser(
-            models_build(net if role == "student" else NET), process, kind, (1, 8, 8), num_classes=10, guidable=True
+            models_build(net if role == "student" else NET),
+            process,
+            kind,
+            (1, 8, 8),
+            num_classes=10,
+            guidable=True,
         )
         for role in ("student", "teacher")
         if role in inspect.signature(cls).parameters
@@ -154,7 +159,9 @@ def test_one_step_checkpoint_and_export(path, tmp_path):
     assert state["progress"]["step"] == 1
     student = method.best()
     student.coupling = method.coupling
-    save_model(tmp_path / "model", student.net.state_dict(), describe(student, setting(path)[2], method.spec()))
+    save_model(
+        tmp_path / "model", student.net.state_dict(), describe(student, setting(path)[2], method.spec())
+    )
     again = load_model(tmp_path / "model")
     assert again.spec == method.spec()
     original = Generator(student, method.spec())

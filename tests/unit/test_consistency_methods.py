@@ -441,6 +441,15 @@ def test_curricula_advance_with_the_step() -> None:
         logged = [method.loss(ring_batch(), step(iteration=k)).logs["levels"].item() for k in (0, 80, 159)]
         assert logged == [method.scales(k) for k in (0, 80, 159)]
         assert logged == sorted(set(logged))
+        logs = method.loss(ring_batch(), step(iteration=80)).logs
+        t, u = method.pair(draws(), 80)
+        assert logs["ratio"].item() == pytest.approx(
+            (noise_level(Flow(), u) / noise_level(Flow(), t)).mean().item()
+        )
+        assert ("target_decay" in logs) == (method is cm)
+    assert cm.loss(ring_batch(), step(iteration=80)).logs["target_decay"].item() == pytest.approx(
+        cm.decay(80)
+    )
     # Other numbers of levels are other options.
     assert training(curriculum="cm", s0=4, s1=4).scales(50) == progressive_scales(50, 100, 4, 4)
     assert training(curriculum="ict", s0=5, s1=40).scales(99) == 41

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from method_support import GaussianMap, mlp, noise
 from torch import Tensor, nn
 
+from distill import sample as sample_verb
 from distill.data.cond import Cond
 from distill.data.rng import sample_noise
 from distill.exporters.card import card
@@ -101,13 +103,15 @@ def test_fresh_noise_has_streams_of_its_own() -> None:
         for other in drawn[:i]:
             assert not bool(torch.isclose(one, other).any())
     assert torch.equal(generator.noises(3, "sample", ids[3:])[1](1), fresh(1)[3:])
-    spec = generator.spec
-    grid = spec.grid(EDM(), 2)
-    state = generator.denoiser.x0(80.0 * z, grid[:1].expand(6), Cond.nothing(6))
-    state = state + (grid[1] ** 2 - 0.002**2).sqrt() * fresh(0)
-    expected = generator.denoiser.x0(state.float(), grid[1:2].expand(6), Cond.nothing(6))
-    found = generator.sample(6, seed=3, steps=2)
-    torch.testing.assert_close(found, expected.detach().float(), atol=1e-5, rtol=1e-5)
+    # What is added: sqrt(sigma^2 - floor^2) of it.
+    grid, cond = generator.spec.grid(EDM(), 2), Cond.nothing(6)
+    state = generator.denoiser.x0(80.0 * z, grid[:1].expand(6), cond)
+    for floor, scale in ((0.002, 1.0), (1.0, 0.9)):
+        spec = replace(generator.spec, noise_floor=floor, noise_scale=scale)
+        again = state + scale * (grid[1] ** 2 - floor**2).sqrt() * fresh(0)
+        expected = generator.denoiser.x0(again.float(), grid[1:2].expand(6), cond)
+        found = Generator(generator.denoiser, spec).sample(6, seed=3, steps=2)
+        torch.testing.assert_close(found, expected.detach(), atol=1e-5, rtol=1e-5)
 
 
 def test_the_label_of_a_sample_is_its_own() -> None:
@@ -383,11 +387,33 @@ def test_evaluation_draws_and_measures_it_as_it_is_sampled(tmp_path: Path) -> No
     assert '"straightness"' in text
 
 
+def test_the_sample_verb_takes_w(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, seen = saved(latent(), tmp_path / "model"), []
+    original = Generator.sample
+    monkeypatch.setattr(
+        Generator, "sample", lambda self, *a, **k: seen.append(k["guidance_w"]) or original(self, *a, **k)
+    )
+    for given, expected in (("guidance_w=4.5", 4.5), ("seed=1", None)):
+        monkeypatch.setattr(
+            sys, "argv", ["distill.sample", f"model={folder}", f"out={tmp_path / 'a.png'}", "count=4", given]
+        )
+        sample_verb.main()
+        assert seen[-1] == expected
+    assert "4 samples of" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["distill.sample", f"model={folder}", "guidance_w=7"])
+    with pytest.raises(SystemExit, match=r"guidance_w: found 7.0, expected 2.0 .. 6.0"):
+        sample_verb.main()
+
+
 def test_the_card_says_what_it_is_not() -> None:
     generator = consistency(EDM(), "x0")
     net = {"_target_": "distill.nets.mlp.MLP"}
     text = card("toy", describe(generator.denoiser, net, generator.spec), [], None, grid=False)
-    assert "valid for 1 or 2 or 4 step(s); default 1; solver euler, sde" in text
+    assert (
+        "valid for 1 or 2 or 4 step(s); default 1; predicts, adds fresh noise, predicts again (sde)" in text
+    )
     assert "knows its sampler's times alone" in text
     generator.denoiser.coupling = "independent"
     assert "alone" not in card("toy", describe(generator.denoiser, net, generator.spec), [], None, grid=False)

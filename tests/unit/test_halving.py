@@ -169,6 +169,9 @@ def test_rounds_may_have_options_of_their_own() -> None:
     assert found["distill_4"]["optim"]["student"]["optimizer"] == OPTIM["student"]["optimizer"]
     assert found["distill_1"]["method"] == DISTILL["method"] | {"steps": 1, "weight": "snr"}
     assert "weight" not in found["distill_2"]["method"]
+    # 1 and "1" are one round.
+    both = chain(halve=BLOCK | {"rounds": {1: {"steps": 7}, "1": {"batch_size": 2}}})["distill_1"]
+    assert (both["steps"], both["batch_size"]) == (7, 2)
     # An override may even send a round back to the first teacher.
     again = chain(halve={"stage": "distill", "start": 8, "end": 1, "rounds": {2: {"init": "teacher"}}})
     assert (again["distill_2"]["init"], again["distill_2"]["teacher"]) == ("teacher", "distill_4")
@@ -231,7 +234,7 @@ BLOCK = {"stage": "distill", "start": 8, "end": 1}
             BLOCK | {"rounds": {8: {"steps": 5}}},
             r"halve.rounds: found \[8\], expected step counts among \[4, 2, 1\]",
         ),
-        (BLOCK | {"rounds": {"last": {"steps": 5}}}, r"halve.rounds: found \['last'\], expected step counts"),
+        (BLOCK | {"rounds": {"last": {"steps": 5}}}, r"halve.rounds: found \[last\], expected step counts"),
         (BLOCK | {"rounds": {1: 500}}, r"halve.rounds: found \{1: 500\}, expected"),
         (BLOCK | {"rounds": [1]}, r"halve.rounds: found \[1\], expected"),
     ],
@@ -456,6 +459,32 @@ def test_a_chain_that_starts_elsewhere_than_its_teacher_is_refused(finished: Pat
         config = recipe(finished.parent, stages=stages, halve=BLOCK | {"start": start, "end": start // 2})
         with pytest.raises(ValueError, match=rf"stages.distill_{start // 2}: .*teacher: .*{message}"):
             run(config, name=f"elsewhere{start}", recipe_name="toy")
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("consistency.Consistency", {"scales": 1}, "scales: found 1, expected an integer of at least 2"),
+        ("consistency.Consistency", {"sample_steps": []}, r"sample_steps: found \[\]"),
+        ("consistency_training.ConsistencyTraining", {"q": 0.5}, "q, stages: found 0.5 and 8"),
+        ("progressive.Progressive", {"steps": 0}, "steps: found 0"),
+        (
+            "guided.Guided",
+            {"w_max": 2.0},
+            "w_min, w_max: found 0.0 and 2.0, but the student's net does not take",
+        ),
+        ("lcm.LCM", {}, "student: found VPCosine.*expected a table of noise levels"),
+    ],
+)
+def test_what_a_method_refuses_names_the_stage_and_the_option(
+    method: str, options: dict[str, Any], message: str, finished: Path, tmp_path: Path
+) -> None:
+    loaded = {"_target_": LOAD, "path": str(finished / "teacher")}
+    teacher = {} if "training" in method else {"teacher": "teacher"}
+    stage = training(method, init="teacher", options=options, **teacher)
+    config = recipe(tmp_path, stages={"teacher": loaded, "student": stage}, halve=None)
+    with pytest.raises(ValueError, match=rf"stages.student: {message}"):
+        run(config, name="refused", recipe_name="toy")
 
 
 # ---- what the training stage gives the method ----

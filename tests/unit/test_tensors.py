@@ -57,7 +57,9 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path):
 
     run({"lr": 1e-3, "steps": 2})
     run({"lr": 1e-3, "steps": 3}, steps=3)  # longer is the same training
-    with pytest.raises(ValueError, match=r"last.ckpt: is the checkpoint of another training: lr: found 0.001, expected 0.1"):
+    with pytest.raises(
+        ValueError, match=r"last.ckpt: is the checkpoint of another training: lr: found 0.001, expected 0.1"
+    ):
         run({"lr": 0.1, "steps": 3}, steps=3)
 
 
@@ -73,4 +75,6 @@ def test_a_users_net_gets_times_of_its_own_precision():
     samples = model.transport(torch.randn(4, 2), steps=3)[0]
     assert samples.shape == (4, 2)
     assert set(seen) == {torch.float32}
-    assert Generator(model, SamplerSpec(steps=3, any_steps=True)).sample(3).shape == (3, 2), "no weights, no device"
+    assert Generator(model, SamplerSpec(steps=3, any_steps=True)).sample(3).shape == (3, 2), (
+        "no weights, no device"
+    )

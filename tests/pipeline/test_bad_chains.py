@@ -1,0 +1,77 @@
+"""Wrong input to the recipes of few-step students ends in one message before anything runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+from distill.pipeline import config
+from distill.train import main
+
+NO_OPTION = "distill.methods.progressive.Progressive has no such option"
+CASES = [
+    (
+        "progressive",
+        ["halve.start=12", "halve.end=5"],
+        "halve: found start 12 and end 5; halving visits [12, 6, 3]",
+    ),
+    ("progressive", ["halve.end=0"], "halve.end: expected an integer of at least 1, found 0"),
+    (
+        "progressive",
+        ["halve.stage=other"],
+        "halve.stage: found 'other', expected one of ['teacher', 'distill'",
+    ),
+    (
+        "progressive",
+        ["+halve.rounds.32.steps=1"],
+        "halve.rounds: found [32], expected step counts among [16, 8, 4",
+    ),
+    ("progressive", ["halve.stats=1"], "halve.stats: no such key, did you mean halve.start?"),
+    ("progressive", ["stages.distill.teacher=null"], "stages.distill_16.teacher: found None, but the method"),
+    ("progressive", ["stages.distill.path=somewhere"], "halve.stage: 'distill' is a Load stage"),
+    ("progressive", ["+stages.distill.method.n=1"], f"stages.distill_16.method.n: {NO_OPTION}"),
+    ("progressive", ["stages.distill.method.wieght=snr"], "did you mean stages.distill.method.weight?"),
+    (
+        "progressive",
+        ["+halve.rounds.1.method={wieght: snr}"],
+        f"stages.distill_1.method.wieght: {NO_OPTION}, did you",
+    ),
+    ("progressive", ["eval.grid=[[student_3,3]]"], "grid, follows: name [('student_3', 3)]"),
+    ("consistency", ["stages.distill.teacher=null"], "stages.distill.teacher: found None, but the method"),
+    ("consistency", ["stages.distill.method.scale=9"], "did you mean stages.distill.method.scales?"),
+    ("consistency_training", ["stages.distill.teacher=teacher"], "ConsistencyTraining takes no teacher"),
+    (
+        "consistency_training",
+        ["stages.distill.init=null"],
+        "stages.distill.init: without a stage to start from, both",
+    ),
+    (
+        "lcm",
+        ["+stages.distill.adapt.nett={}"],
+        "stages.distill.adapt: found {'net': {'guidance_embedding': 64}, 'nett'",
+    ),
+    (
+        "lcm",
+        ["+stages.distill.adapt.kind=noise"],
+        "stages.distill.adapt.kind: found 'noise', expected one of",
+    ),
+    ("lcm", ["stages.distill.teacher=distill"], "refer to each other in a circle"),
+]
+
+
+@pytest.mark.parametrize(("recipe", "overrides", "expected"), CASES)
+def test_overrides(
+    recipe: str, overrides: list[str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["distill.train", f"recipe={recipe}", "plan=true", *overrides])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    GlobalHydra.instance().clear()
+    with pytest.raises(SystemExit) as ended:
+        config.run_verb(main)
+    assert isinstance(ended.value.code, str), "ended without a message"
+    assert expected in ended.value.code
+    assert not list(tmp_path.iterdir())
