@@ -105,6 +105,7 @@ class Evaluate(Stage):
 
     def __post_init__(self) -> None:
         check_types(self)
+        self._run_seed: int | None = None  # set by `run`: the samples' seed may be another
         if self.k < 1:
             raise ValueError(f"k: found {self.k}, expected at least 1")
         if self.count < self.k + 2:
@@ -305,7 +306,7 @@ class Evaluate(Stage):
             "schema": SCHEMA,
             "recipe": room.recipe,
             "digest": room.digest,
-            "seed": self._run_seed,
+            "seed": room.seed if self._run_seed is None else self._run_seed,
             "note": self.note,
             "protocol": protocol.to_dict(),
             "real": dict(real),

@@ -73,6 +73,8 @@ class PairedDigits(Digits):
 
 def build(path: Path) -> DistillModule:
     cls, options = method_class(path)
+    if "total_steps" in options:
+        options["total_steps"] = 4  # as a training stage does
     process, kind, net = setting(path)
     torch.manual_seed(0)
     roles = {
