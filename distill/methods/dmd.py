@@ -1,0 +1,40 @@
+"""Distribution matching distillation: samples move along the difference of the teacher's and the fake score.
+
+Diff-Instruct (Luo et al. 2023, arXiv 2305.18455): `normalise: false`. DMD (Yin et al. 2023, arXiv 2311.18828): the
+direction normalised by the teacher's error. DMD2 (Yin et al. 2024, arXiv 2405.14867): several fake updates a generator
+update, a GAN head on the fake score's features, and few-step students trained on the states that their own sampler visits
+(backward simulation). A warm start on noise-data pairs (DMD2's for one-step SDXL) is a training stage of its own: method
+`one_step` on a Generate stage's pairs, then `init` from it.
+
+What the loss should look like: `student/loss` is half the mean square of the normalised direction: it starts at 0 (the fake
+score is the teacher), rises while the fake score leaves it, then falls slowly; its size is no quality. Watch `student/gap`,
+`diagnostics/gap_*` (falling), `fake/loss`, `diagnostics/x_std` (far below the data's is collapse), with a GAN
+`fake/logit_real` and `fake/logit_fake` (apart by a few, not by tens), and `eval/fd`.
+
+Deviations: the normaliser has a floor in units of each sample (0: the reference), since with few components it comes near
+0. Samples that are not finite are not zeroed: the engine skips and counts the step. DMD's regression on pairs is not part
+of the loss (DMD2 dropped it).
+"""
+
+from __future__ import annotations
+
+from distill.methods.losses.matching import DistributionMatching
+
+
+class DMD(DistributionMatching):
+    """Distribution matching distillation.
+
+    Args:
+        student: starts from the teacher.
+        teacher: a diffusion or flow model; the fake score starts as its copy.
+        levels: noise levels sigma / alpha at which the student's steps start; null: one step from t_max.
+        input: what a few-step student is trained on: "backward_sim", its own sampler's states, or "real_noised", noised data
+            (the mismatch that DMD2 mends; for comparisons).
+        normalise: divide by the teacher's error (DMD); false: Diff-Instruct.
+        floor: of the normaliser, in units of a sample's root mean square; 0: the reference.
+        fake_updates_per_generator: fake updates for each one of the student, which comes first.
+        gan: null, or {weight_g, weight_d, diffusion, groups, features}: a head on the bottleneck features of the fake score
+            (trained with it) or of the teacher; `diffusion`: real and generated samples are noised before it.
+        generator_times, fake_times: see `losses.score_student.times_of`; null: DMD2's table, indices 20 .. 980 and 0 .. 999.
+        The others: see `losses.score_student.ScoreDistillation`.
+    """

@@ -1,0 +1,55 @@
+"""Features from the middle of a denoiser's net, for discriminators."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from distill.data.cond import Cond
+from distill.models.denoiser import Denoiser
+
+
+class Tap:
+    """Runs a denoiser and returns what its net's bottleneck put out; gradients flow to the input and to the weights.
+
+    A net names its bottleneck in an attribute `bottleneck` (UNet: the last block of the middle; MLP: its last layer). The
+    forward call is the whole net's, so sharding works as in any other call.
+    """
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        named = [
+            module
+            for module in denoiser.net.modules()
+            if isinstance(getattr(module, "bottleneck", None), str)
+        ]
+        if not named:
+            raise ValueError(
+                f"gan: the net {type(denoiser.net).__name__} names no `bottleneck` whose features a discriminator could take"
+            )
+        self.denoiser, self.module = denoiser, named[0].get_submodule(str(named[0].bottleneck))
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """Features [B, channels, ...] at (x_t [B,*S], t [B])."""
+        kept: list[Tensor] = []
+
+        def keep(module: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:
+            kept.append(out)
+
+        handle = self.module.register_forward_hook(keep)
+        try:
+            self.denoiser(x_t, t, cond)
+        finally:
+            handle.remove()
+        return kept[0]
+
+    @torch.no_grad()
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one sample's features."""
+        x = torch.zeros(1, *self.denoiser.sample_shape)
+        cond = (
+            Cond.of_labels(torch.zeros(1, dtype=torch.int64))
+            if self.denoiser.num_classes
+            else Cond.nothing(1)
+        )
+        t = torch.full((1,), self.denoiser.process.t_max, dtype=torch.float64)
+        return tuple(self(x, t, cond).shape[1:])
