@@ -8,7 +8,6 @@ import sys
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from distill import interrupt
 from distill.pipeline import config
@@ -20,20 +19,12 @@ from distill.pipeline.request import Request, arguments, data_configs
 def main(cfg: DictConfig) -> None:
     """Compose, measure, print the table and the protocol. Wrong input ends in one message, not a traceback."""
     try:
-        plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-        assert isinstance(plain, dict)
-        sources = HydraConfig.get().runtime.config_sources
-        folders = [source.path for source in sources if source.schema == "file"]
-        with interrupt.watch():
+        with config.told(), interrupt.watch():
+            plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+            assert isinstance(plain, dict)
+            sources = HydraConfig.get().runtime.config_sources
+            folders = [source.path for source in sources if source.schema == "file"]
             out = judge(Request(**{str(key): value for key, value in plain.items()}), data_configs(folders))
-    except (ValueError, OSError, RuntimeError, ImportError, OmegaConfBaseException) as error:
-        if config.full_errors():
-            raise
-        sys.exit(f"error: {error}")
-    except Exception as error:
-        if config.full_errors():
-            raise
-        sys.exit(f"error: {type(error).__name__}: {error} (unexpected; DISTILL_TRACEBACK=1 shows where)")
     except interrupt.Interrupted as stop:
         print(f"{stop}; nothing was written", file=sys.stderr)
         sys.exit(128 + stop.signum)

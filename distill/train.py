@@ -7,7 +7,6 @@ import sys
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from distill import interrupt, launch, world
 from distill.pipeline import config
@@ -21,34 +20,20 @@ def main(cfg: DictConfig) -> None:
     """Compose, run, say where everything lies. Wrong input ends in one message, not a traceback."""
     hydra_config = HydraConfig.get()
     try:
-        recipe_name = config.chosen_recipe(hydra_config.runtime.choices)
-        plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-        assert isinstance(plain, dict)
-        name = config.run_name(plain["name"], recipe_name, hydra_config)
-        devices = plain["trainer"]["devices"]
-        if launch.needed(devices) and not plain["plan"]:
-            # What is wrong is said once, before there are several processes to say it.
-            check(plain, name=name, processes=devices)
-            if code := launch.launch("distill.train", config.arguments(hydra_config, name), devices):
-                sys.exit(code)
-            return
-        with interrupt.watch():
-            folder = run(plain, name=name, recipe_name=recipe_name)
-    except (
-        ValueError,
-        OSError,
-        RuntimeError,
-        ImportError,
-        FloatingPointError,
-        OmegaConfBaseException,
-    ) as error:
-        if config.full_errors():
-            raise
-        sys.exit(f"error: {error}")
-    except Exception as error:
-        if config.full_errors():
-            raise
-        sys.exit(f"error: {type(error).__name__}: {error} (unexpected; DISTILL_TRACEBACK=1 shows where)")
+        with config.told():
+            recipe_name = config.chosen_recipe(hydra_config.runtime.choices)
+            plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+            assert isinstance(plain, dict)
+            name = config.run_name(plain["name"], recipe_name, hydra_config)
+            devices = plain["trainer"]["devices"]
+            if launch.needed(devices) and not plain["plan"]:
+                # What is wrong is said once, before there are several processes to say it.
+                check(plain, name=name, processes=devices)
+                if code := launch.launch("distill.train", config.arguments(hydra_config, name), devices):
+                    sys.exit(code)
+                return
+            with interrupt.watch():
+                folder = run(plain, name=name, recipe_name=recipe_name)
     except interrupt.Interrupted as stop:
         print(f"{stop}; the same command continues", file=sys.stderr)
         sys.exit(128 + stop.signum)

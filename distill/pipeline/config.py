@@ -7,7 +7,8 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,28 @@ def arguments(hydra_config: Any, name: str) -> list[str]:
         *task,
         f"name='{quoted}'",
     ]
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Wrong input inside the block ends the program in one message; DISTILL_TRACEBACK=1 shows where it came from."""
+    try:
+        yield
+    except (
+        ValueError,
+        OSError,
+        RuntimeError,
+        ImportError,
+        FloatingPointError,
+        OmegaConfBaseException,
+    ) as error:
+        if full_errors():
+            raise
+        sys.exit(f"error: {error}")
+    except Exception as error:
+        if full_errors():
+            raise
+        sys.exit(f"error: {type(error).__name__}: {error} (unexpected; DISTILL_TRACEBACK=1 shows where)")
 
 
 def full_errors() -> bool:
