@@ -34,6 +34,7 @@ from distill.methods.losses.trajectory import (
     check_sample_steps,
     level_grid,
     noise_level,
+    target_network,
     trajectory_diagnostics,
 )
 from distill.models.denoiser import Denoiser, velocity_at_end
@@ -104,8 +105,7 @@ class Consistency(DistillModule):
 
     def averages(self) -> Mapping[str, Average]:
         """The target network, where it is not the student itself."""
-        decay = self.target_decay
-        return {"target": Average("student", lambda step: decay)} if decay > 0 else {}
+        return target_network(self.target_decay)
 
     def spec(self) -> SamplerSpec:
         """Multistep consistency sampling at times evenly spaced on the grid."""

@@ -26,6 +26,7 @@ from distill.models.denoiser import Denoiser, check_same_samples
 from distill.models.guidance import check_guidance_range
 from distill.models.spec import SamplerSpec
 from distill.process.base import at_least_float32
+from distill.process.guidance_w import draw_w
 from distill.process.times import uniform_times
 
 
@@ -93,7 +94,7 @@ class Guided(DistillModule):
         process, draws = self.student.process, step.draws
         u = uniform_times(draws.uniform("u"), process.t_min, process.t_max)
         z = process.add_noise(batch.x0, draws.normal("eps", batch.x0.shape[1:]), u)
-        w = uniform_times(draws.uniform("w"), self.w_min, self.w_max)
+        w = draw_w(draws.uniform("w"), self.w_min, self.w_max)
         with torch.no_grad():
             branches = self.teacher.branches(z, u, batch.cond, guided=self.embeds)
             conditional, unconditional = (at_least_float32(branch) for branch in branches)

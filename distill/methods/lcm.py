@@ -31,6 +31,7 @@ from distill.methods.losses.trajectory import (
     by_thirds,
     check_pair_of_models,
     check_sample_steps,
+    target_network,
     trajectory_diagnostics,
 )
 from distill.models.boundary import Boundary
@@ -38,8 +39,8 @@ from distill.models.denoiser import Denoiser
 from distill.models.generator import Generator
 from distill.models.guidance import check_guidance_range
 from distill.models.spec import SamplerSpec
+from distill.process.guidance_w import draw_w
 from distill.process.tables import VPTable
-from distill.process.times import uniform_times
 from distill.samplers.fewstep import lcm_grid, lcm_times
 
 
@@ -116,8 +117,7 @@ class LCM(DistillModule):
 
     def averages(self) -> Mapping[str, Average]:
         """The target network, where it is not the student itself."""
-        decay = self.target_decay
-        return {"target": Average("student", lambda step: decay)} if decay > 0 else {}
+        return target_network(self.target_decay)
 
     def spec(self) -> SamplerSpec:
         """Latent consistency sampling at diffusers' timesteps."""
@@ -141,7 +141,7 @@ class LCM(DistillModule):
 
     def draw_w(self, draws: Draws) -> Tensor:
         """[B] guidance w."""
-        return uniform_times(draws.uniform("w"), self.w_min, self.w_max)
+        return draw_w(draws.uniform("w"), self.w_min, self.w_max)
 
     def loss(self, batch: Batch, step: Step) -> Loss:
         """d(f(x_t, t, w), sg f(x_u, u, w)), x_u from a guided DDIM step of the teacher."""

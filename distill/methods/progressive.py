@@ -31,8 +31,9 @@ from distill.models.denoiser import Denoiser, check_same_samples
 from distill.models.guidance import check_guidance_range, check_guidance_scale
 from distill.models.spec import SamplerSpec
 from distill.process.base import at_least_float32
+from distill.process.guidance_w import draw_w
 from distill.process.tables import VPTable
-from distill.process.times import default_grid, student_grid, uniform_times
+from distill.process.times import default_grid, student_grid
 
 
 class Progressive(DistillModule):
@@ -107,7 +108,7 @@ class Progressive(DistillModule):
         """The conditions, with a guidance w a sample where the nets take one."""
         if self.w_range is None:
             return cond
-        return cond.with_guidance(uniform_times(draws.uniform("w"), *self.w_range))
+        return cond.with_guidance(draw_w(draws.uniform("w"), *self.w_range))
 
     def loss(self, batch: Batch, step: Step) -> Loss:
         """w(SNR) |x0_hat - x0~|^2, with x0~ from two steps of the teacher."""

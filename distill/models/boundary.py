@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distill.process.base import Process, at_least_float32, combine
-from distill.process.scalings import lcm_scalings
+from distill.samplers.fewstep import lcm_boundary
 
 FORMS = ("cm", "lcm")
 
@@ -45,8 +45,7 @@ class Boundary:
     def apply(self, process: Process, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """f [B,*S] from the predicted x0 [B,*S] at (x_t, t), t [B]."""
         if self.form == "lcm":
-            c_skip, c_out = lcm_scalings(t, self.timestep_scaling, self.sigma_data)
-            return combine(c_skip, x_t, c_out, x0)
+            return lcm_boundary(x0, x_t, t, self.timestep_scaling, self.sigma_data)
         time = at_least_float32(t)
         alpha, sigma = process.alpha(time), process.sigma(time)
         # Times alpha throughout, so that nothing is infinite where alpha is 0; in tensors of one dtype, so that at the

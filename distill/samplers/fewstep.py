@@ -134,7 +134,9 @@ def few_step_times(process: Process, starts: Sequence[float]) -> Tensor:
 # ---- latent consistency models ----
 
 
-def lcm_boundary(x0_hat: Tensor, x: Tensor, t: Tensor, timestep_scaling: float = 10.0) -> Tensor:
+def lcm_boundary(
+    x0_hat: Tensor, x: Tensor, t: Tensor, timestep_scaling: float = 10.0, sigma_data: float = 0.5
+) -> Tensor:
     """The consistency function c_skip(t) x + c_out(t) x0_hat of a latent consistency model (arXiv 2310.04378), [B, *S].
 
     x0_hat [B, *S] is predicted at (x, t), t [B] in steps of the table; at t = 0 this is x, from a few steps on x0_hat.
@@ -142,7 +144,7 @@ def lcm_boundary(x0_hat: Tensor, x: Tensor, t: Tensor, timestep_scaling: float =
     Raises:
         ValueError: ``timestep_scaling`` is not positive, or shapes that differ.
     """
-    c_skip, c_out = lcm_scalings(t, timestep_scaling)
+    c_skip, c_out = lcm_scalings(t, timestep_scaling, sigma_data)
     return combine(c_skip, x, c_out, x0_hat)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from distill.data.batch import Batch
-from distill.engine.update import Diagnostics
+from distill.engine.update import Average, Diagnostics
 from distill.models.boundary import Boundary
 from distill.models.denoiser import Denoiser, check_same_samples
 from distill.models.generator import Generator
@@ -44,6 +44,11 @@ def check_sample_steps(counts: Sequence[int], most: int) -> tuple[int, ...]:
     if not listed or not counts or not all(isinstance(n, int) and 1 <= n <= most for n in counts):
         raise ValueError(f"sample_steps: found {counts!r}, expected a list of step counts in 1 .. {most}")
     return tuple(counts)
+
+
+def target_network(decay: float) -> dict[str, Average]:
+    """What `averages` declares for a target that follows the student with a fixed decay; nothing for 0, the student itself."""
+    return {"target": Average("student", lambda step: decay)} if decay > 0 else {}
 
 
 def level_grid(process: Process, scales: int, grid: str = "auto") -> Tensor:
