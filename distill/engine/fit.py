@@ -20,6 +20,7 @@ from distill.data.source import Source, StepLoader
 from distill.engine import checkpoint
 from distill.engine.logging import Logger
 from distill.engine.module import DistillModule
+from distill.engine.nonfinite import WINDOW
 from distill.interrupt import Interrupted, deferred, reinstall, requested
 
 # What a first-time user would read as an error and cannot act on.
@@ -51,6 +52,7 @@ class Fit:
         shard: how several processes hold the networks; see `engine.parallel`.
         checkpoint_every, log_every: student steps between checkpoints and between log entries.
         max_nonfinite: stop when this many steps of an update in a row had to be skipped.
+        max_nonfinite_share: stop when more than this share of a thousand steps of an update had to be skipped.
     """
 
     steps: int
@@ -62,6 +64,7 @@ class Fit:
     checkpoint_every: int = 200
     log_every: int = 20
     max_nonfinite: int = 10
+    max_nonfinite_share: float = 0.05
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -161,12 +164,14 @@ class _Watch(Callback):
         self.on_progress(module.progress.step, f"loss {entry.get('student/loss', float('nan')):.4g}")
 
     def _stop_if_nonfinite(self, module: DistillModule) -> None:
-        """Stop after `max_nonfinite` skipped steps in a row; the same on every process."""
-        for name, (total, streak) in module.nonfinite.to_dict().items():
-            if streak >= self.fit.max_nonfinite:
+        """Stop after `max_nonfinite` skipped steps in a row, or too many of a thousand; the same on every process."""
+        for name, (total, streak, recent) in module.nonfinite.to_dict().items():
+            often = recent > self.fit.max_nonfinite_share * WINDOW
+            if streak >= self.fit.max_nonfinite or often:
                 last = f"{self.path} at step {self.saved}" if self.path.is_file() else "none was saved yet"
+                count = f"{recent} of at most {WINDOW} steps" if often else f"{streak} steps in a row"
                 raise FloatingPointError(
-                    f"update {name!r}: loss or gradient was not finite in {streak} steps in a row ({total} in "
+                    f"update {name!r}: loss or gradient was not finite in {count} ({total} in "
                     f"all), up to step {module.progress.step}; all were skipped. Last good checkpoint: {last}"
                 )
 

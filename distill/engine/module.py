@@ -269,11 +269,11 @@ class DistillModule(L.LightningModule):
         together = True if self.world.size == 1 else None
         gradients = [p.grad for p in parameters if p.grad is not None]
         norm = full_norm(torch.nn.utils.get_total_norm(gradients, foreach=together))
+        step = self._step_of(update, iteration)
         bad = self.world.maximum(nonfinite(norm, logs[f"{update.name}/loss"]))
-        self.nonfinite.count(update.name, bad)
+        self.nonfinite.count(update.name, step, bad)
         if settings.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, settings.clip, norm, foreach=together)
-        step = self._step_of(update, iteration)
         factor = settings.schedule(step)
         for group, base in zip(optimizer.param_groups, self.base_lr[update.optim_key], strict=True):
             group["lr"] = base * factor

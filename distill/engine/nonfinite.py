@@ -8,34 +8,45 @@ import torch
 from torch import Tensor
 
 
+WINDOW = 1000
+
+
 class NonFinite:
-    """By update: how many steps were skipped, in all and in a row."""
+    """By update: how many steps were skipped, in all, in a row, and in the present thousand."""
 
     def __init__(self) -> None:
         self.total: dict[str, Tensor] = {}
         self.streak: dict[str, Tensor] = {}
+        self.recent: dict[str, Tensor] = {}
 
     def to(self, device: torch.device) -> None:
         """Move the counters."""
-        for counters in (self.total, self.streak):
+        for counters in (self.total, self.streak, self.recent):
             for name in counters:
                 counters[name] = counters[name].to(device)
 
-    def count(self, update: str, bad: Tensor) -> None:
-        """Note a step; `bad` is a scalar, 1 where it is skipped and 0 where not."""
+    def count(self, update: str, step: int, bad: Tensor) -> None:
+        """Note optimizer step `step` (from 0); `bad` is a scalar, 1 where it is skipped and 0 where not."""
         if update not in self.total:
-            self.total[update], self.streak[update] = torch.zeros_like(bad), torch.zeros_like(bad)
+            nothing = torch.zeros_like(bad)
+            self.total[update] = self.streak[update] = self.recent[update] = nothing
         self.total[update] = self.total[update] + bad
         self.streak[update] = (self.streak[update] + 1) * bad
+        self.recent[update] = bad if step % WINDOW == 0 else self.recent[update] + bad
 
     def to_dict(self) -> dict[str, list[int]]:
-        """update -> [in all, in a row]; reads the device."""
-        return {name: [int(self.total[name]), int(self.streak[name])] for name in self.total}
+        """update -> [in all, in a row, since the last multiple of 1000 steps]; reads the device."""
+        return {
+            name: [int(self.total[name]), int(self.streak[name]), int(self.recent[name])]
+            for name in self.total
+        }
 
     def load(self, value: dict[str, list[int]]) -> None:
         """Inverse of `to_dict`."""
-        self.total = {name: torch.tensor(float(pair[0])) for name, pair in value.items()}
-        self.streak = {name: torch.tensor(float(pair[1])) for name, pair in value.items()}
+        self.total, self.streak, self.recent = (
+            # Checkpoints of before the third count hold two.
+            {name: torch.tensor(float([*counts, 0][i])) for name, counts in value.items()} for i in range(3)
+        )
 
 
 def nonfinite(*values: Tensor) -> Tensor:

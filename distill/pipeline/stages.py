@@ -264,6 +264,7 @@ class Train(ModelStage):
             checkpoint_every=room.settings.checkpoint_every,
             log_every=room.settings.log_every,
             max_nonfinite=room.settings.max_nonfinite,
+            max_nonfinite_share=room.settings.max_nonfinite_share,
         )
         with room.display.bar(self.steps) as bar:
 

@@ -4,6 +4,7 @@ it."""
 from __future__ import annotations
 
 import copy
+import math
 import struct
 import zipfile
 from functools import partial
@@ -184,6 +185,30 @@ def test_clip_bounds_the_step_and_ema_follows(tmp_path):
     for k in "wb":
         middle = (after[f"net.net.{k}"] + before[f"net.net.{k}"]) / 2
         assert torch.allclose(after[f"ema.net.{k}"], middle, atol=1e-7)
+
+
+class Flaky(Two):
+    """Its fake loss is not a number in every 20th iteration, and in iterations 200 to 299 in every 10th."""
+
+    def fake_loss(self, batch, step):
+        every = 10 if 200 <= step.iteration < 300 else 20
+        bad = step.iteration % every == 0
+        return Loss(super().fake_loss(batch, step).total * (math.nan if bad else 1.0))
+
+
+def test_too_many_nonfinite_steps_of_a_thousand_end_the_run(tmp_path):
+    def flaky():
+        torch.manual_seed(0)
+        method = Flaky(*(Denoiser(Affine(), Flow(), "velocity", (4,)) for _ in range(2)))
+        method.prepare({"student": settings(), "fake": settings(ema=None)}, seed=5)
+        return method
+
+    fine = fit(flaky(), tmp_path / "fine", steps=510, checkpoint_every=40, max_nonfinite_share=0.06)
+    assert fine.nonfinite.to_dict() == {"student": [0, 0, 0], "fake": [56, 0, 1]}
+    # 50 are allowed; with five more in 200 .. 299 the 51st is iteration 900, in whichever session it comes.
+    fit(flaky(), tmp_path / "parts", steps=400, checkpoint_every=40)
+    with pytest.raises(FloatingPointError, match=r"'fake'.*in 51 of at most 1000 steps.*last.ckpt at step 440"):
+        fit(flaky(), tmp_path / "parts", steps=510, checkpoint_every=40)
 
 
 def test_schedules_and_ramp():
