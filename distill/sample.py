@@ -14,14 +14,15 @@ from omegaconf.errors import OmegaConfBaseException
 from distill.evaluation.grid import save_samples
 from distill.models.native import load_model
 
-PASSED_ON = ("seed", "steps", "force", "guidance_scale", "guidance_w")
+PASSED_ON = ("seed", "steps", "force", "guidance_scale", "guidance_w", "noise_scale")
 
 
 @dataclass
 class Options:
     """model: an export (or any model folder); count, label, seed: what to draw; steps: null is the model's
     own; force: allow step counts that the model is not valid for; guidance_scale: null is the model's own; guidance_w: the
-    guidance less 1 as an input, of models that take it so; out: the PNG, of images in `columns` or of points in the plane."""
+    guidance less 1 as an input, of models that take it so; noise_scale: of the fresh noise that few-step students add between
+    steps, null is the model's own; out: the PNG, of images in `columns` or of points in the plane."""
 
     model: str = ""
     out: str = "grid.png"
@@ -33,6 +34,7 @@ class Options:
     columns: int | None = None
     guidance_scale: float | None = None
     guidance_w: float | None = None
+    noise_scale: float | None = None
     device: str = "cpu"
 
 

@@ -58,16 +58,18 @@ class Generator:
         force: bool = False,
         guidance_scale: float | None = None,
         guidance_w: float | None = None,
+        noise_scale: float | None = None,
         noise: Noise | None = None,
         return_path: bool = False,
     ) -> Tensor:
         """[B,*S] noise -> [B,*S] samples in `steps` steps (default: the spec's); refuses counts that the
-        model is not valid for. `guidance_scale` and `guidance_w` (the input of a net that embeds it) replace the spec's.
+        model is not valid for. `guidance_scale`, `guidance_w` (the input of a net that embeds it) and `noise_scale` (in
+        (0, 1.5], of the fresh noise of "sde") replace the spec's.
 
         `noise` [steps, B,*S], or step -> [B,*S], is the fresh noise of stochastic samplers ("sde") with more than one
         step. With `return_path`, all states [steps + 1, B,*S] from the noise to the samples. Differentiable with respect
         to z."""
-        model, spec = self.denoiser, self.spec
+        model, spec = self.denoiser, self.spec.with_noise_scale(noise_scale)
         grid = spec.grid(model.process, steps, force=force)
         cond = cond.with_guidance(spec.embedded(guidance_w)).to(z.device)
         scale = spec.guidance_scale if guidance_scale is None else guidance_scale
@@ -108,6 +110,7 @@ class Generator:
         force: bool = False,
         guidance_scale: float | None = None,
         guidance_w: float | None = None,
+        noise_scale: float | None = None,
         batch_size: int = 500,
     ) -> Tensor:
         """`count` samples [count,*S] on the CPU, images clamped to [-1, 1]; sample i is a function of (seed, stream,
@@ -127,6 +130,7 @@ class Generator:
                 force=force,
                 guidance_scale=guidance_scale,
                 guidance_w=guidance_w,
+                noise_scale=noise_scale,
             )
             for ids in torch.arange(count).split(batch_size)
         ]
@@ -144,6 +148,7 @@ class Generator:
         force: bool = False,
         guidance_scale: float | None = None,
         guidance_w: float | None = None,
+        noise_scale: float | None = None,
     ) -> Tensor:
         """The samples `ids` [n] of `sample`, in one batch; `labels` holds those of all samples."""
         z, fresh = self.noises(seed, stream, ids)
@@ -155,6 +160,7 @@ class Generator:
             force=force,
             guidance_scale=guidance_scale,
             guidance_w=guidance_w,
+            noise_scale=noise_scale,
             noise=fresh,
         )
         return (samples if self.range is None else samples.clamp(*self.range)).cpu()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -110,6 +110,16 @@ class SamplerSpec:
                 "(w is the guidance scale less 1)"
             )
         return w
+
+    def with_noise_scale(self, scale: float | None) -> SamplerSpec:
+        """The same sampler with another scale of its fresh noise (None: its own); refuses one where none is drawn."""
+        if scale is None:
+            return self
+        if self.mode != "sde" or (not self.any_steps and max(self.times) == 1):
+            raise ValueError(
+                f"noise_scale: found {scale}, but this model's sampler draws no fresh noise between steps; expected none"
+            )
+        return replace(self, noise_scale=float(scale))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""

@@ -58,12 +58,13 @@ class Judge(Evaluate):
 
     Attributes:
         force: sample at step counts that the model is not valid for.
-        guidance_scale: replaces the model's own; None keeps it.
+        guidance_scale, noise_scale: replace the model's own; None keeps it.
         title: of the report. suffix: what the protocol says after the reference's name.
     """
 
     force: bool = False
     guidance_scale: float | None = None
+    noise_scale: float | None = None
     title: str = ""
     suffix: str = ""
     _real: Any = field(default=None, repr=False)  # the data of `data`, built
@@ -73,7 +74,9 @@ class Judge(Evaluate):
         generators = super()._generators(room)
         for label, generator in generators.items():
             steps = self.models[label]["steps"]
-            generator.spec = sampler(generator, steps, self.guidance_scale, force=self.force)
+            generator.spec = sampler(
+                generator, steps, self.guidance_scale, self.noise_scale, force=self.force
+            )
         return generators
 
     def _bench(self, room: Room) -> Any:
@@ -131,11 +134,16 @@ def showcase(labels: Tensor | None, columns: int, count: int) -> Tensor:
 
 
 def sampler(
-    generator: Generator, steps: Iterable[int], guidance_scale: float | None, *, force: bool
+    generator: Generator,
+    steps: Iterable[int],
+    guidance_scale: float | None,
+    noise_scale: float | None,
+    *,
+    force: bool,
 ) -> SamplerSpec:
-    """The model's sampler with another guidance scale (None: its own) and, with `force`, with grids for `steps` that
-    it is not valid for; without it, those raise ValueError."""
-    spec, process = generator.spec, generator.denoiser.process
+    """The model's sampler with another guidance scale and another scale of its fresh noise (None: its own) and, with
+    `force`, with grids for `steps` that it is not valid for; without it, those raise ValueError."""
+    spec, process = generator.spec.with_noise_scale(noise_scale), generator.denoiser.process
     grids = {n: tuple(spec.grid(process, n, force=force).tolist()) for n in steps}
     forced = {n: grid for n, grid in grids.items() if not spec.valid(n)}
     guidance = spec.guidance_scale if guidance_scale is None else guidance_scale
@@ -174,6 +182,8 @@ def judge(request: Request, configs: Mapping[str, Path]) -> Path:
     asked = {
         k: getattr(stage, k) for k in ("models", "count", "k", "straightness", "stream", "guidance_scale")
     }
+    if stage.noise_scale is not None:
+        asked["noise_scale"] = stage.noise_scale
     digest = digest_of(identity | asked)
     check_out(out, digest, [Path(data.path) for data in (samples, real) if isinstance(data, ImageFolder)])
     label = label_of(request, path)
@@ -221,14 +231,20 @@ def plan_model(
         )
     check_reference(real, generator.denoiser.sample_shape, str(request.reference), request.resolution)
     steps = request.step_list or valid_steps(generator.spec)
-    spec = sampler(generator, steps, request.guidance_scale, force=request.force)
+    spec = sampler(generator, steps, request.guidance_scale, request.noise_scale, force=request.force)
     forced = [n for n in steps if not generator.spec.valid(n)]
     if spec.guidance_scale != 1 and not generator.denoiser.guidable:
         raise ValueError(
             f"guidance_scale: found {spec.guidance_scale:g}, but this model was not trained with a null condition; "
             "expected 1"
         )
-    note = f"Sampled by force at {', '.join(map(str, forced))} step(s), for which the model is not valid."
+    notes = []
+    if forced:
+        notes.append(
+            f"Sampled by force at {', '.join(map(str, forced))} step(s), for which the model is not valid."
+        )
+    if request.noise_scale is not None:
+        notes.append(f"Fresh noise between steps times {request.noise_scale:g}.")
     label = label_of(request, path)
     stage = Judge(
         models={label: {"stage": label, "steps": steps}},
@@ -239,9 +255,10 @@ def plan_model(
         k=request.k,
         straightness=request.straightness,
         stream=request.stream,
-        note=note if forced else "",
+        note=" ".join(notes),
         force=request.force,
         guidance_scale=request.guidance_scale,
+        noise_scale=request.noise_scale,
         title=f"Evaluation of {request.model}",
         suffix=suffix(real, None),
         _real=real,
@@ -254,7 +271,7 @@ def plan_images(
     request: Request, path: Path, reference: Mapping[str, Any], real: Any
 ) -> tuple[Judge, dict[str, Any], ImageFolder]:
     """(the stage, what is measured, the images) of a folder of images."""
-    for key in ("steps", "guidance_scale"):
+    for key in ("steps", "guidance_scale", "noise_scale"):
         if (found := getattr(request, key)) is not None:
             raise ValueError(f"{key}: found {found}, but {path} is a folder of images, sampled before")
     samples = ImageFolder(str(path), request.resolution)

@@ -37,6 +37,7 @@ class Request:
     seed: int = 0
     batch_size: int = 500
     guidance_scale: float | None = None
+    noise_scale: float | None = None
     resolution: int | list | None = None
     device: str = "auto"
     out: str | None = None

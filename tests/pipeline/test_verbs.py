@@ -236,6 +236,8 @@ def test_guidance_is_recorded_and_counts_double(run, photos, evaluate, verb):
     assert found["rows"][0]["fd"] != plain["rows"][0]["fd"]
     _, message = verb("evaluate", f"model={run / 'export'}", "reference=digits", "guidance_scale=2", "out=no")
     assert "guidance_scale: found 2, but this model was not trained with a null condition" in message
+    _, message = verb("evaluate", f"model={run / 'export'}", "reference=digits", "noise_scale=0.8", "out=no")
+    assert "noise_scale: found 0.8, but this model's sampler draws no fresh noise between steps" in message
 
 
 def test_default_steps_seed_and_name(run, photos, evaluate):

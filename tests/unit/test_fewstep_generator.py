@@ -114,6 +114,26 @@ def test_fresh_noise_has_streams_of_its_own() -> None:
         torch.testing.assert_close(found, expected.detach(), atol=1e-5, rtol=1e-5)
 
 
+def test_fresh_noise_is_scaled_when_sampling() -> None:
+    generator = consistency(EDM(), "x0")
+    plain = generator.sample(6, seed=3, steps=4)
+    assert torch.equal(generator.sample(6, seed=3, steps=4, noise_scale=1.0), plain)
+    scaled = replace(generator.spec, noise_scale=0.8)
+    found = generator.sample(6, seed=3, steps=4, noise_scale=0.8)
+    assert torch.equal(found, Generator(generator.denoiser, scaled).sample(6, seed=3, steps=4))
+    assert not bool(torch.isclose(found, plain).all(1).any())
+    # One step adds none.
+    assert torch.equal(generator.sample(6, steps=1, noise_scale=0.8), generator.sample(6, steps=1))
+    with pytest.raises(ValueError, match=r"noise_scale: found 1.6, expected a number in \(0, 1.5\]"):
+        generator.sample(6, noise_scale=1.6)
+    one = Generator(generator.denoiser, SamplerSpec(steps=1, times={1: (80.0, 0.002)}, mode="sde"))
+    for still in (progressive(4), one):
+        with pytest.raises(
+            ValueError, match="noise_scale: found 0.8, but this model's sampler draws no fresh noise"
+        ):
+            still.sample(6, noise_scale=0.8)
+
+
 def test_the_label_of_a_sample_is_its_own() -> None:
     generator = latent()
     whole = generator.sample(8, label=[0, 1, 2, 3, 4, 5, 6, 7], seed=1, steps=2)
