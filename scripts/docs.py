@@ -18,7 +18,15 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 # Pages of docs/ in the order of the menu; pages that are not named here follow in the order of their names.
-WRITTEN = ("which_method.md", "recipes.md", "evaluation.md", "python.md", "reliability.md", "formats.md")
+WRITTEN = (
+    "which_method.md",
+    "recipes.md",
+    "score_distillation.md",
+    "evaluation.md",
+    "python.md",
+    "reliability.md",
+    "formats.md",
+)
 # Rooms in the order of the reference, what they use first; others follow.
 ROOMS = (
     "process",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,8 @@ def optim(lr: float = 0.01, kind: type[torch.optim.Optimizer] = torch.optim.Adam
 
 
 def prepared(method: DistillModule, **settings: Any) -> DistillModule:
-    method.prepare({"student": optim(**settings)}, seed=5)
+    """With the same settings for each of its optimizers."""
+    method.prepare({update.optim_key: optim(**settings) for update in method.updates()}, seed=5)
     return method
 
 
@@ -144,6 +146,23 @@ def gradients(total: Tensor, network: nn.Module) -> list[Tensor]:
     """Gradients of a loss by the parameters of a network, zeros where it does not depend on them."""
     found = torch.autograd.grad(total, list(network.parameters()), allow_unused=True, retain_graph=True)
     return [torch.zeros_like(p) if g is None else g for g, p in zip(found, network.parameters(), strict=True)]
+
+
+class DoubleDraws(Draws):
+    """The same draws in float64, for losses that are compared with others to the last digits."""
+
+    def uniform(self, name: str, shape: Sequence[int] = ()) -> Tensor:
+        return super().uniform(name, shape).double()
+
+    def normal(self, name: str, shape: Sequence[int] = ()) -> Tensor:
+        return super().normal(name, shape).double()
+
+    def named(self, name: str) -> Draws:
+        return DoubleDraws(self.seed, f"{self.stream}/{name}", self.step, self.index)
+
+
+def double_step(batch: int = 32, stream: str = "s", iteration: int = 0) -> Step:
+    return Step(iteration, DoubleDraws(7, stream, iteration, torch.arange(batch)))
 
 
 def frozen_copy(network: Denoiser) -> Denoiser:

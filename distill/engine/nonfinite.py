@@ -7,7 +7,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-
 WINDOW = 1000
 
 
@@ -45,7 +44,8 @@ class NonFinite:
         """Inverse of `to_dict`."""
         self.total, self.streak, self.recent = (
             # Checkpoints of before the third count hold two.
-            {name: torch.tensor(float([*counts, 0][i])) for name, counts in value.items()} for i in range(3)
+            {name: torch.tensor(float([*counts, 0][i])) for name, counts in value.items()}
+            for i in range(3)
         )
 
 

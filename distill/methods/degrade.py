@@ -15,15 +15,21 @@ is not part of the paper's stage.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distill.data.batch import Batch
-from distill.data.cond import Cond
 from distill.engine.module import DistillModule
 from distill.engine.update import Loss, Step, Update
 from distill.methods.losses.backtrack import node_steps
-from distill.methods.losses.score_student import StudentInput, score_errors, times_of, weighting_for
+from distill.methods.losses.score_student import (
+    StudentInput,
+    check_score_options,
+    conditions_of,
+    score_errors,
+)
+from distill.methods.losses.score_times import times_of, usual_times
 from distill.models.denoiser import Denoiser
 from distill.models.spec import SamplerSpec
 
@@ -34,8 +40,8 @@ class Degrade(DistillModule):
     Args:
         student: starts from the teacher and is degraded.
         generator: the initial student, frozen: a model read as a generator of the steps that `levels` says.
-        steps: optimizer steps of the stage (null: the stage's) and `node_every`, steps between stored nodes; the last step
-            always stores one.
+        total_steps, node_every: optimizer steps of the stage (null: the stage's), and steps between stored nodes; the last
+            step always stores one.
         levels, unit_noise, fake_times, weighting, sigma_data, reduction, labels: as in the second stage, see
             `losses.score_student.ScoreDistillation`.
     """
@@ -56,24 +62,24 @@ class Degrade(DistillModule):
         labels: str = "uniform",
     ) -> None:
         super().__init__(student)
-        if generator.process.config() != student.process.config():
-            raise ValueError(
-                f"generator: lives under {generator.process!r}, the teacher under {student.process!r}; expected one process"
-            )
-        if student.coupling != "independent":
-            raise ValueError(
-                f"init: found a model of {student.coupling} noise and data, which has no score; expected a diffusion or flow "
-                "model"
-            )
-        if labels not in ("data", "uniform"):
-            raise ValueError(f"labels: found {labels!r}, expected 'data' or 'uniform'")
+        self.weighting = check_score_options(
+            student.process,
+            student.kind,
+            weighting=weighting,
+            sigma_data=sigma_data,
+            reduction=reduction,
+            labels=labels,
+        )
+        if total_steps is not None and total_steps < 1:
+            raise ValueError(f"total_steps: found {total_steps}, expected at least 1, or null")
         self.nodes = node_steps(total_steps or 0, node_every)
         self.input = StudentInput(student.process, levels, unit_noise)
-        given = fake_times or {"name": "karras", "low": 0, "high": 999}
-        self.times = times_of(student.process, given, "fake_times")
+        _check_models(student, generator, self.input)
+        paper = {"name": "karras", "low": 0, "high": 999}
+        times = usual_times(student.process, fake_times, paper, fake=True)
+        self.times = times_of(student.process, times, "fake_times")
         self.generator = self.keep_frozen("generator", generator)
-        self.weighting, self.sigma_data = weighting_for(weighting, student.kind), sigma_data
-        self.reduction, self.labels = reduction, labels
+        self.sigma_data, self.reduction, self.labels = sigma_data, reduction, labels
 
     def updates(self) -> Sequence[Update]:
         """One update: the degraded teacher."""
@@ -91,9 +97,7 @@ class Degrade(DistillModule):
 
     def loss(self, batch: Batch, step: Step) -> Loss:
         """Denoising score matching on the initial student's samples."""
-        cond = batch.cond
-        if self.labels == "uniform" and self.student.num_classes:
-            cond = Cond.of_labels(step.draws.integer("label", self.student.num_classes))
+        cond = conditions_of(self.labels, self.student.num_classes, batch, step.draws)
         x = self.input.mixture(self.generator, cond, step.draws)
         errors = score_errors(
             self.student,
@@ -106,3 +110,47 @@ class Degrade(DistillModule):
             reduction=self.reduction,
         )
         return Loss(errors.mean(), {"x_std": x.std()})
+
+
+def _check_models(teacher: Denoiser, generator: Denoiser, start: StudentInput) -> None:
+    """Refuse models that do not fit together, and a distilled generator read at other times than its own."""
+    if generator is teacher:
+        raise ValueError(
+            "generator: is the model that is degraded, and must not change; expected a copy of it"
+        )
+    for what in ("sample_shape", "num_classes"):
+        theirs, ours = getattr(generator, what), getattr(teacher, what)
+        if theirs != ours:
+            raise ValueError(f"generator.{what}: found {theirs}, expected the teacher's {ours}")
+    if generator.process.config() != teacher.process.config():
+        raise ValueError(
+            f"generator: lives under {generator.process!r}, the teacher under {teacher.process!r}; expected one process"
+        )
+    if teacher.coupling != "independent":
+        raise ValueError(
+            f"init: found a model of {teacher.coupling} noise and data, which has no score; expected a diffusion or flow "
+            "model"
+        )
+    for name, model in (("generator", generator), ("init", teacher)):
+        if model.embeds_guidance:
+            raise ValueError(
+                f"{name}: takes the guidance as an input, which this method does not give; expected a model without"
+            )
+    if generator.coupling in ("endpoint", "few_step"):
+        _check_start(generator, start)
+
+
+def _check_start(generator: Denoiser, start: StudentInput) -> None:
+    """Refuse to sample a distilled generator at other times than those that it was made for."""
+    made, wanted = generator.sampler, start.spec(generator.kind, 1.0, 1.0)
+    if made is None:
+        return
+    times, ours = made.times.get(start.steps), wanted.times[start.steps]
+    near = times is not None and all(
+        math.isclose(a, b, rel_tol=1e-6) for a, b in zip(times, ours, strict=True)
+    )
+    if not near or not math.isclose(made.start_scale, wanted.start_scale, rel_tol=1e-6):
+        raise ValueError(
+            f"levels, unit_noise: start steps at {ours} from {wanted.start_scale:.4g} z, but the generator was made for "
+            f"{dict(made.times)} from {made.start_scale:.4g} z"
+        )

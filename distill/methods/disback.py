@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from distill.data.batch import Batch
 from distill.engine.parallel import copy_full
@@ -95,18 +96,27 @@ class DisBack(DistributionMatching):
         self.path = Backtrack(max(0, len(self.folders) - 1), steps_per_node)
         self.criterion, self.window, self.tolerance = criterion, window, tolerance
         self.loaded = 0  # whose weights the target network holds
-        # Of "plateau": the target, student steps at it, the last window's mean, this one's sum and count.
+        # Of "plateau": the target, student steps at it, the last window's mean, and of this one [sum, count] of this
+        # process's losses. In float64 sums of float32 losses are exact, so that their mean over processes, which is
+        # saved, continues as the sums themselves do.
         self.node, self.stayed, self.before = max(0, self.path.nodes - 1), 0, float("inf")
-        self.sum, self.count = torch.zeros(()), 0
+        self.tally = torch.zeros(2, dtype=torch.float64)
         if self.folders[1:]:
             self.fake.net.load_state_dict(read_weights(self.folders[-1]))
 
     def state(self) -> dict[str, Any]:
-        """Where the walk stands, where that does not follow from the number of steps."""
+        """Where the walk stands, where that does not follow from the number of steps. The window's sum and count are
+        means over processes, so that any number of them continues it. Collective."""
         if self.criterion == "steps":
             return {}
-        walk = {"node": self.node, "stayed": self.stayed, "before": self.before}
-        return walk | {"sum": float(self.sum), "count": self.count}
+        total, count = self.world.mean(self.tally.clone()).tolist()
+        return {
+            "node": self.node,
+            "stayed": self.stayed,
+            "before": self.before,
+            "sum": total,
+            "count": count,
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Inverse of `state`."""
@@ -116,10 +126,10 @@ class DisBack(DistributionMatching):
                 int(state["stayed"]),
                 float(state["before"]),
             )
-            self.sum, self.count = torch.tensor(float(state["sum"])), int(state["count"])
+            self.tally = torch.tensor([state["sum"], state["count"]], dtype=torch.float64)
 
     def aim(self) -> int:
-        """The node that is the target of this student step; its weights are in the target network afterwards."""
+        """The node that is the target at this number of student steps; its weights are in the target network afterwards."""
         node = self.node if self.criterion == "plateau" else self.path.target(self.progress.step)[0]
         if node != self.loaded:
             copy_full(self.teacher.net, read_weights(self.folders[node]))
@@ -133,8 +143,21 @@ class DisBack(DistributionMatching):
         node = self.aim()
         loss = super().student_loss(batch, step)
         if self.criterion == "plateau" and node > 0:
-            self.sum, self.count = self.sum.to(loss.total.device) + loss.total.detach(), self.count + 1
+            self._note(loss.total.detach())
         return Loss(loss.total, {**loss.logs, "node": torch.tensor(float(node))})
+
+    def fake_loss(self, batch: Batch, step: Step) -> Loss:
+        """The fake score's loss. A head on the target's features sees those of the node that a run started here would
+        see, whatever the last student step's was."""
+        if self.gan is not None and self.gan["features"] == "teacher" and self.folders[1:]:
+            self.aim()
+        return super().fake_loss(batch, step)
+
+    def _note(self, loss: Tensor) -> None:
+        """Count a student's loss. A step that is skipped because it is not finite says nothing about a plateau."""
+        finite = loss.isfinite()
+        seen = torch.stack([torch.where(finite, loss, 0.0).double(), finite.double()])
+        self.tally = self.tally.to(loss.device) + seen
 
     def after_step(self) -> None:
         """On a plateau, go on to the next node. The host reads the loss once a window."""
@@ -143,10 +166,13 @@ class DisBack(DistributionMatching):
         self.stayed += 1
         if self.stayed % self.window:
             return
-        mean = float(self.world.mean(self.sum.clone().reshape(1))) / max(1, self.count)
+        total, count = self.world.mean(self.tally.clone()).tolist()
+        if count == 0:  # every step was skipped: another window
+            return
+        mean = total / count
         if not mean < self.before * (1 - self.tolerance):
             self.node, self.stayed, mean = self.node - 1, 0, float("inf")
-        self.before, self.sum, self.count = mean, torch.zeros_like(self.sum), 0
+        self.before, self.tally = mean, torch.zeros_like(self.tally)
 
 
 def _check(criterion: str, window: int, tolerance: float) -> None:

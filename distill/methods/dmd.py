@@ -29,12 +29,14 @@ class DMD(DistributionMatching):
         teacher: a diffusion or flow model; the fake score starts as its copy.
         levels: noise levels sigma / alpha at which the student's steps start; null: one step from t_max.
         input: what a few-step student is trained on: "backward_sim", its own sampler's states, or "real_noised", noised data
-            (the mismatch that DMD2 mends; for comparisons).
+            (the mismatch that DMD2 mends; for comparisons, with the data's labels and two levels or more).
         normalise: divide by the teacher's error (DMD); false: Diff-Instruct.
         floor: of the normaliser, in units of a sample's root mean square; 0: the reference.
         fake_updates_per_generator: fake updates for each one of the student, which comes first.
         gan: null, or {weight_g, weight_d, diffusion, groups, features}: a head on the bottleneck features of the fake score
-            (trained with it) or of the teacher; `diffusion`: real and generated samples are noised before it.
-        generator_times, fake_times: see `losses.score_student.times_of`; null: DMD2's table, indices 20 .. 980 and 0 .. 999.
+            (trained with it) or of the teacher; `diffusion`: real and generated samples are noised before it, at `fake_times`.
+            Generated samples have the labels that `labels` says, real ones their own.
+        generator_times, fake_times: see `losses.score_times.times_of`; null: under EDM DMD2's table, indices 20 .. 980 and
+            0 .. 999, else what suits the process (`losses.score_times.usual_times`).
         The others: see `losses.score_student.ScoreDistillation`.
     """

@@ -17,6 +17,7 @@ and variance-preserving teachers are distilled in their own time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,7 +26,8 @@ import torch
 from distill.data.batch import Batch
 from distill.engine.update import Loss, Step, Update
 from distill.methods.losses.score import sid_loss
-from distill.methods.losses.score_student import ScoreDistillation
+from distill.methods.losses.score_student import ScoreDistillation, check_ratio
+from distill.methods.losses.score_times import usual_times
 from distill.models.denoiser import Denoiser
 
 
@@ -37,8 +39,8 @@ class SiD(ScoreDistillation):
         teacher: a diffusion or flow model; the fake score starts as its copy.
         alpha: 1 is safe; 1.2 as in the paper's CIFAR-10 and ImageNet runs; 0.5 is the plain projection.
         levels: noise levels sigma / alpha at which the student's steps start; null: one step from t_max. The paper: [2.5].
-        generator_times, fake_times: see `losses.score_student.times_of`; null: SiD's polynomial with t_max = 800, and EDM's
-            log-normal.
+        generator_times, fake_times: see `losses.score_times.times_of`; null: under EDM SiD's polynomial with t_max = 800 and
+            EDM's log-normal, else what suits the process (`losses.score_times.usual_times`).
         fake_updates_per_generator: fake updates for each one of the student, which comes last.
         loss_scale_g: factor on the student's loss (the reference: 100); with Adam and beta1 = 0 it changes nothing but the
             distance to Adam's epsilon.
@@ -73,8 +75,12 @@ class SiD(ScoreDistillation):
             teacher,
             levels=levels,
             unit_noise=unit_noise,
-            generator_times=generator_times or {"name": "sid", "t_max": 800.0},
-            fake_times=fake_times or {"name": "lognormal", "mean": -1.2, "std": 1.2},
+            generator_times=usual_times(
+                student.process, generator_times, {"name": "sid", "t_max": 800.0}, fake=False
+            ),
+            fake_times=usual_times(
+                student.process, fake_times, {"name": "lognormal", "mean": -1.2, "std": 1.2}, fake=True
+            ),
             weighting=weighting,
             sigma_data=sigma_data,
             reduction="sum",
@@ -85,12 +91,10 @@ class SiD(ScoreDistillation):
             labels=labels,
             noise_scale=noise_scale,
         )
-        if fake_updates_per_generator < 1:
-            raise ValueError(
-                f"fake_updates_per_generator: expected at least 1, found {fake_updates_per_generator}"
-            )
-        if not loss_scale_g > 0:
-            raise ValueError(f"loss_scale_g: expected a positive number, found {loss_scale_g}")
+        check_ratio(fake_updates_per_generator)
+        for name, value in (("loss_scale_g", loss_scale_g), ("floor", floor)):
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name}: expected a positive number, found {value}")
         one = torch.ones(1, 1)
         sid_loss(one, one, one, alpha=alpha, floor=floor)
         self.alpha, self.floor, self.loss_scale_g = alpha, floor, loss_scale_g

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +15,8 @@ class Tap:
     """Runs a denoiser and returns what its net's bottleneck put out; gradients flow to the input and to the weights.
 
     A net names its bottleneck in an attribute `bottleneck` (UNet: the last block of the middle; MLP: its last layer). The
-    forward call is the whole net's, so sharding works as in any other call.
+    forward call is the whole net's, and the features are what it returns: sharding gathers a net's weights for a backward
+    that comes in through its output, and through nothing else.
     """
 
     def __init__(self, denoiser: Denoiser) -> None:
@@ -32,15 +35,22 @@ class Tap:
         """Features [B, channels, ...] at (x_t [B,*S], t [B])."""
         kept: list[Tensor] = []
 
-        def keep(module: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:
+        def keep(module: nn.Module, given: tuple[Any, ...], out: Tensor) -> None:
             kept.append(out)
 
-        handle = self.module.register_forward_hook(keep)
+        def instead(module: nn.Module, given: tuple[Any, ...], out: Tensor) -> Tensor:
+            return kept.pop()
+
+        handles = [
+            self.module.register_forward_hook(keep),
+            self.denoiser.net.register_forward_hook(instead, prepend=True),  # before that of sharding
+        ]
         try:
-            self.denoiser(x_t, t, cond)
+            features: Tensor = self.denoiser(x_t, t, cond)
         finally:
-            handle.remove()
-        return kept[0]
+            for handle in handles:
+                handle.remove()
+        return features
 
     @torch.no_grad()
     def shape(self) -> tuple[int, ...]:

@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from distill.files import read_json, sha256_file, write_json
-from distill.models.native import WEIGHTS
+from distill.models.native import DESCRIPTION, WEIGHTS, read_description
 
 SCHEMA = 1
 FOLDER, MANIFEST = "nodes", "nodes.json"
+# What a node's weights mean: without all of it in common with the start, they are another model's.
+MEANING = ("net", "process", "kind", "sample_shape", "num_classes")
 
 
 def node_folder(stage: Path, number: int) -> Path:
@@ -36,16 +38,20 @@ def write_manifest(stage: Path, steps: Sequence[int], start: Path) -> None:
 def read_nodes(stage: Path, start: Path) -> list[Path]:
     """Model folders of a way, in its order: `start` and every stored node.
 
-    Raises FileNotFoundError or ValueError where there is no manifest, a node is missing or changed, or the way began with
-    other weights than those in `start`."""
+    Raises FileNotFoundError or ValueError where there is no manifest, a node is missing, changed or another kind of model,
+    or the way began with other weights than those in `start`."""
     path = stage / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(
             f"{path}: missing; expected a stage that stores nodes (method `degrade`), finished"
         )
     manifest = read_json(path)
-    if manifest.get("schema") != SCHEMA:
-        raise ValueError(f"{path}: schema: found {manifest.get('schema')!r}, this version reads {SCHEMA}")
+    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
+        found = manifest.get("schema") if isinstance(manifest, dict) else type(manifest).__name__
+        raise ValueError(f"{path}: schema: found {found!r}, this version reads {SCHEMA}")
+    if missing := [key for key in ("start", "nodes") if key not in manifest]:
+        raise ValueError(f"{path}: {missing[0]}: missing")
+    teacher = read_description(start)
     if manifest["start"] != (found := sha256_file(start / WEIGHTS)):
         raise ValueError(
             f"{path}: start: the way began with weights {manifest['start'][:12]}, the teacher's are {found[:12]}"
@@ -59,5 +65,11 @@ def read_nodes(stage: Path, start: Path) -> list[Path]:
             raise ValueError(
                 f"{folder / WEIGHTS}: sha256: found {found[:12]}, {path} expects {node['sha256'][:12]}"
             )
+        told = read_description(folder)
+        for key in MEANING:
+            if told.get(key) != teacher.get(key):
+                raise ValueError(
+                    f"{folder / DESCRIPTION}: {key}: found {told.get(key)!r}, expected the teacher's {teacher.get(key)!r}"
+                )
         folders.append(folder)
     return folders

@@ -1,13 +1,16 @@
 """What the processes of the distributed tests run: trains, writes what it found, rank by rank. No test itself.
 
-`python worker.py FOLDER JOB [JOB ...]`; the world comes from the environment, and without one this is one process.
+`python worker.py FOLDER JOB [JOB ...]`, where a job is the end of a `job_NAME` below, or MODULE.NAME for one of another
+file. The world comes from the environment, and without one this is one process.
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -32,6 +35,7 @@ from distill.world import World, join, leave
 
 torch.set_num_threads(1)
 STEPS, BATCH = 20, 16
+Method = TypeVar("Method", bound=DistillModule)
 
 
 def net() -> Denoiser:
@@ -86,7 +90,11 @@ class Score(DistillModule):
 
 def make(world: World) -> Score:
     """The method, prepared; the same weights on every process."""
-    method = Score()
+    return prepared(Score(), world)
+
+
+def prepared(method: Method, world: World) -> Method:
+    """A method of a student, which is averaged, and a fake score, with the settings of all jobs."""
     optim = {
         "optimizer": partial(torch.optim.AdamW, lr=1e-3, fused=True, eps=1e-6),
         "schedule": Linear(total=2 * STEPS),
@@ -100,17 +108,23 @@ def make(world: World) -> Score:
 
 
 def fit(
-    method: Score, folder: Path, *, steps: int = STEPS, shard: str = "none", accumulate: int = 2, **options
+    method: DistillModule,
+    folder: Path,
+    *,
+    steps: int = STEPS,
+    shard: str = "none",
+    accumulate: int = 2,
+    **options,
 ) -> dict:
-    """Train; losses and gradient norms of every step, and all weights at the end."""
+    """Train; losses and gradient norms (and the node, where there is one) of every step, and all weights at the end."""
     seen: dict[str, list[float]] = {}
     original = method._run
 
     def noted(update, batch, shared, iteration):
         logs = original(update, batch, shared, iteration)
-        for key in ("loss", "grad_norm"):
-            value = logs[f"{update.name}/{key}"].clone().reshape(1)
-            seen.setdefault(f"{update.name}/{key}", []).append(float(method.world.mean(value)))
+        for key in (f"{update.name}/{name}" for name in ("loss", "grad_norm", "node")):
+            if key in logs:
+                seen.setdefault(key, []).append(float(method.world.mean(logs[key].clone().reshape(1))))
         return logs
 
     method._run = noted
@@ -283,8 +297,9 @@ def job_mesh(world: World, folder: Path) -> None:
 
 if __name__ == "__main__":
     place = join(torch.device("cpu"))
-    for name in sys.argv[2:]:
-        globals()[f"job_{name}"](place, Path(sys.argv[1]))
+    for job in sys.argv[2:]:
+        module, _, name = job.rpartition(".")
+        getattr(importlib.import_module(module or "worker"), f"job_{name}")(place, Path(sys.argv[1]))
         place.barrier()
     leave()
     assert not dist.is_initialized()

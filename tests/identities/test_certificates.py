@@ -51,11 +51,17 @@ def test_the_table_says_what_was_measured() -> None:
 
 
 def test_every_method_that_follows_a_teacher_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert {"reflow", "one_step", "progressive", "consistency", "ect", "lcm"} <= set(
+    matching = {"sid", "dmd", "disback"}
+    assert {"reflow", "one_step", "progressive", "consistency", "ect", "lcm"} | matching <= set(
         certificates.CERTIFICATES
     )
-    for entry in certificates.CERTIFICATES.values():
-        assert entry.trajectory is None or entry.trajectory <= 0.2
+    for name, entry in certificates.CERTIFICATES.items():
+        bounds = {(what, how): bound for what, how, bound in entry.bounds}
+        assert bounds["modes", "at least"] == 8
+        assert bounds["near", "at least"] >= 0.65
+        assert ("trajectory", "at most") in bounds or name in matching
+        assert bounds.get(("trajectory", "at most"), 0.0) <= 0.2
+        assert bounds["energy", "at most"] <= (0.007 if name in matching else 0.01)
     plain = certificates.CERTIFICATES["lcm"]
     assert plain.against == "flow map"
     assert replace(plain, trajectory=None).against == "distribution"

@@ -129,7 +129,7 @@ def test_fresh_noise_is_scaled_when_sampling() -> None:
     one = Generator(generator.denoiser, SamplerSpec(steps=1, times={1: (80.0, 0.002)}, mode="sde"))
     for still in (progressive(4), one):
         with pytest.raises(
-            ValueError, match="noise_scale: found 0.8, but this model's sampler draws no fresh noise"
+            ValueError, match=r"noise_scale: found 0\.8, but this model's sampler draws no fresh noise"
         ):
             still.sample(6, noise_scale=0.8)
 

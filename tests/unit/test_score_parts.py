@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from distill.data.cond import Cond
+from distill.data.rng import Draws
 from distill.methods.losses.backtrack import Backtrack, node_steps
 from distill.methods.losses.gan import discriminator_loss, generator_loss, r1_penalty
+from distill.methods.losses.score_times import times_of, usual_times
 from distill.models.analytic import exact_denoiser
 from distill.nets.heads import GanHead
+from distill.process.edm import EDM
 from distill.process.flow import Flow
-from distill.process.vp import VPScaledLinear
+from distill.process.vp import VPCosine, VPScaledLinear
 from distill.samplers.backward import few_step_output, mixture_output, visited_state
 from distill.samplers.fewstep import few_step
 
@@ -255,3 +258,19 @@ def test_the_way_back_refuses(nodes: int, stays: int | list[int], message: str) 
         Backtrack(nodes, stays)
     with pytest.raises(ValueError, match="step: found -1"):
         Backtrack(2, 10).target(-1)
+
+
+def test_times_that_nobody_chose_suit_the_process() -> None:
+    """Half of a flow's noise levels lie below 1; EDM's times, which are levels, are the paper's and not spread over 80."""
+    paper = {"name": "lognormal"}
+    draws = Draws(0, "t", 0, torch.arange(4000))
+    for process, middle in ((Flow(), 1.0), (EDM(), math.exp(-1.2))):
+        times = times_of(process, usual_times(process, None, paper, fake=True), "fake_times")(draws)
+        level = torch.exp(-process.log_ratio(times)).median()
+        assert 0.9 * middle < float(level) < 1.1 * middle
+    for fake, share in ((False, 0.02), (True, 0.0)):
+        times = times_of(VPCosine(), usual_times(VPCosine(), None, paper, fake=fake), "times")(draws)
+        assert abs(float(times.min()) - share) < 2e-3
+        assert abs(float(times.max()) - (1 - share)) < 2e-3
+    given = {"name": "uniform", "low": 0.5}
+    assert usual_times(Flow(), given, paper, fake=False) is given

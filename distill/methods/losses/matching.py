@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,10 +11,12 @@ from torch import Tensor, nn
 
 from distill.data.batch import Batch
 from distill.data.cond import Cond
-from distill.engine.update import Loss, Step, Update
+from distill.data.rng import stream_key
+from distill.engine.update import Loss, Optim, Step, Update
 from distill.methods.losses.gan import discriminator_loss, generator_loss
 from distill.methods.losses.score import descend, diff_instruct_loss, dmd_gradient
-from distill.methods.losses.score_student import ScoreDistillation, times_of
+from distill.methods.losses.score_student import ScoreDistillation, check_ratio
+from distill.methods.losses.score_times import usual_times
 from distill.models.denoiser import Denoiser
 from distill.models.tap import Tap
 from distill.nets.heads import GanHead, VectorHead
@@ -51,8 +54,12 @@ class DistributionMatching(ScoreDistillation):
             teacher,
             levels=levels,
             unit_noise=unit_noise,
-            generator_times=generator_times or {"name": "karras", "low": 20, "high": 980},
-            fake_times=fake_times or {"name": "karras", "low": 0, "high": 999},
+            generator_times=usual_times(
+                student.process, generator_times, {"name": "karras", "low": 20, "high": 980}, fake=False
+            ),
+            fake_times=usual_times(
+                student.process, fake_times, {"name": "karras", "low": 0, "high": 999}, fake=True
+            ),
             weighting=weighting,
             sigma_data=sigma_data,
             reduction=reduction,
@@ -63,36 +70,35 @@ class DistributionMatching(ScoreDistillation):
             labels=labels,
             noise_scale=noise_scale,
         )
-        if fake_updates_per_generator < 1:
-            raise ValueError(
-                f"fake_updates_per_generator: expected at least 1, found {fake_updates_per_generator}"
-            )
+        check_ratio(fake_updates_per_generator)
+        self._check_input(input)
+        if not 0 <= floor < math.inf:
+            raise ValueError(f"floor: expected a finite number of at least 0, found {floor}")
+        self.real_noised, self.normalise, self.floor = input == "real_noised", normalise, floor
+        self.ratio, self.gan = fake_updates_per_generator, None if gan is None else gan_options(gan)
+        if self.gan is not None:
+            self.tap = Tap(self.fake if self.gan["features"] == "fake" else self.teacher)
+            self.head = make_head(self.tap.shape(), self.gan["groups"], seed=0)
+
+    def _check_input(self, input: str) -> None:
         if input not in ("backward_sim", "real_noised"):
             raise ValueError(f"input: found {input!r}, expected 'backward_sim' or 'real_noised'")
-        if not floor >= 0:
-            raise ValueError(f"floor: expected at least 0, found {floor}")
-        self.real_noised, self.normalise, self.floor = input == "real_noised", normalise, floor
-        self.ratio, self.gan = fake_updates_per_generator, None if gan is None else {**GAN, **gan}
-        if self.gan is not None:
-            self._add_head(set(gan or ()) - set(GAN))
-
-    def _add_head(self, unknown: set[str]) -> None:
-        """The discriminator's head on the bottleneck of the fake score or of the teacher."""
-        assert self.gan is not None
-        if unknown or self.gan["features"] not in ("fake", "teacher"):
+        if input == "real_noised" and self.input.steps < 2:
             raise ValueError(
-                f"gan: found {self.gan}, expected {sorted(GAN)} and features 'fake' or 'teacher'"
+                "input: found 'real_noised' for a student of one step, which starts from noise alone; expected 'backward_sim', "
+                "or two levels and more"
             )
-        self.tap = Tap(self.fake if self.gan["features"] == "fake" else self.teacher)
-        shape = self.tap.shape()
-        self.head: nn.Module = (
-            GanHead(shape[0], shape[1], groups=self.gan["groups"])
-            if len(shape) == 3
-            else VectorHead(shape[0])
-        )
-        self.gan_times = times_of(
-            self.student.process, {"name": "karras", "low": 0, "high": 999}, "gan.times"
-        )
+        if input == "real_noised" and self.labels == "uniform" and self.student.num_classes:
+            raise ValueError(
+                "labels: found 'uniform', but with input 'real_noised' the student starts from data, which have labels of "
+                "their own; expected 'data'"
+            )
+
+    def prepare(self, optim: Mapping[str, Mapping[str, Any] | Optim], *, seed: int, **settings: Any) -> None:
+        """As the base; the head's first weights follow from the seed, whatever ran before, on every process."""
+        if self.gan is not None:
+            self.head = make_head(self.tap.shape(), self.gan["groups"], seed=stream_key(seed, "head"))
+        super().prepare(optim, seed=seed, **settings)
 
     def updates(self) -> Sequence[Update]:
         """The student first; the fake score (and the head, with it) in every iteration."""
@@ -108,20 +114,21 @@ class DistributionMatching(ScoreDistillation):
         """x [B,*S] with the graph of its last step."""
         if not self.real_noised:
             return self.input.output(self.student, cond, step.draws)
-        if batch.x0 is None:
-            raise ValueError(
-                "input: found 'real_noised', but the data source has no data; expected 'backward_sim'"
-            )
-        times = torch.tensor(self.input.times, dtype=torch.float64, device=batch.x0.device)
+        real = _data(batch, "input", "'backward_sim'")
+        times = torch.tensor(self.input.times, dtype=torch.float64, device=real.device)
         t = times[step.draws.integer("k", self.input.steps)]
         z = step.draws.normal("z", self.student.sample_shape)
-        return self.student.x0(self.student.process.add_noise(batch.x0, z, t), t, cond)
+        return self.student.x0(self.student.process.add_noise(real, z, t), t, cond)
 
     def student_loss(self, batch: Batch, step: Step) -> Loss:
         """|x - sg(x - g)|^2 / 2 with g = (yF - yT) / m, no gradient through either network; plus the GAN's term."""
-        cond = batch.cond if self.gan is not None else self.conditions(batch, step.draws)
+        cond = self.conditions(batch, step.draws)
+        if self.gan is not None:
+            _data(batch, "gan", "null")
         x = self.samples(batch, step, cond)
         step.shared["x"] = x.detach()
+        if cond.label is not None:
+            step.shared["label"] = cond.label
         with torch.no_grad():
             x_t, _, t = self.noised(x, self.generator_times, step.draws)
             y_teacher = self.teacher.x0(x_t, t, cond, self.guidance_teacher)
@@ -133,10 +140,12 @@ class DistributionMatching(ScoreDistillation):
             direction = y_fake - y_teacher
             per_sample = diff_instruct_loss(x, y_teacher, y_fake, reduction=self.reduction)
         with torch.no_grad():
+            error = (x - y_teacher).abs().flatten(1).mean(1)
             logs = {
                 "gap": (y_teacher - y_fake).abs().mean(),
                 "direction": direction.square().mean().sqrt(),
-                "teacher_error": (x - y_teacher).abs().mean(),
+                "teacher_error": error.mean(),
+                "teacher_error_min": error.min(),
                 "x_mean": x.mean(),
                 "x_std": x.std(),
             }
@@ -150,28 +159,82 @@ class DistributionMatching(ScoreDistillation):
     def fake_loss(self, batch: Batch, step: Step) -> Loss:
         """The fake score learns the student's samples (those of the student's update where it ran); the head tells them
         from data."""
-        cond = batch.cond if self.gan is not None else self.conditions(batch, step.draws)
-        x = step.shared.pop("x", None)
-        if x is None:
-            x = self.input.mixture(self.student, cond, step.draws)
+        x, cond = self._generated(batch, step)
         errors = self.fake_errors(x, cond, step.draws)
         if self.gan is None:
             return Loss(errors.mean())
-        if batch.x0 is None:
-            raise ValueError("gan: the data source has no data; expected real samples")
-        real, made = self.logits(batch.x0, cond, step, "real"), self.logits(x, cond, step, "generated")
+        data = _data(batch, "gan", "null")
+        real, made = self.logits(data, batch.cond, step, "real"), self.logits(x, cond, step, "generated")
         told = discriminator_loss(real, made).mean()
+        right = torch.cat([real.detach() > 0, made.detach() < 0]).float().mean()
         logs = {"score": errors.mean(), "gan": told, "logit_real": real.mean(), "logit_fake": made.mean()}
-        return Loss(errors.mean() + self.gan["weight_d"] * told, logs)
+        return Loss(errors.mean() + self.gan["weight_d"] * told, logs | {"accuracy": right})
+
+    @torch.no_grad()
+    def _generated(self, batch: Batch, step: Step) -> tuple[Tensor, Cond]:
+        """Samples and their conditions: those of the student's update where it ran in this iteration."""
+        if "x" in step.shared:
+            x = step.shared.pop("x")
+            return x, Cond(len(x), step.shared.pop("label", None))
+        cond = self.conditions(batch, step.draws)
+        if self.real_noised:
+            return self.samples(batch, step, cond), cond
+        return self.input.mixture(self.student, cond, step.draws), cond
 
     def logits(self, x: Tensor, cond: Cond, step: Step, name: str) -> Tensor:
-        """[B, 1]: what the head says of x, noised at drawn times where `diffusion` says so, else at the cleanest."""
+        """[B, 1]: what the head says of x, noised at the fake score's times where `diffusion` says so, else at the cleanest."""
         assert self.gan is not None
         process, draws = self.student.process, step.draws
         if self.gan["diffusion"]:
-            t = self.gan_times(draws.named(name))
+            t = self.fake_times(draws.named(name))
             x = process.add_noise(x, draws.normal(f"{name}_eps", self.student.sample_shape), t)
         else:
             clean = torch.full((len(x),), 0.002, dtype=torch.float64, device=x.device)
             t = process.time_of(-torch.log(clean))
         return self.head(self.tap(x, t, cond))
+
+
+def gan_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of the GAN, those that are not given as in `GAN`.
+
+    Raises:
+        ValueError: names the option that is unknown or outside its range.
+    """
+    if not isinstance(given, Mapping):
+        raise ValueError(f"gan: found {given!r}, expected null or options among {sorted(GAN)}")
+    if unknown := sorted(set(given) - set(GAN)):
+        raise ValueError(f"gan.{unknown[0]}: no such option; expected some of {sorted(GAN)}")
+    options = {**GAN, **given}
+    for name in ("weight_g", "weight_d"):
+        if not 0 <= options[name] < math.inf:
+            raise ValueError(f"gan.{name}: found {options[name]}, expected a finite number of at least 0")
+    if not isinstance(options["diffusion"], bool):
+        raise ValueError(f"gan.diffusion: found {options['diffusion']!r}, expected true or false")
+    if options["features"] not in ("fake", "teacher"):
+        raise ValueError(f"gan.features: found {options['features']!r}, expected 'fake' or 'teacher'")
+    return options
+
+
+def make_head(shape: Sequence[int], groups: int, seed: int) -> nn.Module:
+    """A discriminator's head for features of `shape` (of one sample), its weights drawn from `seed` alone.
+
+    Raises:
+        ValueError: features that no head takes.
+    """
+    if len(shape) not in (1, 3) or (len(shape) == 3 and shape[1] != shape[2]):
+        raise ValueError(
+            f"gan: found features of shape {list(shape)}, expected [channels] or [channels, size, size]"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed % 2**63)
+        try:
+            return GanHead(shape[0], shape[1], groups=groups) if len(shape) == 3 else VectorHead(shape[0])
+        except ValueError as error:
+            raise ValueError(f"gan: {error}") from error
+
+
+def _data(batch: Batch, option: str, instead: str) -> Tensor:
+    """Real samples, for the option that needs them."""
+    if batch.x0 is None:
+        raise ValueError(f"{option}: needs real samples, but the data source has none; expected {instead}")
+    return batch.x0

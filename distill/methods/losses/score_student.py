@@ -6,7 +6,9 @@ Three networks: the student G, the frozen teacher T, and the fake score F, a cop
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,61 +20,16 @@ from distill.data.rng import Draws, stream_key
 from distill.engine.module import DistillModule
 from distill.engine.update import Diagnostics
 from distill.methods.losses.score import FAKE_SCORE_KINDS, fake_score_loss
-from distill.models.denoiser import Denoiser
+from distill.methods.losses.score_times import Times, times_of
+from distill.models.denoiser import Denoiser, check_same_samples
 from distill.models.spec import SamplerSpec
 from distill.process.base import Process
 from distill.process.edm import EDM
-from distill.process.times import karras_index_level, lognormal_level, sid_level
 from distill.samplers.backward import check_times, few_step_output, mixture_output
 
-Times = Callable[[Draws], Tensor]
 AUTO = {"x0": "edm", "eps": "eps", "v": "v", "velocity": "flow"}
 # Noise levels at which diagnostics show what teacher and fake score predict.
 SHOWN_LEVELS = (0.3, 1.0, 3.0)
-
-
-def times_of(process: Process, options: Mapping[str, Any], where: str) -> Times:
-    """A sampler of times [B] (float64) from its options.
-
-    {name: uniform, low, high}: uniform in the process's time, as shares of its range; {name: logit_normal, mean, std}: the
-    share is a sigmoid of a normal number; {name: lognormal, mean, std}: EDM's noise levels; {name: sid, t_max}: SiD's;
-    {name: karras, low, high}: uniform indices of DMD2's table of 1000. Levels are translated to the process's own time.
-
-    Raises:
-        ValueError: an unknown name or option, named by `where`.
-    """
-    given = dict(options)
-    name = given.pop("name", None)
-    span = process.t_max - process.t_min
-
-    def uniform(draws: Draws, low: float = 0.0, high: float = 1.0) -> Tensor:
-        return process.t_min + span * (low + (high - low) * draws.uniform("t").double())
-
-    def logit_normal(draws: Draws, mean: float = 0.0, std: float = 1.0) -> Tensor:
-        return process.t_min + span * torch.sigmoid(mean + std * draws.normal("t").double())
-
-    def at(level: Tensor) -> Tensor:
-        return process.time_of(-torch.log(level.double()))
-
-    def lognormal(draws: Draws, mean: float = -1.2, std: float = 1.2) -> Tensor:
-        return at(lognormal_level(draws.normal("t").double(), mean, std))
-
-    def sid(draws: Draws, t_max: float = 800.0) -> Tensor:
-        return at(sid_level(draws.uniform("t").double(), t_max))
-
-    def karras(draws: Draws, low: int = 20, high: int = 980) -> Tensor:
-        return at(karras_index_level(draws.uniform("t"), low, high))
-
-    known: dict[str, Callable[..., Tensor]] = {
-        f.__name__: f for f in (uniform, logit_normal, lognormal, sid, karras)
-    }
-    if name not in known:
-        raise ValueError(f"{where}.name: found {name!r}, expected one of {sorted(known)}")
-    try:
-        known[name](Draws(0, where, 0, torch.zeros(1, dtype=torch.int64)), **given)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: found {given} for {name!r}: {error}") from error
-    return lambda draws: known[name](draws, **given)
 
 
 class StudentInput:
@@ -81,6 +38,9 @@ class StudentInput:
     Args:
         levels: noise levels sigma / alpha of the N start times, falling; None: one step from t_max. SiD: [2.5].
         unit_noise: feed unit noise at the first time instead of noise of that level (DMD2's one-step SDXL).
+
+    Raises:
+        ValueError: levels that are no falling list of positive numbers, or that the process does not have.
     """
 
     def __init__(self, process: Process, levels: Sequence[float] | None, unit_noise: bool = False) -> None:
@@ -88,18 +48,13 @@ class StudentInput:
         if levels is None:
             self.times = [process.t_max]
         else:
-            wanted = [float(level) for level in levels]
-            if not wanted or not all(level > 0 for level in wanted):
-                raise ValueError(f"levels: found {list(levels)}, expected positive noise levels, or null")
-            ratio = -torch.log(torch.tensor(wanted, dtype=torch.float64))
-            if not bool(process.covers(ratio).all()):
-                raise ValueError(f"levels: found {wanted}, expected noise levels that {process!r} has")
-            self.times = process.time_of(ratio).tolist()
+            self.times = process.time_of(_falling(process, levels)).tolist()
         check_times(process, self.times)
         first = torch.tensor([self.times[0]], dtype=torch.float64)
         whole = float(process.prior(torch.ones(1, 1, dtype=torch.float64)))
-        at_end = self.times[0] == process.t_max
-        self.scale = 1.0 if at_end else (1.0 if unit_noise else float(process.sigma(first))) / whole
+        # At t_max the start is the process's own prior, as in every sampler.
+        start = whole if self.times[0] == process.t_max else float(process.sigma(first))
+        self.scale = (1.0 if unit_noise else start) / whole
 
     @property
     def steps(self) -> int:
@@ -135,6 +90,40 @@ class StudentInput:
         return mixture_output(lambda x, t: student.x0(x, t, cond), self.process, start, self.times, noise, k)
 
 
+def _falling(process: Process, levels: Sequence[float]) -> Tensor:
+    """Log ratios [N] of falling noise levels."""
+    listed = isinstance(levels, Sequence) and not isinstance(levels, str)
+    wanted = list(levels) if listed else []
+    numbers = all(isinstance(level, float | int) and level > 0 for level in wanted)
+    if not wanted or not numbers or any(not a > b for a, b in pairwise(wanted)):
+        raise ValueError(
+            f"levels: found {levels!r}, expected a list of positive, falling noise levels, or null"
+        )
+    ratio = -torch.log(torch.tensor(wanted, dtype=torch.float64))
+    if not bool(process.covers(ratio).all()):
+        ends = torch.tensor([process.t_min, process.t_max], dtype=torch.float64)
+        low, high = torch.exp(-process.log_ratio(ends)).tolist()
+        raise ValueError(
+            f"levels: found {wanted}, expected noise levels that {process!r} has: {low:.4g} .. {high:.4g}"
+        )
+    return ratio
+
+
+def conditions_of(labels: str, num_classes: int, batch: Batch, draws: Draws) -> Cond:
+    """What to make samples of: the conditions of the batch ("data"), or labels drawn evenly ("uniform").
+
+    Raises:
+        ValueError: labels of a batch that has none.
+    """
+    if num_classes and labels == "uniform":
+        return Cond.of_labels(draws.integer("label", num_classes))
+    if num_classes and batch.cond.label is None:
+        raise ValueError(
+            f"labels: found 'data', but the data source has none and the model has {num_classes} classes; expected 'uniform'"
+        )
+    return batch.cond
+
+
 def score_errors(
     model: Denoiser,
     x: Tensor,
@@ -159,19 +148,40 @@ def score_errors(
     )
 
 
-def weighting_for(weighting: str, kind: str) -> str:
-    """The weighting of the fake score's loss; "auto" goes by what the net predicts.
+def check_ratio(updates: int) -> None:
+    """Refuse a number of fake updates for each one of the student that is none."""
+    if not isinstance(updates, int) or updates < 1:
+        raise ValueError(f"fake_updates_per_generator: expected an integer of at least 1, found {updates!r}")
+
+
+def check_score_options(
+    process: Process, kind: str, *, weighting: str, sigma_data: float, reduction: str, labels: str
+) -> str:
+    """The weighting of a score model's loss: `weighting`, or for "auto" what goes with its `kind` of prediction.
 
     Raises:
-        ValueError: an unknown weighting.
+        ValueError: names the option that is unknown, outside its range or not defined under the process.
     """
-    if weighting == "auto":
-        return AUTO[kind]
-    if weighting not in FAKE_SCORE_KINDS:
+    if labels not in ("data", "uniform"):
+        raise ValueError(f"labels: found {labels!r}, expected 'data' or 'uniform'")
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f"reduction: found {reduction!r}, expected 'sum' or 'mean'")
+    if not 0 < sigma_data < math.inf:
+        raise ValueError(f"sigma_data: found {sigma_data}, expected a positive number")
+    if weighting != "auto" and weighting not in FAKE_SCORE_KINDS:
         raise ValueError(
             f"weighting: found {weighting!r}, expected 'auto' or one of {sorted(FAKE_SCORE_KINDS)}"
         )
-    return weighting
+    found = AUTO.get(kind) if weighting == "auto" else weighting
+    if found is None:
+        raise ValueError(
+            f"weighting: found 'auto' for a model that predicts {kind!r}, expected one of {sorted(FAKE_SCORE_KINDS)}"
+        )
+    try:
+        process.check_kind(FAKE_SCORE_KINDS[found])
+    except ValueError as error:
+        raise ValueError(f"weighting: found {weighting!r}: {error}") from error
+    return found
 
 
 class ScoreDistillation(DistillModule):
@@ -183,7 +193,8 @@ class ScoreDistillation(DistillModule):
         reduction: of losses over the dimensions of a sample, "sum" or "mean".
         guidance_teacher: the teacher's guidance while the student is trained. guidance_fake, guidance_fake_train: the
             fake score's, then and while it is trained itself (long-short guidance).
-        null_prob: share of dropped conditions while the fake score is trained; needed where its guidance is not 1.
+        null_prob: share of dropped conditions while the fake score is trained; needed where its guidance is not 1 (0: the
+            fake score without a condition; below 0: away from it).
         noise_scale: of the student's sampler, see `SamplerSpec`; training never uses it.
     """
 
@@ -207,19 +218,29 @@ class ScoreDistillation(DistillModule):
         noise_scale: float,
     ) -> None:
         super().__init__(student)
-        self._check(
-            student, teacher, labels, null_prob, (guidance_teacher, guidance_fake, guidance_fake_train)
+        self._check_models(student, teacher)
+        self._check_guidance(
+            teacher,
+            null_prob,
+            guidance_teacher=guidance_teacher,
+            guidance_fake=guidance_fake,
+            guidance_fake_train=guidance_fake_train,
         )
-        if reduction not in ("sum", "mean"):
-            raise ValueError(f"reduction: found {reduction!r}, expected 'sum' or 'mean'")
         process = student.process
+        self.weighting = check_score_options(
+            process,
+            teacher.kind,
+            weighting=weighting,
+            sigma_data=sigma_data,
+            reduction=reduction,
+            labels=labels,
+        )
         self.input = StudentInput(process, levels, unit_noise)
-        self.coupling = "endpoint" if self.input.steps == 1 else "few_step"
+        self.coupling = "endpoint" if self.input.times == [process.t_max] else "few_step"
         self.generator_times = times_of(process, generator_times, "generator_times")
         self.fake_times = times_of(process, fake_times, "fake_times")
         self.fake = copy.deepcopy(teacher)
         self.teacher = self.keep_frozen("teacher", teacher)
-        self.weighting = weighting_for(weighting, teacher.kind)
         self.sigma_data, self.reduction, self.labels = sigma_data, reduction, labels
         self.guidance_teacher, self.guidance_fake = guidance_teacher, guidance_fake
         self.guidance_fake_train, self.null_prob, self.noise_scale = (
@@ -231,27 +252,41 @@ class ScoreDistillation(DistillModule):
         self.spec()
 
     @staticmethod
-    def _check(
-        student: Denoiser, teacher: Denoiser, labels: str, null_prob: float, scales: Sequence[float]
-    ) -> None:
-        if teacher.process.config() != student.process.config():
-            raise ValueError(
-                f"teacher: lives under {teacher.process!r}, the student under {student.process!r}; expected one process"
-            )
+    def _check_models(student: Denoiser, teacher: Denoiser) -> None:
+        if student is teacher:
+            raise ValueError("student: is the teacher itself, which must not change; expected a copy of it")
+        check_same_samples(student, teacher)
         if teacher.coupling != "independent":
             raise ValueError(
                 f"teacher: found a model of {teacher.coupling} noise and data, which has no score; expected a diffusion or "
                 "flow model"
             )
-        if any(scale != 1 for scale in scales) and not teacher.guidable:
-            raise ValueError(
-                f"guidance_teacher: found the scales {list(scales)}, but the teacher was trained without a null condition; "
-                "expected 1"
-            )
-        if labels not in ("data", "uniform"):
-            raise ValueError(f"labels: found {labels!r}, expected 'data' or 'uniform'")
+        for name, model in (("student", student), ("teacher", teacher)):
+            if model.embeds_guidance:
+                raise ValueError(
+                    f"{name}: takes the guidance as an input, which this method does not give; expected a model without"
+                )
+        for name, weight in teacher.named_parameters():
+            if not bool(weight.isfinite().all()):
+                raise ValueError(f"teacher: {name}: found weights that are not finite")
+
+    @staticmethod
+    def _check_guidance(teacher: Denoiser, null_prob: float, **scales: float) -> None:
+        for name, scale in scales.items():
+            if not math.isfinite(scale):
+                raise ValueError(f"{name}: found {scale}, expected a finite number")
+            if scale != 1 and not teacher.guidable:
+                raise ValueError(
+                    f"{name}: found {scale}, but the teacher was trained without a null condition; expected 1"
+                )
         if not 0 <= null_prob < 1:
             raise ValueError(f"null_prob: expected a probability in [0, 1), found {null_prob}")
+        for name in ("guidance_fake", "guidance_fake_train"):
+            if scales[name] != 1 and null_prob == 0:
+                raise ValueError(
+                    f"null_prob: found 0, but {name} = {scales[name]} asks the fake score without a condition, which it would "
+                    "never learn; expected a share above 0, such as 0.1"
+                )
 
     def spec(self) -> SamplerSpec:
         """Exactly the steps that it was trained for."""
@@ -259,9 +294,7 @@ class ScoreDistillation(DistillModule):
 
     def conditions(self, batch: Batch, draws: Draws) -> Cond:
         """What to make samples of."""
-        if self.labels == "data" or not self.student.num_classes:
-            return batch.cond
-        return Cond.of_labels(draws.integer("label", self.student.num_classes))
+        return conditions_of(self.labels, self.student.num_classes, batch, draws)
 
     def noised(self, x: Tensor, times: Times, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
         """(x_t, eps, t) of samples x at drawn times."""
@@ -299,7 +332,8 @@ class ScoreDistillation(DistillModule):
                 EDM(), torch.full((len(x),), level, dtype=torch.float64, device=x.device)
             )
             x_t = process.add_noise(x, eps, t)
-            told, learned = self.teacher.x0(x_t, t, cond, self.guidance_teacher), self.fake.x0(x_t, t, cond)
+            told = self.teacher.x0(x_t, t, cond, self.guidance_teacher)
+            learned = self.fake.x0(x_t, t, cond, self.guidance_fake)
             scalars[f"gap_{level:g}"] = (told - learned).square().mean()
             rows += [(f"teacher x0, {level:g}", told), (f"fake x0, {level:g}", learned)]
         return Diagnostics(scalars, rows)

@@ -1,0 +1,247 @@
+"""Score distillation from the command line, killed and continued: the same models and nodes as of a run that nobody killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests_support import environment, run_verb
+
+from distill.engine import checkpoint
+from distill.files import sha256_file
+from distill.methods.losses.backtrack import Backtrack
+from distill.pipeline.nodes import read_nodes
+
+# Nodes are stored after steps 2, 4, 6 and 8, and targets change after 2, 4 and 6; checkpoints come after 3 and 6.
+SMOKE = (
+    "profile=smoke",
+    "profile.steps=8",
+    "name=run",
+    "trainer.checkpoint_every=3",
+    "~stages.evaluate",
+    "~stages.export",
+    "stages.distill.monitor=null",
+)
+RECIPES = {
+    "sid": ("recipe=sid", *SMOKE),
+    "dmd": ("recipe=dmd", *SMOKE, "stages.distill.method.gan={}"),
+    "disback": (
+        "recipe=disback",
+        *SMOKE,
+        "stages.record.method.node_every=2",
+        "stages.distill.method.steps_per_node=2",
+    ),
+}
+
+# Starts the verb in forked processes, since importing torch takes longer than a whole run here; each may die by its own
+# hand at a chosen moment. Prints [exit code, files of the nodes, steps of the last stage's checkpoint] of each.
+SCRIPT = """
+import json, os, signal, sys
+from pathlib import Path
+from distill import files, train
+from distill.engine import checkpoint
+from distill.engine.fit import _Watch
+from distill.pipeline import stages
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def at_step(stage, step):
+    after = _Watch.after
+    def dying(self, module, logs):
+        after(self, module, logs)
+        if self.path.parts[-3] == stage and module.progress.step == step:
+            die()
+    _Watch.after = dying
+
+def in_node(number):
+    whole = files.save_file
+    def half(tensors, path):
+        whole(tensors, path)
+        if path.parent.name == f"{number:03d}":
+            os.truncate(path, path.stat().st_size // 2)
+            die()
+    files.save_file = half
+
+def before_manifest():
+    stages.write_manifest = die
+
+for folder, arguments, death, *given in json.load(sys.stdin):
+    pid = os.fork()
+    if pid == 0:
+        Path(folder).mkdir(exist_ok=True)
+        os.chdir(folder)
+        for number in (1, 2):
+            os.dup2(os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+        if death:
+            globals()[death](*given)
+        sys.argv = ["distill.train", *arguments]
+        train.config.run_verb(train.main)
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    run = Path(folder, "runs/run")
+    nodes, last = run / "record/nodes", run / "distill/checkpoints/last.ckpt"
+    kept = sorted(str(path.relative_to(nodes)) for path in nodes.rglob("*") if path.is_file())
+    saved = checkpoint.read(last)["progress"]["step"] if last.is_file() else 0
+    print(json.dumps([code, kept, saved]), flush=True)
+"""
+DEATHS: dict[str, list[tuple[Any, ...]]] = {
+    "sid": [("at_step", "distill", 5)],
+    "dmd": [("at_step", "distill", 1), ("at_step", "distill", 5)],  # before there is a checkpoint; after one
+    "disback": [
+        ("at_step", "record", 4),  # the second node is stored, the checkpoint is of the step before
+        ("in_node", 4),
+        ("before_manifest",),
+        ("at_step", "distill", 5),
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory) -> tuple[Path, dict[str, list[Any]]]:
+    """A folder with RECIPE-whole and RECIPE-parts, and how the starts ended: [(files of the nodes, steps that were saved)]."""
+    folder = tmp_path_factory.mktemp("score")
+    calls = []
+    for name, options in RECIPES.items():
+        calls.append((str(folder / f"{name}-whole"), options, None))
+        calls += [(str(folder / f"{name}-parts"), options, *death) for death in DEATHS[name]]
+        if name != "disback":
+            calls.append((str(folder / f"{name}-parts"), options, None))
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        input=json.dumps(calls),
+        env=environment(),
+        text=True,
+        capture_output=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    run_verb(folder / "disback-parts", "train", *RECIPES["disback"])  # as a user continues it
+    ends: dict[str, list[Any]] = {}
+    for (place, _, death, *_), line in zip(calls, result.stdout.splitlines(), strict=True):
+        code, kept, saved = json.loads(line)
+        log = Path(place, "log.txt").read_text()[-2000:]
+        assert code == (-signal.SIGKILL if death else 0), f"{place}, {death}: {log}"
+        ends.setdefault(Path(place).name, []).append((kept, saved))
+    return folder, ends
+
+
+def same_files(folder: Path, name: str, *patterns: str) -> list[str]:
+    """Files of both runs, which are byte for byte the same."""
+    whole, parts = (folder / f"{name}-{kind}/runs/run" for kind in ("whole", "parts"))
+    found = [
+        sorted(p.relative_to(run) for pattern in patterns for p in run.glob(pattern) if p.is_file())
+        for run in (whole, parts)
+    ]
+    assert found[0] == found[1]
+    for path in found[0]:
+        assert sha256_file(whole / path) == sha256_file(parts / path), path
+    return [str(path) for path in found[0]]
+
+
+def tensors(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of nested dicts by its path."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from tensors(part, f"{name}/{key}")
+    elif isinstance(value, torch.Tensor):
+        yield name, value
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_models_are_bit_equal(ended, name):
+    stages = ["distill", "record", "teacher"] if name == "disback" else ["distill", "teacher"]
+    assert same_files(ended[0], name, "*/model.safetensors") == [f"{s}/model.safetensors" for s in stages]
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_so_are_fake_score_head_average_and_optimizers(ended, name):
+    whole, parts = (
+        torch.load(ended[0] / f"{name}-{kind}/runs/run/distill/checkpoints/last.ckpt", weights_only=True)
+        for kind in ("whole", "parts")
+    )
+    assert set(whole["networks"]) == {"student", "fake"} | ({"head"} if name == "dmd" else set())
+    one, other = (dict(tensors({k: s[k] for k in ("networks", "ema", "optimizers")})) for s in (whole, parts))
+    assert len(one) > 4 * len(whole["networks"]["student"])
+    assert set(one) == set(other)
+    for key, value in one.items():
+        assert torch.equal(value, other[key]), key
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_the_kill_fell_between_a_checkpoint_and_the_end_inside_the_path(ended, name):
+    saved = [steps for _, steps in ended[1][f"{name}-parts"]]
+    assert saved == {"sid": [3, 8], "dmd": [0, 3, 8], "disback": [0, 0, 0, 3]}[name]
+    assert Backtrack(4, 2).switches() == [(0, 3), (2, 2), (4, 1), (6, 0)]
+
+
+def test_nodes_of_a_killed_recording_are_neither_lost_nor_doubled_nor_half_written(ended):
+    folder, ends = ended
+    files = [f"{n:03d}/{name}" for n in (1, 2, 3, 4) for name in ("model.json", "model.safetensors")]
+    after_second, in_fourth, before_manifest = (kept for kept, _ in ends["disback-parts"][:3])
+    assert after_second == files[:4]
+    assert in_fourth == sorted([*files[:6], "004/.model.safetensors.part"]), (
+        "half a file has no whole one's name"
+    )
+    assert before_manifest == files
+    same = same_files(folder, "disback", "record/nodes/**/*", "record/nodes.json")
+    assert same == [*(f"record/nodes/{path}" for path in files), "record/nodes.json"]
+    run = folder / "disback-parts/runs/run"
+    assert len(read_nodes(run / "record", run / "teacher")) == 5
+
+
+def kill_when(folder: Path, options: Sequence[str], there: Callable[[], bool]) -> None:
+    """Start a run and kill all its processes as soon as `there` says so."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "distill.train", *options],
+        cwd=folder,
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 200
+    while not there() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert process.poll() is None
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.slow
+def test_disback_on_two_processes_killed_while_recording_and_on_the_way_back(tmp_path):
+    options = [
+        *(
+            o
+            for o in RECIPES["disback"]
+            if o.split("=")[0] not in ("profile.steps", "trainer.checkpoint_every")
+        ),
+        *("profile.steps=30", "trainer.checkpoint_every=4", "trainer.devices=2", "trainer.shard=world"),
+        *("stages.record.method.node_every=8", "stages.distill.method.steps_per_node=9"),
+    ]
+    for kind in ("whole", "parts"):
+        (tmp_path / f"disback-{kind}").mkdir()
+    run_verb(tmp_path / "disback-whole", "train", *options)
+    parts = tmp_path / "disback-parts"
+    run = parts / "runs/run"
+    kill_when(parts, options, (run / "record/nodes/002/model.json").is_file)
+    assert not (run / "record/nodes.json").exists()
+    last = run / "distill/checkpoints/last.ckpt"
+    kill_when(parts, options, last.is_file)
+    assert Backtrack(4, 9).target(checkpoint.read(last)["progress"]["step"])[0] > 0
+    run_verb(parts, "train", *options)
+    assert (
+        len(same_files(tmp_path, "disback", "*/model.safetensors", "record/nodes/**/*", "record/nodes.json"))
+        == 12
+    )
