@@ -67,15 +67,14 @@ def main() -> None:
         if options.columns is not None and options.columns < 1:
             raise ValueError(f"columns: found {options.columns}, expected at least 1")
         generator = load_model(options.model, device=options.device)
-        samples = generator.sample(
-            options.count, options.label, **{name: getattr(options, name) for name in PASSED_ON}
-        )
+        passed = {name: getattr(options, name) for name in PASSED_ON}
+        samples = generator.sample(options.count, options.label, **passed)
         columns = options.columns or min(options.count, generator.num_classes or 10, 16)
         save_samples(samples, columns, Path(options.out))
     except (ValueError, OSError, RuntimeError, OmegaConfBaseException) as error:
         sys.exit(f"error: {error}")
-    steps = f"{options.steps or generator.spec.steps} step(s)"
-    print(f"{options.out}: {options.count} samples of {options.model}, {steps}")
+    steps = options.steps or generator.spec.steps
+    print(f"{options.out}: {options.count} samples of {options.model}, {steps} step(s)")
 
 
 if __name__ == "__main__":

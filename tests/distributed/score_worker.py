@@ -16,7 +16,7 @@ from worker import fit, prepared
 
 from distill.engine import checkpoint
 from distill.engine.module import DistillModule
-from distill.engine.parallel import full_state, is_sharded
+from distill.engine.parallel import full_state, is_sharded, shard_net
 from distill.methods.disback import DisBack
 from distill.methods.dmd import DMD
 from distill.methods.sid import SiD
@@ -94,7 +94,7 @@ def plateau(student: Denoiser, teacher: Denoiser, nodes: Sequence[Path]) -> Dist
 
 
 METHODS = {
-    sid: unet,
+    sid: small,
     dmd: small,
     gan_on_fake: unet,
     gan_on_teacher: small,
@@ -102,6 +102,9 @@ METHODS = {
     disback: small,
     plateau: small,
 }
+# Also trained with blocks that are gathered on their own, as of large nets: features come from the middle of such a net, and
+# what lies behind them sees no backward.
+IN_UNITS = (sid, gan_on_fake, gan_on_teacher)
 Build = Callable[[Denoiser, Denoiser, Sequence[Path]], DistillModule]
 
 
@@ -180,6 +183,10 @@ def job_train(world: World, folder: Path) -> None:
         train(build, world, folder, "world", shard="world")
         train(build, world, folder, "two-on-two", shard="world", begun=halves["world"])
         train(build, world, folder, "one-on-two", shard="world", begun=halves["one"])
+    for build in IN_UNITS:
+        default, shard_net.__kwdefaults__["least"] = shard_net.__kwdefaults__["least"], 100
+        train(build, world, folder, "units", shard="world")
+        shard_net.__kwdefaults__["least"] = default
     world.barrier()
     for build in alone:
         train(build, World(), folder, "one-on-one", begun=folder / build.__name__ / "one" / "half.ckpt")

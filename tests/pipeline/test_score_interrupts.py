@@ -89,8 +89,9 @@ for folder, arguments, death, *given in json.load(sys.stdin):
         os._exit(0)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     run = Path(folder, "runs/run")
-    nodes, last = run / "record/nodes", run / "distill/checkpoints/last.ckpt"
-    kept = sorted(str(path.relative_to(nodes)) for path in nodes.rglob("*") if path.is_file())
+    record, last = run / "record", run / "distill/checkpoints/last.ckpt"
+    found = [*record.glob("nodes/**/*"), *record.glob("nodes.json")]
+    kept = sorted(str(path.relative_to(record)) for path in found if path.is_file())
     saved = checkpoint.read(last)["progress"]["step"] if last.is_file() else 0
     print(json.dumps([code, kept, saved]), flush=True)
 """
@@ -187,15 +188,15 @@ def test_the_kill_fell_between_a_checkpoint_and_the_end_inside_the_path(ended, n
 
 def test_nodes_of_a_killed_recording_are_neither_lost_nor_doubled_nor_half_written(ended):
     folder, ends = ended
-    files = [f"{n:03d}/{name}" for n in (1, 2, 3, 4) for name in ("model.json", "model.safetensors")]
-    after_second, in_fourth, before_manifest = (kept for kept, _ in ends["disback-parts"][:3])
+    files = [f"nodes/{n:03d}/{name}" for n in (1, 2, 3, 4) for name in ("model.json", "model.safetensors")]
+    half = "nodes/004/.model.safetensors.part"
+    after_second, in_fourth, before_manifest, later = (kept for kept, _ in ends["disback-parts"])
     assert after_second == files[:4]
-    assert in_fourth == sorted([*files[:6], "004/.model.safetensors.part"]), (
-        "half a file has no whole one's name"
-    )
-    assert before_manifest == files
+    assert in_fourth == sorted([*files[:6], half]), "half a file does not have the name of a whole one"
+    assert before_manifest == files, "a recording without manifest is unfinished"
+    assert later == ["nodes.json", *files]
     same = same_files(folder, "disback", "record/nodes/**/*", "record/nodes.json")
-    assert same == [*(f"record/nodes/{path}" for path in files), "record/nodes.json"]
+    assert same == [*(f"record/{path}" for path in files), "record/nodes.json"]
     run = folder / "disback-parts/runs/run"
     assert len(read_nodes(run / "record", run / "teacher")) == 5
 

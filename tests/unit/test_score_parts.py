@@ -249,6 +249,8 @@ def test_the_way_back(nodes: int, stays: int | list[int], switches: list[tuple[i
         (3, 0, "steps_per_node: found 0"),
         (0, 0, "steps_per_node: found 0"),
         (3, [10, 0], "steps_per_node"),
+        (3, 10.5, "steps_per_node: found 10.5, expected a whole number"),
+        (3, "10", "steps_per_node: found .10., expected a whole number"),
         (3, [10], "found 1 numbers for the 2 stored targets"),
         (0, [10], "found 1 numbers for the 0 stored targets"),
     ],

@@ -52,6 +52,10 @@ class Backtrack:
         if self.nodes < 0:
             raise ValueError(f"backtracking.nodes: found {self.nodes}, expected at least 0")
         stored, given = max(self.nodes - 1, 0), self.steps_per_node
+        if isinstance(given, str) or not isinstance(given, int | Sequence):
+            raise ValueError(
+                f"backtracking.steps_per_node: found {given!r}, expected a whole number, or one for each node"
+            )
         if not isinstance(given, int) and len(given) != stored:
             raise ValueError(
                 f"backtracking.steps_per_node: found {len(given)} numbers for the {stored} stored targets of a "
