@@ -104,7 +104,7 @@ METHODS = {
 }
 # Also trained with blocks that are gathered on their own, as of large nets: features come from the middle of such a net, and
 # what lies behind them sees no backward.
-IN_UNITS = (sid, gan_on_fake, gan_on_teacher)
+IN_UNITS, UNIT = (sid, gan_on_fake, gan_on_teacher), 100
 Build = Callable[[Denoiser, Denoiser, Sequence[Path]], DistillModule]
 
 
@@ -184,7 +184,7 @@ def job_train(world: World, folder: Path) -> None:
         train(build, world, folder, "two-on-two", shard="world", begun=halves["world"])
         train(build, world, folder, "one-on-two", shard="world", begun=halves["one"])
     for build in IN_UNITS:
-        default, shard_net.__kwdefaults__["least"] = shard_net.__kwdefaults__["least"], 100
+        default, shard_net.__kwdefaults__["least"] = shard_net.__kwdefaults__["least"], UNIT
         train(build, world, folder, "units", shard="world")
         shard_net.__kwdefaults__["least"] = default
     world.barrier()

@@ -4,16 +4,20 @@ twice."""
 from __future__ import annotations
 
 import gc
+import math
 from pathlib import Path
 
 import pytest
 import torch
-from score_worker import HALF, METHODS, NODES, STEPS, Build, make, write_nodes
+from score_worker import HALF, IN_UNITS, METHODS, NODES, STEPS, UNIT, Build, make, plateau, write_nodes
 from test_two_processes import assert_close, load, start
 from torch import Tensor
 from worker import fit
 
 from distill.engine import checkpoint
+from distill.engine.parallel import units
+from distill.engine.update import Loss
+from distill.methods.losses.matching import DistributionMatching
 from distill.models.denoiser import Denoiser
 from distill.models.native import read_weights
 from distill.world import World
@@ -47,6 +51,12 @@ def test_losses_norms_nodes_weights_and_averages_of_two_are_those_of_one(results
     one, two = found(results, name, "one"), found(results, name, shard)
     assert len(one["student/loss"]) == STEPS
     assert_close(one, two)
+
+
+@pytest.mark.parametrize("build", IN_UNITS)
+def test_also_where_blocks_of_the_nets_are_gathered_on_their_own(results, build):
+    assert len(units(METHODS[build]().net, UNIT)) > 1
+    assert_close(found(results, build.__name__, "one"), found(results, build.__name__, "units"))
 
 
 @pytest.mark.parametrize("run", ["one-on-two", "two-on-one"])
@@ -135,6 +145,19 @@ def test_sharding_cuts_the_teacher_as_well(results, name):
     shares = load(results / name / "world", "found")["held"].tolist()
     assert sum(shares) == whole
     assert max(shares) < 0.55 * whole
+
+
+def test_skipped_steps_say_nothing_of_a_plateau(tmp_path, monkeypatch):
+    """Windows of two steps: means 1, 0.4, none at all, 0.1 and 0.1, of which only the last has not fallen by half."""
+    write_nodes(tmp_path / "nodes")
+    method, nodes, nan = make(plateau, World(), tmp_path / "nodes"), [], math.nan
+    for loss in (1.0, nan, 0.4, 0.4, nan, nan, nan, 0.1, 0.1, 0.1):
+        told = Loss(torch.tensor(loss))
+        monkeypatch.setattr(DistributionMatching, "student_loss", lambda *_, told=told: told)
+        method.student_loss(None, None)
+        method.after_step()
+        nodes.append(method.node)
+    assert nodes == [3] * 9 + [2]
 
 
 def alive() -> list[Denoiser | Tensor]:

@@ -228,7 +228,7 @@ def test_disback_on_two_processes_killed_while_recording_and_on_the_way_back(tmp
             for o in RECIPES["disback"]
             if o.split("=")[0] not in ("profile.steps", "trainer.checkpoint_every")
         ),
-        *("profile.steps=30", "trainer.checkpoint_every=4", "trainer.devices=2", "trainer.shard=world"),
+        *("profile.steps=30", "trainer.checkpoint_every=8", "trainer.devices=2", "trainer.shard=world"),
         *("stages.record.method.node_every=8", "stages.distill.method.steps_per_node=9"),
     ]
     for kind in ("whole", "parts"):
