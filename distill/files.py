@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -84,8 +85,25 @@ def read_json(path: Path) -> Any:
 
 
 def canonical_json(value: Any) -> str:
-    """JSON with sorted keys and no spaces: equal values give equal text."""
+    """JSON with sorted keys and no spaces: equal values give equal text.
+
+    Raises ValueError naming the entry whose number is not finite, which JSON has no form for."""
+    if (place := _not_finite(value, "")) is not None:
+        raise ValueError(f"{place}: found a number that is not finite, expected a finite one")
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
+
+
+def _not_finite(value: Any, place: str) -> str | None:
+    """The dotted place of the first number that is nan or infinite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return place
+    entries: Any = ()
+    if isinstance(value, Mapping):
+        entries = value.items()
+    elif isinstance(value, list | tuple):
+        entries = enumerate(value)
+    found = (_not_finite(entry, f"{place}.{key}".lstrip(".")) for key, entry in entries)
+    return next((inner for inner in found if inner is not None), None)
 
 
 def sha256_text(text: str) -> str:

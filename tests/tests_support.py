@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
+import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
 from pathlib import Path
 from types import ModuleType
 
@@ -18,20 +23,66 @@ def environment() -> dict[str, str]:
     return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
+# Runs `python -m distill.<verb>` in forks of a process that has imported everything, since that takes longer than most runs of
+# the tests. One line of JSON a call; answers with the number of the fork, then with its exit code.
+SERVER = """
+import json, os, runpy, sys
+import distill.compare, distill.evaluate, distill.sample, distill.train
+import distill.methods.disback, distill.pipeline.stages, scipy.linalg, sklearn.datasets
+
+for line in sys.stdin:
+    call = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        os.chdir(call["folder"])
+        os.environ.clear()
+        os.environ.update(call["env"])
+        for number, name in enumerate([os.devnull, call["out"], call["err"]]):
+            os.dup2(os.open(name, os.O_WRONLY if number else os.O_RDONLY), number)
+        sys.argv = [call["module"], *call["arguments"]]
+        sys.modules.pop(call["module"])
+        runpy.run_module(call["module"], run_name="__main__", alter_sys=True)
+        sys.exit(0)
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+_server: list[subprocess.Popen[str]] = []
+
+
+def server() -> subprocess.Popen[str]:
+    """The process of `SERVER`; one for each process of pytest."""
+    if not _server:
+        command = [sys.executable, "-c", SERVER]
+        _server.append(
+            subprocess.Popen(
+                command, env=environment(), text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
+        )
+        atexit.register(_server[0].kill)
+    return _server[0]
+
+
 def run_verb(
     folder: Path, verb: str, *arguments: str, check: bool = True, timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:
     """`python -m distill.<verb> arguments` in `folder`; with `check`, a failure shows the end of its messages."""
-    result = subprocess.run(
-        [sys.executable, "-m", f"distill.{verb}", *arguments],
-        cwd=folder,
-        env=environment(),
-        text=True,
-        capture_output=True,
-        timeout=timeout,
-        stdin=subprocess.DEVNULL,
-        check=False,
-    )
+    process = server()
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with tempfile.TemporaryDirectory() as place:
+        out, err = Path(place, "out"), Path(place, "err")
+        for file in (out, err):
+            file.touch()
+        call = {"folder": str(folder), "module": f"distill.{verb}", "arguments": arguments}
+        call |= {"env": environment(), "out": str(out), "err": str(err)}
+        process.stdin.write(json.dumps(call) + "\n")
+        process.stdin.flush()
+        pid = int(process.stdout.readline())
+        alarm = threading.Timer(timeout, os.kill, (pid, signal.SIGKILL))
+        alarm.start()
+        code = int(process.stdout.readline())
+        alarm.cancel()
+        result = subprocess.CompletedProcess([verb, *arguments], code, out.read_text(), err.read_text())
     if check:
         assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return result

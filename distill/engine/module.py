@@ -262,6 +262,10 @@ class DistillModule(L.LightningModule):
         settings, optimizer = self.optim[update.optim_key], self.optimizers_by_key[update.optim_key]
         turn = self._turn_of(update)
         parameters = turn.parameters
+        for role, network in self.networks.items():
+            # What another update trains is asked as it will be used: without dropout.
+            if network.training != (role in update.trains):
+                network.train(role in update.trains)
         for parameter in parameters:
             parameter.requires_grad_(True)
         logs = self._backward(update, batch, shared, iteration)
@@ -273,6 +277,7 @@ class DistillModule(L.LightningModule):
         bad = self.world.maximum(nonfinite(norm, logs[f"{update.name}/loss"]))
         self.nonfinite.count(update.name, step, bad)
         if settings.clip is not None:
+            logs[f"{update.name}/clipped"] = (norm > settings.clip).float()
             torch.nn.utils.clip_grads_with_norm_(parameters, settings.clip, norm, foreach=together)
         factor = settings.schedule(step)
         for group, base in zip(optimizer.param_groups, self.base_lr[update.optim_key], strict=True):

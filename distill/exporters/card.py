@@ -32,7 +32,9 @@ def card(
         else f"images of {shape} (channels x height x width) in [-1, 1]"
     )
     ode = sampler["mode"] == "ode"
-    how = f"solver {sampler['solver']}, ode" if ode else "predicts, adds fresh noise, predicts again (sde)"
+    alone = not sampler["any_steps"] and set(sampler["times"]) == {"1"}
+    again = "predicts" if alone else "predicts, adds fresh noise, predicts again (sde)"
+    how = f"solver {sampler['solver']}, ode" if ode else again
     facts = [
         f"- makes {what}" + (f" for {classes} classes" if classes else ""),
         f"- valid for {valid} step(s); default {sampler['steps']}; {how}",
@@ -40,7 +42,7 @@ def card(
         + (" (two network calls a step)" if guided else ": one network call a step"),
         f"- predicts {description['kind']} under {description['process']['_target_'].rpartition('.')[2]}; "
         "starts from "
-        f"{sampler['start_scale']:g} x N(0, I) at t = "
+        f"{sampler['start_scale']:g} x the noise of its process's end, at t = "
         f"{max((t for ts in sampler['times'].values() for t in ts), default=1.0):g}",
     ]
     if description["coupling"] == "endpoint":

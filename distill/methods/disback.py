@@ -109,7 +109,7 @@ class DisBack(DistributionMatching):
         means over processes, so that any number of them continues it. Collective."""
         if self.criterion == "steps":
             return {}
-        total, count = self.world.mean(self.tally.clone()).tolist()
+        total, count = self.world.mean(self.tally.to(self.device, copy=True)).tolist()
         return {
             "node": self.node,
             "stayed": self.stayed,
@@ -144,7 +144,9 @@ class DisBack(DistributionMatching):
         loss = super().student_loss(batch, step)
         if self.criterion == "plateau" and node > 0:
             self._note(loss.total.detach())
-        return Loss(loss.total, {**loss.logs, "node": torch.tensor(float(node))})
+        stayed = self.stayed if self.criterion == "plateau" else self.path.target(self.progress.step)[1]
+        walk = {"node": torch.tensor(float(node)), "node_steps": torch.tensor(float(stayed))}
+        return Loss(loss.total, {**loss.logs, **walk})
 
     def fake_loss(self, batch: Batch, step: Step) -> Loss:
         """The fake score's loss. A head on the target's features sees those of the node that a run started here would
@@ -166,7 +168,7 @@ class DisBack(DistributionMatching):
         self.stayed += 1
         if self.stayed % self.window:
             return
-        total, count = self.world.mean(self.tally.clone()).tolist()
+        total, count = self.world.mean(self.tally.to(self.device, copy=True)).tolist()
         if count == 0:  # every step was skipped: another window
             return
         mean = total / count

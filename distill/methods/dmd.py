@@ -6,14 +6,19 @@ update, a GAN head on the fake score's features, and few-step students trained o
 (backward simulation). A warm start on noise-data pairs (DMD2's for one-step SDXL) is a training stage of its own: method
 `one_step` on a Generate stage's pairs, then `init` from it.
 
-What the loss should look like: `student/loss` is half the mean square of the normalised direction: it starts at 0 (the fake
-score is the teacher), rises while the fake score leaves it, then falls slowly; its size is no quality. Watch `student/gap`,
-`diagnostics/gap_*` (falling), `fake/loss`, `diagnostics/x_std` (far below the data's is collapse), with a GAN
-`fake/logit_real` and `fake/logit_fake` (apart by a few, not by tens), and `eval/fd`.
+What the loss should look like: `student/loss` is half the mean square of the normalised direction (of Diff-Instruct a product
+with the samples, whose value says nothing): it starts at 0 in the very first step (the fake score is the teacher), rises while
+the fake score leaves it, then falls slowly; its size is no quality. Watch `diagnostics/gap_*` (falling at first), `fake/loss`,
+`diagnostics/x_std` (far below the data's is collapse), with a GAN `fake/logit_real` and `fake/logit_fake` (apart by a few, not
+by tens), and `eval/fd`.
 
-Deviations: the normaliser has a floor in units of each sample (0: the reference), since with few components it comes near
-0. Samples that are not finite are not zeroed: the engine skips and counts the step. DMD's regression on pairs is not part
-of the loss (DMD2 dropped it).
+Diff-Instruct as published: `normalise: false`, `reduction: sum`, `fake_updates_per_generator: 1` and log-normal times for both.
+
+Deviations: Diff-Instruct updates the fake score first and on samples of its own; here the student comes first, as in DMD2, and
+its images are used again. Between its updates the fake score of a few-step student learns a step drawn for each sample; DMD2
+draws one a batch. Outside EDM all times are the process's own, of the GAN too. The normaliser has a floor in units of each
+sample (0: the reference), since with few components it comes near 0. Samples that are not finite are not zeroed: the engine
+skips and counts the step. DMD's regression on pairs is not part of the loss (DMD2 dropped it).
 """
 
 from __future__ import annotations

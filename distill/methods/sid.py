@@ -6,13 +6,15 @@ scales; few-step students (arXiv 2505.12674): the loss is applied to the output 
 score for all. `noise_scale` below 1 dampens the fresh noise of a few-step student in sampling only.
 
 What the loss should look like: NOT a measure of progress. With alpha = 1 its expectation is zero where the fake score is
-exact, so it moves about zero, and for alpha > 1 it is negative; `student/loss` falls or rises while samples improve. The
+exact, so it moves about zero, and for alpha > 1 it is negative; `student/loss`, which has the factor `loss_scale_g` in it and
+is a sum over pixels, may show -60 in a healthy run (`student/loss_unscaled`), and falls or rises while samples improve. The
 numbers to watch are `diagnostics/gap_*` (|teacher x0 - fake x0|^2 on the student's samples at three noise levels, falling),
 `fake/loss` (settles to a level), `diagnostics/x_std` (near the data's; far below it is collapse) and `eval/fd`.
 
 Deviations: samples that are not finite are not dropped one by one (that does not protect the gradients): the engine skips
-and counts the step, on all processes. The time samplers and the weight of the fake score's loss are options, so that flow
-and variance-preserving teachers are distilled in their own time.
+and counts the step, on all processes. The augmentation of the images that the fake score learns is left out. The time samplers
+and the weight of the fake score's loss are options, so that flow and variance-preserving teachers are distilled in their own
+time.
 """
 
 from __future__ import annotations
@@ -37,8 +39,9 @@ class SiD(ScoreDistillation):
     Args:
         student: starts from the teacher.
         teacher: a diffusion or flow model; the fake score starts as its copy.
-        alpha: 1 is safe; 1.2 as in the paper's CIFAR-10 and ImageNet runs; 0.5 is the plain projection.
-        levels: noise levels sigma / alpha at which the student's steps start; null: one step from t_max. The paper: [2.5].
+        alpha: 1 is safe; 1.2 as in the paper's CIFAR-10 and ImageNet runs; 0 is the plain projected loss.
+        levels: noise levels sigma / alpha at which the student's steps start; null: one step from t_max. The paper, under
+            EDM: [2.5].
         generator_times, fake_times: see `losses.score_times.times_of`; null: under EDM SiD's polynomial with t_max = 800 and
             EDM's log-normal, else what suits the process (`losses.score_times.usual_times`).
         fake_updates_per_generator: fake updates for each one of the student, which comes last.

@@ -16,7 +16,12 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 
 from distill.files import sha256_text
 
@@ -100,6 +105,10 @@ def told() -> Iterator[None]:
     """Wrong input inside the block ends the program in one message; DISTILL_TRACEBACK=1 shows where it came from."""
     try:
         yield
+    except MissingMandatoryValue as error:
+        if full_errors():
+            raise
+        sys.exit(f"error: {error.full_key}: missing; give it a value, as in {error.full_key}=...")
     except (
         ValueError,
         OSError,

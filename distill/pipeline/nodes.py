@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from distill.files import read_json, sha256_file, write_json
 from distill.models.native import DESCRIPTION, WEIGHTS, read_description
+from distill.pipeline.stage import ARTIFACT
 
 SCHEMA = 1
 FOLDER, MANIFEST = "nodes", "nodes.json"
@@ -73,3 +75,24 @@ def read_nodes(stage: Path, start: Path) -> list[Path]:
                 )
         folders.append(folder)
     return folders
+
+
+def check_way(stage: Path, init: Path | None, method: Mapping[str, Any]) -> None:
+    """Refuse a way that was recorded for the samples of another student than the model `init`, or of one that starts at other
+    levels than the `method`'s: its end, where the fake score begins, would not fit them.
+
+    Raises ValueError naming what differs."""
+    recorded = read_json(stage / ARTIFACT)["identity"]
+    options = recorded["config"]["method"]
+    for key in ("levels", "unit_noise"):
+        if options.get(key) != method.get(key):
+            raise ValueError(
+                f"method.{key}: found {method.get(key)!r}, but the way in {stage} was recorded with {options.get(key)!r}; "
+                "expected the same"
+            )
+    student = None if init is None else read_json(init / ARTIFACT)["digest"]
+    if recorded["inputs"].get("generator") != student:
+        raise ValueError(
+            f"init: the way in {stage} was recorded on samples of another model; expected the one that its stage names as "
+            "networks.generator"
+        )

@@ -37,7 +37,7 @@ from distill.pipeline.adapt import adapted
 from distill.pipeline.execution import peak_memory_bytes, use_threads
 from distill.pipeline.generate import Generate
 from distill.pipeline.monitor import WHICH, Monitor, Options
-from distill.pipeline.nodes import keeper, read_nodes, write_manifest
+from distill.pipeline.nodes import check_way, keeper, read_nodes, write_manifest
 from distill.pipeline.stage import ModelStage, Room, Stage, check_types
 from distill.process.base import KINDS
 
@@ -191,12 +191,19 @@ class Train(ModelStage):
         for role in [*(["teacher"] if self.teacher is not None else []), *(self.networks or {})]:
             given[role] = load_model(room.inputs[role]).denoiser
         if "nodes" in self._takes:
-            found = [] if self.nodes is None else read_nodes(room.inputs["nodes"], room.inputs["teacher"])
+            found = []
+            if self.nodes is not None:
+                found = read_nodes(room.inputs["nodes"], room.inputs["teacher"])
+                check_way(room.inputs["nodes"], room.inputs.get("init"), self.method)
             given["nodes"] = [str(folder) for folder in found]
         options = dict(self.method)
         if "total_steps" in self._takes and options.get("total_steps") is None:
             options["total_steps"] = self.steps
         method: DistillModule = instantiate(options, **given, _convert_="all")
+        if (last := max(method.snapshots(), default=0)) > self.steps:
+            raise ValueError(
+                f"method: stores a node after step {last}, but the stage has steps: {self.steps}"
+            )
         method.prepare(self._optim(), seed=room.seed, stream=self.stream, world=room.world)
         config = {
             "method": self.method,

@@ -44,7 +44,11 @@ def start(folder: Path, size: int, *jobs: str) -> None:
         )
         for rank in range(size)
     ]
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:  # where one hangs, all do
+            process.kill()
     for process, output in zip(processes, outputs, strict=True):
         assert process.returncode == 0, output[-4000:]
 

@@ -207,7 +207,9 @@ def test_too_many_nonfinite_steps_of_a_thousand_end_the_run(tmp_path):
     assert fine.nonfinite.to_dict() == {"student": [0, 0, 0], "fake": [56, 0, 1]}
     # 50 are allowed; with five more in 200 .. 299 the 51st is iteration 900, in whichever session it comes.
     fit(flaky(), tmp_path / "parts", steps=400, checkpoint_every=40)
-    with pytest.raises(FloatingPointError, match=r"'fake'.*in 51 of at most 1000 steps.*last.ckpt at step 440"):
+    with pytest.raises(
+        FloatingPointError, match=r"'fake'.*in 51 of at most 1000 steps.*last.ckpt at step 440"
+    ):
         fit(flaky(), tmp_path / "parts", steps=510, checkpoint_every=40)
 
 
@@ -266,3 +268,29 @@ def test_a_flipped_bit_in_a_checkpoint_is_found(tmp_path):
     path.write_bytes(bytes(data))
     with pytest.raises(ValueError, match="not a readable checkpoint"):
         checkpoint.read(path)
+
+
+def test_a_network_is_in_training_mode_in_its_own_update_alone(tmp_path):
+    """What another update trains is asked as it will be used, without dropout."""
+    method, modes = make(), []
+
+    def noting(name):
+        plain = getattr(method, name)
+
+        def noted(batch, step):
+            modes.append((name, method.student.training, method.fake.training, method.teacher.training))
+            return plain(batch, step)
+
+        return noted
+
+    for name in ("student_loss", "fake_loss"):
+        setattr(method, name, noting(name))
+    method.prepare({"student": settings(), "fake": settings(ema=None)}, seed=5)
+    fit(method, tmp_path, steps=2)
+    assert modes == [
+        ("student_loss", True, False, False),
+        ("fake_loss", False, True, False),
+        ("fake_loss", False, True, False),
+        ("student_loss", True, False, False),
+        ("fake_loss", False, True, False),
+    ]

@@ -31,7 +31,7 @@ from distill.models.native import describe, save_model
 from distill.models.spec import SamplerSpec
 from distill.nets.unet import UNet
 from distill.pipeline import config
-from distill.pipeline.nodes import read_nodes, write_manifest
+from distill.pipeline.nodes import check_way, read_nodes, write_manifest
 from distill.pipeline.plan import plan, refuse_changes
 from distill.process.base import Process
 from distill.process.edm import EDM
@@ -58,6 +58,23 @@ def refused(names: list[str], message: str, *, net: Mapping[str, Any] | None = N
 
 
 # ---- where the student's steps start ----
+
+
+def test_a_student_of_noise_predictions_does_not_start_where_they_are_multiplied_by_thousands() -> None:
+    net = {"process": VPCosine(), "kind": "eps"}
+    refused(SCORE, r"levels: the first is 2\.\d+e\+04, and a student that predicts eps multiplies", net=net)
+    refused(SCORE, r"levels: the first is 101, and a student", net=net, levels=[101.0])
+    for given in ({"levels": [99.0]}, {"levels": [2.5]}):
+        DMD(mlp(seed=1, **net), mlp(**net), **given)
+    # Stable Diffusion's own first step, and any student that predicts something else.
+    for process, kind in ((VPScaledLinear(), "eps"), (VPCosine(), "v")):
+        DMD(mlp(process, kind, seed=1), mlp(process, kind))
+
+
+def test_noised_data_have_a_level() -> None:
+    options = {"input": "real_noised", "levels": [4.0, 1.0], "labels": "data", "unit_noise": True}
+    refused(["dmd", "disback"], "unit_noise: found true, but with input 'real_noised'", **options)
+
 
 LEVELS = [
     (EDM(), [0.0], r"levels: found \[0.0\], expected a list of positive, falling noise levels, or null"),
@@ -132,7 +149,10 @@ TIMES = [
     ),
     ({"name": "sid", "t_max": 1000.5}, "generator_times: .*t_max: found 1000.5"),
     ({"name": "sid", "t_max": math.nan}, "generator_times: .*t_max: found nan"),
-    ({"name": "sid", "tmax": 800.0}, "generator_times: found {'tmax': 800.0} for 'sid'"),
+    (
+        {"name": "sid", "tmax": 800.0},
+        r"generator_times.tmax: no such option of 'sid'; expected some of \['t_max'\]",
+    ),
     ({"name": "karras", "low": 5, "high": 4}, "low, high: found 5 and 4, expected 0 <= low <= high < 1000"),
     ({"name": "karras", "high": 1000}, "low, high: found 20 and 1000"),
     ({"name": "uniform", "low": -0.1}, "generator_times: found {'low': -0.1} for 'uniform': expected shares"),
@@ -452,6 +472,38 @@ def test_weights_of_another_net_are_not_loaded(tmp_path: Path) -> None:
     for node in (narrow, deep):
         with pytest.raises((ValueError, RuntimeError), match=r"label\.table|out\.bias"):
             DisBack(mlp(Flow(), seed=1), mlp(Flow()), [teacher, node])
+
+
+def recorded(folder: Path, digest: str, **inputs: str) -> Path:
+    """A stage's folder as far as its identity goes: recorded in one step from t_max."""
+    method = {"_target_": "distill.methods.degrade.Degrade", "levels": None, "unit_noise": False}
+    folder.mkdir()
+    write_json(
+        folder / "artifact.json",
+        {"digest": digest, "identity": {"config": {"method": method}, "inputs": inputs}},
+    )
+    return folder
+
+
+def test_a_way_is_that_of_the_student_s_own_samples(tmp_path: Path) -> None:
+    stage = recorded(tmp_path / "record", "way", init="teacher's", generator="student's")
+    student, teacher = (
+        recorded(tmp_path / "student", "student's"),
+        recorded(tmp_path / "teacher", "teacher's"),
+    )
+    method = {"levels": None, "unit_noise": False, "floor": 0.05}
+    check_way(stage, student, method)
+    with pytest.raises(
+        ValueError, match=r"method.levels: found \[2.5\], but the way in .*record was recorded with None"
+    ):
+        check_way(stage, student, method | {"levels": [2.5]})
+    with pytest.raises(ValueError, match=r"method.unit_noise: found True, .* recorded with False"):
+        check_way(stage, student, method | {"unit_noise": True})
+    for other in (teacher, None):
+        with pytest.raises(
+            ValueError, match=r"init: the way in .*record was recorded on samples of another model"
+        ):
+            check_way(stage, other, method)
 
 
 # ---- going on with other settings ----

@@ -982,7 +982,13 @@ def test_diagnostics(make: Method) -> None:
         return dict(found.scalars), list(found.rows)
 
     scalars, rows = told()
-    assert set(scalars) == {"x_mean", "x_std", "x_max", "x_std_data", "gap_0.3", "gap_1", "gap_3"}
+    named = {"x_mean", "x_std", "x_max", "x_std_data", "gap_0.3", "gap_1", "gap_3"}
+    binned = ("level", "gap", "teacher_error", "fake_error")
+    assert set(scalars) == named | {f"{name}_bin{number}" for name in binned for number in range(10)}
+    levels = [scalars[f"level_bin{number}"].item() for number in range(10)]
+    assert levels == sorted(levels)
+    assert levels[9] > 10 * levels[0]
+    assert [scalars[f"gap_bin{number}"].item() for number in range(10)] == [0] * 10
     assert [label for label, _ in rows] == [
         "student",
         *(f"{who} x0, {level}" for level in ("0.3", "1", "3") for who in ("teacher", "fake")),
@@ -1004,7 +1010,8 @@ def test_diagnostics(make: Method) -> None:
     assert scalars["x_std_data"].item() == pytest.approx(batch.x0.std().item())
     for parameter in method.ema["student"].parameters():  # it is the average that is shown
         parameter.data.zero_()
-    assert told()[0]["x_std"].item() == 0, "a student that makes one point has collapsed"
+    with pytest.warns(UserWarning, match="standard deviation 0, the data 1.*: the student has collapsed"):
+        assert told()[0]["x_std"].item() == 0
 
 
 def test_the_gap_is_that_of_the_guided_predictions() -> None:

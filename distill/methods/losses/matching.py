@@ -88,6 +88,10 @@ class DistributionMatching(ScoreDistillation):
                 "input: found 'real_noised' for a student of one step, which starts from noise alone; expected 'backward_sim', "
                 "or two levels and more"
             )
+        if input == "real_noised" and self.input.unit_noise:
+            raise ValueError(
+                "unit_noise: found true, but with input 'real_noised' the student starts from noised data; expected false"
+            )
         if input == "real_noised" and self.labels == "uniform" and self.student.num_classes:
             raise ValueError(
                 "labels: found 'uniform', but with input 'real_noised' the student starts from data, which have labels of "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -30,6 +31,12 @@ from distill.samplers.backward import check_times, few_step_output, mixture_outp
 AUTO = {"x0": "edm", "eps": "eps", "v": "v", "velocity": "flow"}
 # Noise levels at which diagnostics show what teacher and fake score predict.
 SHOWN_LEVELS = (0.3, 1.0, 3.0)
+# By noise level, diagnostics are means over as many samples in each of these bins.
+BINS = 10
+# Stable Diffusion's first step, 14.6, works.
+LARGEST_LEVEL_OF_EPS = 100.0
+# Below this share of the data's standard deviation the student has collapsed.
+COLLAPSED = 0.2
 
 
 class StudentInput:
@@ -44,7 +51,7 @@ class StudentInput:
     """
 
     def __init__(self, process: Process, levels: Sequence[float] | None, unit_noise: bool = False) -> None:
-        self.process = process
+        self.process, self.unit_noise = process, unit_noise
         if levels is None:
             self.times = [process.t_max]
         else:
@@ -184,6 +191,16 @@ def check_score_options(
     return found
 
 
+def _check_amplification(process: Process, t: float) -> None:
+    """Refuse a student of noise predictions where its x0 = (x - sigma eps) / alpha is mostly their error."""
+    level = float(torch.exp(-process.log_ratio(torch.tensor([t], dtype=torch.float64))))
+    if level > LARGEST_LEVEL_OF_EPS:
+        raise ValueError(
+            f"levels: the first is {level:.4g}, and a student that predicts eps multiplies its error by that to tell x0; "
+            f"expected at most {LARGEST_LEVEL_OF_EPS:g}, such as levels: [2.5], or a student that predicts v or x0"
+        )
+
+
 class ScoreDistillation(DistillModule):
     """Student, frozen teacher and fake score. Subclasses say in which order they are updated and with which loss.
 
@@ -236,6 +253,8 @@ class ScoreDistillation(DistillModule):
             labels=labels,
         )
         self.input = StudentInput(process, levels, unit_noise)
+        if student.kind == "eps":
+            _check_amplification(process, self.input.times[0])
         self.coupling = "endpoint" if self.input.times == [process.t_max] else "few_step"
         self.generator_times = times_of(process, generator_times, "generator_times")
         self.fake_times = times_of(process, fake_times, "fake_times")
@@ -316,8 +335,29 @@ class ScoreDistillation(DistillModule):
             null_prob=self.null_prob,
         )
 
+    def _by_level(self, x: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
+        """Means over ten bins of the student's times, from clean to noisy, as many samples in each: the noise level, and mean
+        |teacher - fake|, |x - teacher| and (fake - x)^2 of predictions of x0 on samples x [B,*S]."""
+        x_t, _, t = self.noised(x, self.generator_times, draws)
+        told = self.teacher.x0(x_t, t, cond, self.guidance_teacher)
+        learned = self.fake.x0(x_t, t, cond, self.guidance_fake)
+        level = torch.exp(-self.student.process.log_ratio(t))
+        found = {
+            "level": level,
+            "gap": (told - learned).abs().flatten(1).mean(1),
+            "teacher_error": (x - told).abs().flatten(1).mean(1),
+            "fake_error": (learned - x).square().flatten(1).mean(1),
+        }
+        order = level.argsort()
+        return {
+            f"{name}_bin{number}": part.mean()
+            for name, values in found.items()
+            for number, part in enumerate(values[order].tensor_split(BINS))
+            if len(part)
+        }
+
     def diagnostics(self, batch: Batch, draws: Draws) -> Diagnostics:
-        """Samples of the average, and what teacher and fake score make of them at three noise levels."""
+        """Samples of the average, what teacher and fake score make of them at three noise levels, and their errors by level."""
         student, process = self.best(), self.student.process
         assert isinstance(student, Denoiser)
         cond = self.conditions(batch, draws)
@@ -326,6 +366,8 @@ class ScoreDistillation(DistillModule):
         scalars = {"x_mean": x.mean(), "x_std": x.std(), "x_max": x.abs().max()}
         if batch.x0 is not None:
             scalars["x_std_data"] = batch.x0.std()
+            _warn_of_collapse(float(scalars["x_std"]), float(scalars["x_std_data"]))
+        scalars |= self._by_level(x, cond, draws)
         rows = [("student", x)]
         for level in SHOWN_LEVELS:
             t = process.matching_time(
@@ -337,3 +379,12 @@ class ScoreDistillation(DistillModule):
             scalars[f"gap_{level:g}"] = (told - learned).square().mean()
             rows += [(f"teacher x0, {level:g}", told), (f"fake x0, {level:g}", learned)]
         return Diagnostics(scalars, rows)
+
+
+def _warn_of_collapse(found: float, data: float) -> None:
+    if found < COLLAPSED * data:
+        warnings.warn(
+            f"the student's samples have the standard deviation {found:.3g}, the data {data:.3g}: the student has collapsed; "
+            "lower the learning rates or raise fake_updates_per_generator",
+            stacklevel=3,
+        )

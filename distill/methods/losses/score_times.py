@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -65,6 +66,9 @@ def times_of(process: Process, options: Mapping[str, Any], where: str) -> Times:
     }
     if name not in known:
         raise ValueError(f"{where}.name: found {name!r}, expected one of {sorted(known)}")
+    options_of = [p.name for p in inspect.signature(known[name]).parameters.values()][1:]
+    if unknown := sorted(set(given) - set(options_of)):
+        raise ValueError(f"{where}.{unknown[0]}: no such option of {name!r}; expected some of {options_of}")
     try:
         known[name](Draws(0, where, 0, torch.zeros(1, dtype=torch.int64)), **given)
     except (TypeError, ValueError) as error:
