@@ -384,7 +384,7 @@ class ScoreDistillation(DistillModule):
 def _warn_of_collapse(found: float, data: float) -> None:
     if found < COLLAPSED * data:
         warnings.warn(
-            f"the student's samples have the standard deviation {found:.3g}, the data {data:.3g}: the student has collapsed; "
-            "lower the learning rates or raise fake_updates_per_generator",
+            f"the student's samples have the standard deviation {found:.3g}, the data {data:.3g}: the student has collapsed "
+            "(lower the learning rates or raise fake_updates_per_generator), or has hardly been trained",
             stacklevel=3,
         )
