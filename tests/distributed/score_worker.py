@@ -159,7 +159,8 @@ def train(
     teacher = method.frozen["teacher"]
     found |= {f"teacher.{name}": value for name, value in full_state(teacher).items()}
     if build is plateau:
-        found["state/walk"] = torch.tensor(walk, dtype=torch.float64).nan_to_num(posinf=-1.0)
+        rows = torch.tensor(walk, dtype=torch.float64)
+        found["state/walk"] = torch.where(rows.isposinf(), -1.0, rows)  # no window has ended: nothing to compare with
     held = sum(p.to_local().numel() if is_sharded(p) else p.numel() for p in teacher.parameters())
     shares = world.gather(held)
     if world.main:
