@@ -11,6 +11,8 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -86,6 +88,28 @@ def run_verb(
     if check:
         assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return result
+
+
+def kill_when(folder: Path, options: Sequence[str], there: Callable[[], bool], timeout: float = 200) -> None:
+    """Start `python -m distill.train` as a user would and SIGKILL all its processes as soon as `there` says so."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "distill.train", *options],
+        cwd=folder,
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + timeout
+    while not there() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    ended = process.poll()
+    if ended is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert ended is None, f"the run ended with {ended} before it could be killed"
+    assert there()
 
 
 def load_script(name: str) -> ModuleType:

@@ -160,7 +160,8 @@ def train(
     found |= {f"teacher.{name}": value for name, value in full_state(teacher).items()}
     if build is plateau:
         rows = torch.tensor(walk, dtype=torch.float64)
-        found["state/walk"] = torch.where(rows.isposinf(), -1.0, rows)  # no window has ended: nothing to compare with
+        # Infinite: no window has ended, so there is nothing to compare with.
+        found["state/walk"] = torch.where(rows.isposinf(), -1.0, rows)
     held = sum(p.to_local().numel() if is_sharded(p) else p.numel() for p in teacher.parameters())
     shares = world.gather(held)
     if world.main:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
-from tests_support import environment, run_verb
+from tests_support import environment, kill_when, run_verb
 
 from distill.launch import free_port
 
@@ -165,22 +162,7 @@ def test_two_processes_killed_and_continued_are_bit_equal(tmp_path):
     for folder in (whole, parts):
         folder.mkdir()
     run_verb(whole, "train", *options)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "distill.train", *options],
-        cwd=parts,
-        env=environment(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    checkpoint = parts / "runs/run/reflow/checkpoints/last.ckpt"
-    deadline = time.monotonic() + 200
-    while not checkpoint.exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert checkpoint.exists()
+    kill_when(parts, options, (parts / "runs/run/reflow/checkpoints/last.ckpt").exists)
     run_verb(parts, "train", *options)
     for stage in ("teacher", "reflow", "distill"):
         path = f"runs/run/{stage}/model.safetensors"

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
-from tests_support import environment, run_verb
+from tests_support import kill_when, run_verb
 
 SMOKE = ("recipe=instaflow", "profile=smoke", "name=run")
 
@@ -94,21 +89,7 @@ def test_killed_in_a_stage_and_continued_equals_not_stopping(tmp_path):
     checkpoint = parts / "runs" / "run" / "teacher" / "checkpoints" / "last.ckpt"
     for stage in ("teacher", "reflow", "distill"):
         checkpoint = parts / "runs" / "run" / stage / "checkpoints" / "last.ckpt"
-        process = subprocess.Popen(
-            [sys.executable, "-m", "distill.train", *options],
-            cwd=parts,
-            env=environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        deadline = time.monotonic() + 120
-        while not checkpoint.exists() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        assert checkpoint.exists()
+        kill_when(parts, options, checkpoint.exists)
         state = torch.load(checkpoint, weights_only=True)["progress"]
         assert 0 < state["step"] <= 60
     run_verb(parts, "train", *options)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests_support import environment, run_verb
+from tests_support import environment, kill_when, run_verb
 
 from distill.engine import checkpoint
 from distill.files import sha256_file
@@ -199,25 +197,6 @@ def test_nodes_of_a_killed_recording_are_neither_lost_nor_doubled_nor_half_writt
     assert same == [*(f"record/{path}" for path in files), "record/nodes.json"]
     run = folder / "disback-parts/runs/run"
     assert len(read_nodes(run / "record", run / "teacher")) == 5
-
-
-def kill_when(folder: Path, options: Sequence[str], there: Callable[[], bool]) -> None:
-    """Start a run and kill all its processes as soon as `there` says so."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "distill.train", *options],
-        cwd=folder,
-        env=environment(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 200
-    while not there() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert process.poll() is None
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 @pytest.mark.slow
