@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 TEMPORARY_SUFFIX = ".part"
+LARGEST_JSON = 64 * 2**20  # a manifest of a million shards is smaller
 
 _UMASK = os.umask(0)
 os.umask(_UMASK)
@@ -75,13 +77,54 @@ def link(source: Path, target: Path) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON; the error names the file."""
+    """Read JSON, strictly: a regular file of at most `LARGEST_JSON` bytes, no key twice in an object, every number finite.
+
+    Raises FileNotFoundError, or ValueError; the message names the file. `typed.parse` gives the value its types."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        status = path.stat()  # never opened first: opening a pipe waits for its writer
+    except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{path}: not a regular file, expected a JSON file")
+    if status.st_size > LARGEST_JSON:
+        raise ValueError(f"{path}: has {status.st_size} bytes, expected JSON of at most {LARGEST_JSON}")
+    try:
+        text = path.read_text(encoding="utf-8")
+        return json.loads(
+            text,
+            object_pairs_hook=_unique,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+            parse_int=_whole,
+        )
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ValueError(f"{path}: not valid JSON ({what})") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return found
+
+
+def _refuse_constant(text: str) -> Any:
+    raise ValueError(f"found {text}, expected a finite number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"found {text}, expected a finite number")
+    return value
+
+
+def _whole(text: str) -> int:
+    if len(text) > 20:
+        raise ValueError(f"found an integer of {len(text)} digits, expected 64 bits")
+    return int(text)
 
 
 def canonical_json(value: Any) -> str:
