@@ -91,10 +91,7 @@ def fit(
     length = Fit(steps=steps, batch_size=batch, checkpoint_every=steps)
     with tempfile.TemporaryDirectory() as folder:
         train(method, source, length, folder=Path(folder), config={}, **hooks)
-    student = method.best()
-    assert isinstance(student, Denoiser)
-    student.coupling, student.sampler = method.coupling, method.spec()
-    return student.eval()
+    return method.as_generator().denoiser.eval()
 
 
 def trainable(model: Denoiser) -> Denoiser:
@@ -209,13 +206,17 @@ class Bench:
 def reflow(bench: Bench) -> Generator:
     """Reflow of the exact pairs, from scratch."""
     method = Reflow(bench.student("velocity"))
-    return Generator(bench.fit(method, Ends(bench.exact, bench.seed), steps=3000, rate=2e-3), method.spec())
+    return Generator(
+        bench.fit(method, Ends(bench.exact, bench.seed), steps=3000, rate=2e-3), method.result().sampler
+    )
 
 
 def one_step(bench: Bench) -> Generator:
     """Direct regression of the exact ends, from scratch."""
     method = OneStep(bench.student("velocity"))
-    return Generator(bench.fit(method, Ends(bench.exact, bench.seed), steps=3000, rate=2e-3), method.spec())
+    return Generator(
+        bench.fit(method, Ends(bench.exact, bench.seed), steps=3000, rate=2e-3), method.result().sampler
+    )
 
 
 def progressive(bench: Bench) -> Generator:
@@ -226,19 +227,19 @@ def progressive(bench: Bench) -> Generator:
         method = Progressive(student, teacher, steps=steps)
         teacher = bench.fit(method, steps=1000 if steps > 2 else 1500)
         student = trainable(teacher)
-    return Generator(teacher, method.spec())
+    return Generator(teacher, method.result().sampler)
 
 
 def consistency(bench: Bench) -> Generator:
     """Consistency distillation from scratch: 18 levels, Heun, squared distance, target network."""
     method = Consistency(bench.student("x0", width=96), bench.exact, loss="l2", target_decay=0.95)
-    return Generator(bench.fit(method, **consistently(4000)), method.spec())
+    return Generator(bench.fit(method, **consistently(4000)), method.result().sampler)
 
 
 def ect(bench: Bench) -> Generator:
     """Easy consistency tuning of a trained denoiser, in 8 stages; no teacher."""
     method = ConsistencyTraining(bench.denoiser("x0", width=96), curriculum="ect", total_steps=3000)
-    return Generator(bench.fit(method, **consistently(3000)), method.spec())
+    return Generator(bench.fit(method, **consistently(3000)), method.result().sampler)
 
 
 def lcm(bench: Bench) -> Generator:
@@ -250,7 +251,9 @@ def lcm(bench: Bench) -> Generator:
         student = wider
     options: dict[str, Any] = {"w_max": 2.0 * guided, "sample_w": bench.guidance_w, "loss": "l2"}
     method = LCM(student, bench.exact, w_min=0.0, **options)
-    return Generator(bench.fit(method, steps=3000, schedule=falls_late(3000), ema=0.999), method.spec())
+    return Generator(
+        bench.fit(method, steps=3000, schedule=falls_late(3000), ema=0.999), method.result().sampler
+    )
 
 
 def sid(bench: Bench) -> Generator:
@@ -283,7 +286,7 @@ def matched(bench: Bench, method: ScoreDistillation, fake: Denoiser) -> Generato
     """The trained student of a method whose fake score starts from `fake`: the copy of an exact teacher could not be
     trained."""
     method.fake = fake
-    return Generator(bench.fit(method, **scoring(1500)), method.spec())
+    return Generator(bench.fit(method, **scoring(1500)), method.result().sampler)
 
 
 def node_keeper(record: Degrade, folder: Path) -> Callable[[int], None]:
@@ -291,7 +294,7 @@ def node_keeper(record: Degrade, folder: Path) -> Callable[[int], None]:
 
     def keep(step: int) -> None:
         weights = record.student.net.state_dict()
-        save_model(folder / str(step), weights, describe(record.student, {}, record.spec()))
+        save_model(folder / str(step), weights, describe(record.student, {}, record.result().sampler))
 
     keep(0)
     return keep

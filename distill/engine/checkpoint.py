@@ -32,7 +32,7 @@ def state_of(module: DistillModule, config: dict[str, Any]) -> dict[str, Any]:
         "optimizers": {key: optimizer_state(o, names) for key, o in module.optimizers_by_key.items()},
         "progress": module.progress.to_dict(),
         "nonfinite": module.nonfinite.to_dict(),
-        "sampler": module.spec().to_dict(),
+        "sampler": module.result().sampler.to_dict(),
         "method": module.state(),
         "config": config,
         "torch": str(torch.__version__),

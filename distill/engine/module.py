@@ -25,7 +25,8 @@ from distill.engine.parallel import full_norm, make_mesh, shard_net, sync_gradie
 from distill.engine.progress import Progress
 from distill.engine.update import Average, Diagnostics, Optim, Step, Update
 from distill.models.denoiser import Denoiser
-from distill.models.spec import SamplerSpec
+from distill.models.generator import Generator
+from distill.models.result import Result
 from distill.world import World
 
 STUDENT = "student"
@@ -43,11 +44,11 @@ class _Turn:
 
 class DistillModule(L.LightningModule):
     """Subclasses build their networks in `__init__` (whose signature is their config schema), say what is
-    trained in `updates` and how the student is sampled in `spec`. The trained student is always called
-    "student"."""
+    trained in `updates` and what the student is afterwards in `result`. The trained student is always called
+    "student".
 
-    # What the student is afterwards; see models.denoiser.Denoiser.
-    coupling = "independent"
+    Nothing that a method was given is changed but the weights of the student's net: a method that reads the student in
+    another way trains `student.with_(...)`."""
 
     def __init__(self, student: Denoiser) -> None:
         super().__init__()
@@ -80,9 +81,9 @@ class DistillModule(L.LightningModule):
         """The updates of one iteration, in the order in which they run."""
         raise NotImplementedError(f"{type(self).__name__} declares no updates")
 
-    def spec(self) -> SamplerSpec:
-        """How the trained student is to be sampled."""
-        raise NotImplementedError(f"{type(self).__name__} declares no sampler")
+    def result(self) -> Result:
+        """What the student is after training: every model that is saved or sampled takes it from here."""
+        raise NotImplementedError(f"{type(self).__name__} declares no result")
 
     def averages(self) -> Mapping[str, Average]:
         """Further averages by name, such as a target network; found in `self.ema` once `prepare` has run."""
@@ -155,6 +156,10 @@ class DistillModule(L.LightningModule):
                 )
             self.ema[name] = shadow(self.networks[average.of])
         self.student_update = next(update for update in self.plan if STUDENT in update.trains)
+        if (told := self.result().boundary) != self.student.boundary:
+            raise ValueError(
+                f"result: boundary: found {told}, but the student is trained with {self.student.boundary}; expected that one"
+            )
 
     def distribute(self, shard: str, device: torch.device) -> None:
         """Move all networks to their device and, with several processes, shard them: each on its own, averages
@@ -326,6 +331,14 @@ class DistillModule(L.LightningModule):
         network = self.ema[name]
         assert isinstance(network, Denoiser)
         return network
+
+    def as_generator(self) -> Generator:
+        """The student as it is afterwards: the weights of `best`, read and sampled as `result` says."""
+        best, result = self.best(), self.result()
+        assert isinstance(best, Denoiser)
+        denoiser = best.with_(coupling=result.coupling, guidable=result.guidable, boundary=result.boundary)
+        denoiser.sampler = result.sampler
+        return Generator(denoiser, result.sampler)
 
     def best(self, role: str = STUDENT) -> nn.Module:
         """The weights to use afterwards: the average where there is one, else the raw network."""

@@ -38,8 +38,8 @@ from distill.methods.losses.trajectory import (
     trajectory_diagnostics,
 )
 from distill.models.denoiser import Denoiser, velocity_at_end
-from distill.models.generator import Generator
 from distill.models.guidance import check_guidance_scale
+from distill.models.result import Result
 from distill.models.spec import SamplerSpec
 from distill.process.scalings import sigma_weight
 from distill.samplers.fewstep import spread_times
@@ -61,8 +61,6 @@ class Consistency(DistillModule):
         guidance_scale: the teacher's guidance; the student learns the guided trajectories.
         sample_steps: the step counts that the student is sampled with.
     """
-
-    coupling = "few_step"
 
     def __init__(
         self,
@@ -96,8 +94,7 @@ class Consistency(DistillModule):
         self.guidance_scale, self.sample_steps = guidance_scale, check_sample_steps(sample_steps, scales - 1)
         # The last step of Heun ends where the teacher's velocity cannot always be had.
         self.singular = None if velocity_at_end(teacher) else student.process.t_min
-        student.boundary = boundary_at(student.process, self.levels, student.kind)
-        student.guidable = False
+        self.student = student.with_(boundary=boundary_at(student.process, self.levels, student.kind))
 
     def updates(self) -> Sequence[Update]:
         """One update: the student."""
@@ -107,9 +104,10 @@ class Consistency(DistillModule):
         """The target network, where it is not the student itself."""
         return target_network(self.target_decay)
 
-    def spec(self) -> SamplerSpec:
-        """Multistep consistency sampling at times evenly spaced on the grid."""
-        return SamplerSpec(
+    def result(self) -> Result:
+        """Multistep consistency sampling at times evenly spaced on the grid. Never guidable: the student sees no null
+        condition; the teacher's guidance is baked in."""
+        sampler = SamplerSpec(
             steps=min(self.sample_steps),
             times=spread_times(self.levels, self.sample_steps, self.student.process.t_min),
             mode="sde",
@@ -117,6 +115,7 @@ class Consistency(DistillModule):
             guidance_baked=self.guidance_scale,
             noise_floor=0.0 if self.student.boundary is None else self.student.boundary.sigma_min,
         )
+        return Result(sampler, "few_step", boundary=self.student.boundary)
 
     def loss(self, batch: Batch, step: Step) -> Loss:
         """w(t) d(f(x_t, t), sg f(x_u, u)), x_u from a step of the teacher."""
@@ -144,10 +143,8 @@ class Consistency(DistillModule):
 
     def diagnostics(self, batch: Batch, draws: Draws) -> Diagnostics:
         """Distance to the teacher's endpoints from the same noise, the boundary, mean and spread of samples."""
-        student = self.best()
-        assert isinstance(student, Denoiser)
-        z = draws.normal("z", student.sample_shape)
+        z = draws.normal("z", self.student.sample_shape)
         wanted = self.teacher.transport(
             z, batch.cond, solver="heun", steps=len(self.levels), guidance_scale=self.guidance_scale
         )[0]
-        return trajectory_diagnostics(Generator(student, self.spec()), batch, z, wanted, self.levels)
+        return trajectory_diagnostics(self.as_generator(), batch, z, wanted, self.levels)

@@ -41,7 +41,7 @@ from distill.methods.losses.trajectory import (
     trajectory_diagnostics,
 )
 from distill.models.denoiser import Denoiser
-from distill.models.generator import Generator
+from distill.models.result import Result
 from distill.models.spec import SamplerSpec
 from distill.process.curriculum import adaptive_ema, doubling_scales, ect_r, progressive_scales
 from distill.process.times import index_of, lognormal_level, lognormal_step_weights
@@ -64,8 +64,6 @@ class ConsistencyTraining(DistillModule):
         huber_c: c of the pseudo-Huber distance; null: 0.00054 sqrt(D) for "ict", 0 for "ect".
         sample_steps: the step counts that the student is sampled with.
     """
-
-    coupling = "few_step"
 
     def __init__(
         self,
@@ -104,10 +102,8 @@ class ConsistencyTraining(DistillModule):
         self.sample_steps = check_sample_steps(sample_steps, len(self.levels) - 1)
         # The cleanest level that the student is asked at.
         self.end = self.levels[-1:] if curriculum == "ect" else level_grid(student.process, 2, "karras")[-1:]
-        student.boundary = (
-            None if curriculum == "ect" else boundary_at(student.process, self.end, student.kind)
-        )
-        student.guidable = False
+        boundary = None if curriculum == "ect" else boundary_at(student.process, self.end, student.kind)
+        self.student = student.with_(boundary=boundary)
 
     def updates(self) -> Sequence[Update]:
         """One update: the student."""
@@ -129,15 +125,17 @@ class ConsistencyTraining(DistillModule):
         grow = progressive_scales if self.curriculum == "cm" else doubling_scales
         return grow(step, self.total, self.s0, self.s1)
 
-    def spec(self) -> SamplerSpec:
-        """Multistep consistency sampling at times evenly spaced on a grid of 18 levels."""
-        return SamplerSpec(
+    def result(self) -> Result:
+        """Multistep consistency sampling at times evenly spaced on a grid of 18 levels. Never guidable: conditions are not
+        dropped."""
+        sampler = SamplerSpec(
             steps=min(self.sample_steps),
             times=spread_times(self.levels, self.sample_steps, self.student.process.t_min),
             mode="sde",
             kind=self.student.kind,
             noise_floor=0.0 if self.student.boundary is None else self.student.boundary.sigma_min,
         )
+        return Result(sampler, "few_step", boundary=self.student.boundary)
 
     def pair(self, draws: Draws, step: int) -> tuple[Tensor, Tensor]:
         """(t, u) [B] float64 times of the student and of its target, t > u."""
@@ -192,12 +190,10 @@ class ConsistencyTraining(DistillModule):
 
     def diagnostics(self, batch: Batch, draws: Draws) -> Diagnostics:
         """The boundary, mean and spread of samples; the student in 4 steps stands where a teacher would."""
-        student = self.best()
-        assert isinstance(student, Denoiser)
-        z = draws.normal("z", student.sample_shape)
-        generator = Generator(student, self.spec())
+        shape, generator = self.student.sample_shape, self.as_generator()
+        z = draws.normal("z", shape)
         most = max(self.sample_steps)
-        again = [draws.normal(f"renoise{i}", student.sample_shape) for i in range(most)]
+        again = [draws.normal(f"renoise{i}", shape) for i in range(most)]
         slow = generator.generate(z, batch.cond, most, noise=lambda i: again[i])
         return trajectory_diagnostics(generator, batch, z, slow, self.end, f"student, {most} steps")
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from distill.data.batch import Batch
@@ -31,6 +32,7 @@ from distill.methods.losses.score_student import (
 )
 from distill.methods.losses.score_times import times_of, usual_times
 from distill.models.denoiser import Denoiser
+from distill.models.result import Result
 from distill.models.spec import SamplerSpec
 
 
@@ -89,11 +91,13 @@ class Degrade(DistillModule):
         """The steps after which a node is stored."""
         return self.nodes
 
-    def spec(self) -> SamplerSpec:
-        """That of the teacher: a node is a score model like it."""
-        return self.student.sampler or SamplerSpec(
+    def result(self) -> Result:
+        """The teacher's sampler: a node is a score model like it. Not guidable, even where the teacher is: conditions are
+        not dropped, so the way leads away from what the teacher knew of the null condition."""
+        own = self.student.sampler or SamplerSpec(
             steps=50, any_steps=True, solver="ddim", kind=self.student.kind
         )
+        return Result(replace(own, guidance_scale=1.0), "independent", boundary=self.student.boundary)
 
     def loss(self, batch: Batch, step: Step) -> Loss:
         """Denoising score matching on the initial student's samples."""

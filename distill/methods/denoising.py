@@ -17,6 +17,7 @@ from distill.data.batch import Batch
 from distill.engine.module import DistillModule
 from distill.engine.update import Loss, Step, Update
 from distill.models.denoiser import Denoiser
+from distill.models.result import Result
 from distill.models.spec import SamplerSpec
 from distill.process.base import at_least_float32
 from distill.process.edm import EDM
@@ -60,17 +61,18 @@ class Denoising(DistillModule):
         if not std > 0:
             raise ValueError(f"std: found {std}, expected a positive number")
         self.null_prob, self.times, self.mean, self.std, self.weight = null_prob, times, mean, std, weight
-        student.guidable, student.boundary = null_prob > 0 and student.num_classes > 0, None
+        self.student = student.with_(boundary=None)
 
     def updates(self) -> Sequence[Update]:
         """One update: the net itself."""
         return [Update("student", {"student": self.student}, self.loss)]
 
-    def spec(self) -> SamplerSpec:
-        """Any number of steps: Heun on Karras's grid for EDM (18 by default), else 50 steps of DDIM."""
-        if isinstance(self.student.process, EDM):
-            return SamplerSpec(steps=18, any_steps=True, solver="heun", kind=self.student.kind)
-        return SamplerSpec(steps=50, any_steps=True, solver="ddim", kind=self.student.kind)
+    def result(self) -> Result:
+        """Any number of steps: Heun on Karras's grid for EDM (18 by default), else 50 steps of DDIM. Noise and data are
+        independent; guidable where conditions are dropped."""
+        steps, solver = (18, "heun") if isinstance(self.student.process, EDM) else (50, "ddim")
+        sampler = SamplerSpec(steps=steps, any_steps=True, solver=solver, kind=self.student.kind)
+        return Result(sampler, "independent", guidable=self.null_prob > 0 and self.student.num_classes > 0)
 
     def draw_times(self, step: Step) -> Tensor:
         """[B] times in the process's own clock."""

@@ -20,6 +20,7 @@ from distill.engine.module import DistillModule
 from distill.engine.update import Loss, Step, Update
 from distill.methods.losses.flow import flow_matching_loss, require_flow
 from distill.models.denoiser import Denoiser
+from distill.models.result import Result
 from distill.models.spec import SamplerSpec
 from distill.process.times import uniform_times
 
@@ -38,15 +39,16 @@ class FlowMatching(DistillModule):
         if not 0 <= null_prob < 1:
             raise ValueError(f"null_prob: expected a probability in [0, 1), found {null_prob}")
         self.null_prob = null_prob
-        student.guidable = null_prob > 0 and student.num_classes > 0
+        self.student = student.with_(boundary=None)
 
     def updates(self) -> Sequence[Update]:
         """One update: the net itself."""
         return [Update("student", {"student": self.student}, self.loss)]
 
-    def spec(self) -> SamplerSpec:
-        """Any number of Euler steps; 50 by default."""
-        return SamplerSpec(steps=50, any_steps=True, solver="euler", kind=self.student.kind)
+    def result(self) -> Result:
+        """Any number of Euler steps, 50 by default. Noise and data are independent; guidable where conditions are dropped."""
+        sampler = SamplerSpec(steps=50, any_steps=True, solver="euler", kind=self.student.kind)
+        return Result(sampler, "independent", guidable=self.null_prob > 0 and self.student.num_classes > 0)
 
     def loss(self, batch: Batch, step: Step) -> Loss:
         """E |v(x_t, t) - (eps - x0)|^2 over fresh noise and uniform times."""

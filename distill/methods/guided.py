@@ -24,6 +24,7 @@ from distill.engine.update import Loss, Step, Update
 from distill.methods.losses.progressive import check_student, guided_target, progressive_loss
 from distill.models.denoiser import Denoiser, check_same_samples
 from distill.models.guidance import check_guidance_range
+from distill.models.result import Result
 from distill.models.spec import SamplerSpec
 from distill.process.base import at_least_float32
 from distill.process.guidance_w import draw_w
@@ -70,16 +71,16 @@ class Guided(DistillModule):
             )
         self.teacher = self.keep_frozen("teacher", teacher)
         self.w_min, self.w_max, self.weight, self.clip = w_min, w_max, weight, clip
-        self.coupling = teacher.coupling  # a rectified flow stays one
-        student.guidable, student.boundary = False, None
+        self.student = student.with_(boundary=None)
 
     def updates(self) -> Sequence[Update]:
         """One update: the student."""
         return [Update("student", {"student": self.student}, self.loss)]
 
-    def spec(self) -> SamplerSpec:
-        """Any number of DDIM steps, each one network call."""
-        return SamplerSpec(
+    def result(self) -> Result:
+        """Any number of DDIM steps, each one network call. The coupling is the teacher's (a rectified flow stays one). Never
+        guidable: the student sees no null condition; its guidance is the input w."""
+        sampler = SamplerSpec(
             steps=50,
             any_steps=True,
             solver="ddim",
@@ -87,6 +88,7 @@ class Guided(DistillModule):
             guidance_w=self.w_min if self.embeds else None,
             guidance_w_range=(self.w_min, self.w_max) if self.embeds else None,
         )
+        return Result(sampler, self.teacher.coupling)
 
     def loss(self, batch: Batch, step: Step) -> Loss:
         """w(SNR) |x0_hat - x^w|^2 at uniform times."""

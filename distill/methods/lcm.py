@@ -36,8 +36,8 @@ from distill.methods.losses.trajectory import (
 )
 from distill.models.boundary import Boundary
 from distill.models.denoiser import Denoiser
-from distill.models.generator import Generator
 from distill.models.guidance import check_guidance_range
+from distill.models.result import Result
 from distill.models.spec import SamplerSpec
 from distill.process.guidance_w import draw_w
 from distill.process.tables import VPTable
@@ -59,8 +59,6 @@ class LCM(DistillModule):
         sample_steps: the step counts that the student is sampled with.
         sample_w: guidance w to sample with; null: w_min.
     """
-
-    coupling = "few_step"
 
     def __init__(
         self,
@@ -108,8 +106,7 @@ class LCM(DistillModule):
             raise ValueError(
                 f"sample_w: found {sample_w}, expected {w_min} .. {w_max}, what the student is trained for"
             )
-        student.boundary = Boundary("lcm", timestep_scaling=timestep_scaling)
-        student.guidable = False
+        self.student = student.with_(boundary=Boundary("lcm", timestep_scaling=timestep_scaling))
 
     def updates(self) -> Sequence[Update]:
         """One update: the student."""
@@ -119,8 +116,9 @@ class LCM(DistillModule):
         """The target network, where it is not the student itself."""
         return target_network(self.target_decay)
 
-    def spec(self) -> SamplerSpec:
-        """Latent consistency sampling at diffusers' timesteps."""
+    def result(self) -> Result:
+        """Latent consistency sampling at diffusers' timesteps. Never guidable: the student sees no null condition; its
+        guidance is the input w, or baked in."""
         process, embeds = self.student.process, self.student.embeds_guidance
         assert isinstance(process, VPTable)
         times = {
@@ -129,7 +127,7 @@ class LCM(DistillModule):
             )
             for n in self.sample_steps
         }
-        return SamplerSpec(
+        sampler = SamplerSpec(
             steps=min(4, max(self.sample_steps)) if 4 in self.sample_steps else min(self.sample_steps),
             times=times,
             mode="sde",
@@ -138,6 +136,7 @@ class LCM(DistillModule):
             guidance_w=self.sample_w if embeds else None,
             guidance_w_range=(self.w_min, self.w_max) if embeds else None,
         )
+        return Result(sampler, "few_step", boundary=self.student.boundary)
 
     def draw_w(self, draws: Draws) -> Tensor:
         """[B] guidance w."""
@@ -168,11 +167,9 @@ class LCM(DistillModule):
 
     def diagnostics(self, batch: Batch, draws: Draws) -> Diagnostics:
         """Distance to the teacher's guided endpoints from the same noise, the boundary, mean and spread of samples."""
-        student = self.best()
-        assert isinstance(student, Denoiser)
-        z, scale = draws.normal("z", student.sample_shape), 1 + self.sample_w
+        z, scale = draws.normal("z", self.student.sample_shape), 1 + self.sample_w
         wanted = self.teacher.transport(
             z, batch.cond, solver="ddim", steps=self.ddim_steps, guidance_scale=scale
         )[0]
         levels = torch.cat([self.grid.flip(0).double(), torch.zeros(1, dtype=torch.float64)])
-        return trajectory_diagnostics(Generator(student, self.spec()), batch, z, wanted, levels)
+        return trajectory_diagnostics(self.as_generator(), batch, z, wanted, levels)

@@ -25,6 +25,7 @@ from distill.engine.module import DistillModule
 from distill.engine.update import Loss, Step, Update
 from distill.methods.losses.flow import flow_matching_loss, k_step_times, require_flow
 from distill.models.denoiser import Denoiser
+from distill.models.result import Result
 from distill.models.spec import SamplerSpec
 
 
@@ -38,8 +39,6 @@ class OneStep(DistillModule):
         t_eps: training and sampling times stay this far below t = 1.
     """
 
-    coupling = "endpoint"
-
     def __init__(self, student: Denoiser, *, steps: int = 1, t_eps: float = 0.0) -> None:
         super().__init__(student)
         require_flow(student.process)
@@ -48,17 +47,18 @@ class OneStep(DistillModule):
         if not 0 <= t_eps < 1:
             raise ValueError(f"t_eps: expected a time in [0, 1), found {t_eps}")
         self.steps, self.t_eps = steps, t_eps
-        # Conditions are never dropped here, so whatever the teacher knew of the null condition is lost.
-        student.guidable = False
 
     def updates(self) -> Sequence[Update]:
         """One update: the student."""
         return [Update("student", {"student": self.student}, self.loss)]
 
-    def spec(self) -> SamplerSpec:
-        """Exactly the steps that it was trained for."""
+    def result(self) -> Result:
+        """Exactly the steps that it was trained for: "endpoint" for one step from t_max, else "few_step". Never guidable:
+        conditions are not dropped, so what the teacher knew of the null condition is lost."""
         starts = k_step_times(torch.arange(self.steps), self.steps, self.t_eps).tolist()
-        return SamplerSpec(steps=self.steps, times={self.steps: (*starts, 0.0)}, kind=self.student.kind)
+        sampler = SamplerSpec(steps=self.steps, times={self.steps: (*starts, 0.0)}, kind=self.student.kind)
+        whole = starts == [self.student.process.t_max]
+        return Result(sampler, "endpoint" if whole else "few_step", boundary=self.student.boundary)
 
     def loss(self, batch: Batch, step: Step) -> Loss:
         """E |v - (z - x0)|^2 at the sampling times; for one step this is |G(z) - x0|^2."""

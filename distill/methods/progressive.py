@@ -29,6 +29,7 @@ from distill.engine.update import Diagnostics, Loss, Step, Update
 from distill.methods.losses.progressive import StudentGrid, check_student, progressive_loss, two_step_target
 from distill.models.denoiser import Denoiser, check_same_samples
 from distill.models.guidance import check_guidance_range, check_guidance_scale
+from distill.models.result import Result
 from distill.models.spec import SamplerSpec
 from distill.process.base import at_least_float32
 from distill.process.guidance_w import draw_w
@@ -48,8 +49,6 @@ class Progressive(DistillModule):
         w_min, w_max: range of the guidance w = guidance_scale - 1 that both nets get as an input, drawn uniformly; None for
             nets without that input.
     """
-
-    coupling = "few_step"
 
     def __init__(
         self,
@@ -84,17 +83,18 @@ class Progressive(DistillModule):
         self.weight, self.guidance_scale = weight, guidance_scale
         self.w_range = None if w_min is None or w_max is None else (w_min, w_max)
         self.grid = StudentGrid(student.process, _teacher_times(teacher, 2 * steps))
-        student.guidable, student.boundary = False, None
+        self.student = student.with_(boundary=None)
 
     def updates(self) -> Sequence[Update]:
         """One update: the student."""
         return [Update("student", {"student": self.student}, self.loss)]
 
-    def spec(self) -> SamplerSpec:
-        """Exactly N steps of DDIM, on every second time of the teacher."""
+    def result(self) -> Result:
+        """Exactly N steps of DDIM, on every second time of the teacher. Never guidable: the student sees no null condition;
+        the teacher's guidance is baked in, or the input w."""
         steps, times = self.grid.steps, tuple(self.grid.times[::2].tolist())
         earlier = self.teacher.sampler
-        return SamplerSpec(
+        sampler = SamplerSpec(
             steps=steps,
             times={steps: times},
             solver="ddim",
@@ -103,6 +103,7 @@ class Progressive(DistillModule):
             guidance_w=None if self.w_range is None else self.w_range[0],
             guidance_w_range=self.w_range,
         )
+        return Result(sampler, "few_step")
 
     def guided(self, cond: Cond, draws: Draws) -> Cond:
         """The conditions, with a guidance w a sample where the nets take one."""

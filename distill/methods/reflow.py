@@ -22,6 +22,7 @@ from distill.engine.module import DistillModule
 from distill.engine.update import Loss, Step, Update
 from distill.methods.losses.flow import flow_matching_loss, require_flow
 from distill.models.denoiser import Denoiser
+from distill.models.result import Result
 from distill.models.spec import SamplerSpec
 from distill.process.times import uniform_times
 
@@ -33,8 +34,6 @@ class Reflow(DistillModule):
         student: starts from the teacher.
         null_prob: share of samples whose condition is dropped.
     """
-
-    coupling = "paired"
 
     def __init__(self, student: Denoiser, *, null_prob: float = 0.1) -> None:
         super().__init__(student)
@@ -48,15 +47,17 @@ class Reflow(DistillModule):
         if not 0 <= null_prob < 1:
             raise ValueError(f"null_prob: expected a probability in [0, 1), found {null_prob}")
         self.null_prob = null_prob
-        student.guidable = null_prob > 0 and student.num_classes > 0
+        self.student = student.with_(boundary=None)
 
     def updates(self) -> Sequence[Update]:
         """One update: the student."""
         return [Update("student", {"student": self.student}, self.loss)]
 
-    def spec(self) -> SamplerSpec:
-        """Any number of Euler steps; 8 by default, since the paths are nearly straight."""
-        return SamplerSpec(steps=8, any_steps=True, solver="euler", kind=self.student.kind)
+    def result(self) -> Result:
+        """Any number of Euler steps, 8 by default, since the paths are nearly straight. Noise and data are paired;
+        guidable where conditions are dropped."""
+        sampler = SamplerSpec(steps=8, any_steps=True, solver="euler", kind=self.student.kind)
+        return Result(sampler, "paired", guidable=self.null_prob > 0 and self.student.num_classes > 0)
 
     def loss(self, batch: Batch, step: Step) -> Loss:
         """E |v((1 - t) x0 + t z, t) - (z - x0)|^2 over stored pairs and uniform times."""

@@ -4,6 +4,7 @@ here and nowhere else."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +69,15 @@ class Denoiser(nn.Module):
         self.net, self.process, self.kind, self.num_classes = net, process, kind, num_classes
         self.sample_shape, self.guidable, self.coupling = tuple(sample_shape), guidable, coupling
         self.boundary = boundary
+
+    def with_(self, **meaning: Any) -> Denoiser:
+        """The same net, shared and not copied, with another meaning; `self` stays as it is.
+
+        meaning: `coupling`, `guidable`, `boundary`: constructor arguments to change."""
+        kept = {name: getattr(self, name) for name in ("num_classes", "guidable", "coupling", "boundary")}
+        other = Denoiser(self.net, self.process, self.kind, self.sample_shape, **(kept | meaning))
+        other.sampler, other.training = self.sampler, self.training
+        return other
 
     @property
     def embeds_guidance(self) -> bool:

@@ -21,9 +21,7 @@ from distill.engine.module import STUDENT, DistillModule
 from distill.evaluation.grid import image_grid, save_png, tile
 from distill.evaluation.measure import Reference, measure
 from distill.files import read_json, write_json, write_text
-from distill.models.denoiser import Denoiser
 from distill.models.features import FeatureExtractor
-from distill.models.generator import Generator
 from distill.pipeline.stage import Room, check_types
 
 WHICH = ("last", "best")
@@ -142,9 +140,8 @@ class Monitor:
         """Samples 0 .. count - 1 on the main process. Every process makes the same number of network calls: the
         networks may be sharded over them."""
         model, world = module.best(STUDENT), self.room.world
-        assert isinstance(model, Denoiser)
         training, _ = model.training, model.eval()
-        generator = Generator(model, module.spec())
+        generator = module.as_generator()
         labels = generator.labels(self.options.count)
         chunks = list(torch.arange(self.options.count).split(self.options.batch_size))
         parts: dict[int, Tensor] = {}
@@ -167,9 +164,7 @@ class Monitor:
                 images, data.labels, self._extractor, k=self.options.k, seed=self.room.seed
             )
         assert self._extractor is not None
-        model = module.best(STUDENT)
-        assert isinstance(model, Denoiser)
-        labels = Generator(model, module.spec()).labels(self.options.count)
+        labels = module.as_generator().labels(self.options.count)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a small count is chosen knowingly here, and named so
             row = measure(samples.to(self.room.device), labels, self._reference, self._extractor)

@@ -19,7 +19,7 @@ from distill.data.source import Source
 from distill.engine import checkpoint
 from distill.engine.fit import PRECISIONS, Fit, train
 from distill.engine.logging import Jsonl, Logger
-from distill.engine.module import STUDENT, DistillModule
+from distill.engine.module import DistillModule
 from distill.engine.parallel import full_state
 from distill.engine.update import Optim
 from distill.files import link, sha256_file
@@ -215,15 +215,13 @@ class Train(ModelStage):
 
         def save(folder: Path) -> None:
             """The student as it is now, as a model folder. Collective."""
-            result = method.best(STUDENT)
-            assert isinstance(result, Denoiser)
-            weights, spec = full_state(result.net), method.spec()
+            made = method.as_generator()
+            weights, spec = full_state(made.denoiser.net), made.spec
             if isinstance(source, Pairs) and self.teacher is None:  # else the data are not what is learned
                 spec = replace(spec, guidance_baked=source.header.guidance_scale)
             if room.world.main:
                 folder.mkdir(parents=True, exist_ok=True)
-                description = describe(result, net, spec) | {"coupling": method.coupling}
-                save_model(folder, weights, description)
+                save_model(folder, weights, describe(made.denoiser, net, spec))
 
         monitor = None if self._monitor is None else Monitor(self._monitor, room, save, source)
         self._fit(room, method, source, config, monitor, keeper(room.folder, method.snapshots(), save))

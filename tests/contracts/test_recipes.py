@@ -23,9 +23,9 @@ from distill.engine.schedule import Constant
 from distill.engine.update import Optim
 from distill.evaluation.protocol import Protocol
 from distill.models.denoiser import Denoiser
-from distill.models.generator import Generator
 from distill.models.native import build as models_build
 from distill.models.native import describe, load_model, save_model
+from distill.models.result import Result
 from distill.process.base import Process
 from distill.process.flow import Flow
 from distill.process.vp import VPCosine, VPScaledLinear
@@ -165,14 +165,12 @@ def test_one_step_checkpoint_and_export(path, tmp_path):
     assert sorted(state["networks"]) == sorted({role for update in method.plan for role in update.trains})
     assert not set(state["networks"]) & set(method.frozen)
     assert state["progress"]["step"] == 1
-    student = method.best()
-    student.coupling = method.coupling
-    save_model(
-        tmp_path / "model", student.net.state_dict(), describe(student, setting(path)[2], method.spec())
-    )
-    again = load_model(tmp_path / "model")
-    assert again.spec == method.spec()
-    original = Generator(student, method.spec())
+    original = method.as_generator()
+    description = describe(original.denoiser, setting(path)[2], original.spec)
+    save_model(tmp_path / "model", original.denoiser.net.state_dict(), description)
+    again, result = load_model(tmp_path / "model"), method.result()
+    read = again.denoiser
+    assert Result(again.spec, read.coupling, read.guidable, read.boundary) == result
     assert torch.equal(original.sample(3), again.sample(3))
 
 

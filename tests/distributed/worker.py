@@ -28,6 +28,7 @@ from distill.engine.parallel import full, full_state, make_mesh, shard_net, unit
 from distill.engine.schedule import Linear
 from distill.engine.update import Loss, Optim, Update
 from distill.models.denoiser import Denoiser
+from distill.models.result import Result
 from distill.models.spec import SamplerSpec
 from distill.nets.unet import UNet
 from distill.process.flow import Flow
@@ -64,8 +65,8 @@ class Score(DistillModule):
             Update("fake", {"fake": self.fake}, self.fake_loss),
         ]
 
-    def spec(self):
-        return SamplerSpec(steps=1, any_steps=True)
+    def result(self):
+        return Result(SamplerSpec(steps=1, any_steps=True), "independent")
 
     def student_loss(self, batch, step):
         z, t = step.draws.normal("z", (1, 8, 8)), 0.1 + 0.8 * step.draws.uniform("t")

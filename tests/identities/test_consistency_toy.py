@@ -64,7 +64,7 @@ class Measure:
     @torch.no_grad()
     def student(self, student: Denoiser, method: DistillModule) -> dict[int, Found]:
         """By the number of steps; of more than one, fresh noise decides where a sample ends, and `trajectory` says nothing."""
-        generator = Generator(student, method.spec())
+        generator = Generator(student, method.result().sampler)
         found = {
             n: self(generator.generate(self.z, Cond.nothing(COUNT), n, noise=self.again)) for n in (1, 2, 4)
         }

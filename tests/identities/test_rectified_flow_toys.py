@@ -113,10 +113,7 @@ def trained(
     """The student after training with the engine, batch 256: its average where there is one."""
     method.prepare({"student": optim}, seed=seed)
     train(method, source, Fit(steps=steps, batch_size=256), folder=folder, config={})
-    student = method.best()
-    assert isinstance(student, Denoiser)
-    student.coupling = method.coupling
-    return student.eval()
+    return method.as_generator().denoiser.eval()
 
 
 def adam(rate: float, steps: int) -> Optim:

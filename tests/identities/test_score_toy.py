@@ -107,7 +107,7 @@ class Watch:
     def __call__(self, module: DistillModule) -> dict[str, float]:
         student = module.best()
         assert isinstance(student, Denoiser)
-        self.found[module.progress.step] = self.measure(student, module.spec())
+        self.found[module.progress.step] = self.measure(student, module.result().sampler)
         return {}
 
 
@@ -183,7 +183,7 @@ def toy() -> Toy:
 @pytest.fixture(scope="module")
 def start(toy: Toy) -> Found:
     """The teacher read as the one-step student that every method starts from."""
-    return toy.of(toy.teacher, matching(toy).spec())
+    return toy.of(toy.teacher, matching(toy).result().sampler)
 
 
 def sid(toy: Toy, **options: Any) -> SiD:
@@ -236,7 +236,7 @@ def test_a_student_of_two_steps_is_accepted(
 ) -> None:
     """Both of its outputs: what is trained is their even mixture."""
     method = make(toy, levels=[2.5, 0.5])
-    found, spec = toy.trained(method)[STEPS], method.spec()
+    found, spec = toy.trained(method)[STEPS], method.result().sampler
     assert found.missed() == []
     first = toy.of(method.best(), replace(spec, steps=1, times={1: (spec.times[2][0], spec.times[2][-1])}))
     print("first output", first)

@@ -479,7 +479,7 @@ def test_pairs_come_closer_and_stages_begin_with_clean_targets() -> None:
 def test_samplers_of_consistency_students() -> None:
     process = EDM()
     method = consistency(process, "x0", sample_steps=[4, 1, 2])
-    spec, levels = method.spec(), karras_levels(18)
+    spec, levels = method.result().sampler, karras_levels(18)
     assert (spec.mode, spec.steps, spec.kind, spec.any_steps) == ("sde", 1, "x0", False)
     assert spec.times == {
         4: (*levels[[0, 4, 8, 13]].tolist(), 0.0),
@@ -488,13 +488,13 @@ def test_samplers_of_consistency_students() -> None:
     }
     assert (spec.noise_floor, spec.noise_scale, spec.guidance_w) == (0.002, 1.0, None)
     assert method.student.boundary == Boundary("cm", sigma_min=0.002)
-    assert method.coupling == "few_step"
+    assert method.result().coupling == "few_step"
     flow = Consistency(mlp(Flow(), classes=8, seed=1), mlp(Flow(), classes=8), guidance_scale=2.5)
-    assert flow.spec().guidance_baked == 2.5
-    assert flow.spec().noise_floor == 0.0
+    assert flow.result().sampler.guidance_baked == 2.5
+    assert flow.result().sampler.noise_floor == 0.0
     assert flow.student.boundary is None
-    assert flow.spec().times[2] == (1.0, pytest.approx(9 / 17), 0.0)
-    assert not flow.student.guidable
+    assert flow.result().sampler.times[2] == (1.0, pytest.approx(9 / 17), 0.0)
+    assert not flow.result().guidable
 
 
 def test_samplers_of_trained_students() -> None:
@@ -509,10 +509,10 @@ def test_samplers_of_trained_students() -> None:
             method = training(process, kind, curriculum=curriculum)
             assert method.student.boundary is not None
             assert method.student.boundary.sigma_min == pytest.approx(end)
-            assert method.spec().noise_floor == method.student.boundary.sigma_min
+            assert method.result().sampler.noise_floor == method.student.boundary.sigma_min
         ect = training(process, kind, curriculum="ect")
-        assert (ect.student.boundary, ect.spec().noise_floor) == (None, 0.0)
-        spec = ect.spec()
+        assert (ect.student.boundary, ect.result().sampler.noise_floor) == (None, 0.0)
+        spec = ect.result().sampler
         assert (spec.mode, sorted(spec.times), spec.times[1][0]) == ("sde", [1, 2, 4], process.t_max)
     # A fresh start from a consistency model forgets its boundary.
     student = mlp(EDM(), "x0", boundary=Boundary("cm"), coupling="few_step")
@@ -520,16 +520,20 @@ def test_samplers_of_trained_students() -> None:
 
 
 def test_samplers_of_latent_consistency_students() -> None:
-    spec = latent(w_min=2.0, w_max=6.0, sample_w=3.5).spec()
+    spec = latent(w_min=2.0, w_max=6.0, sample_w=3.5).result().sampler
     assert (spec.mode, spec.steps, sorted(spec.times)) == ("sde", 4, [1, 2, 4, 8])
     assert spec.times[4] == (999.0, 759.0, 499.0, 259.0, 0.0) == tuple(lcm_times(4).tolist())
     assert (spec.guidance_w, spec.guidance_w_range, spec.guidance_baked) == (3.5, (2.0, 6.0), 1.0)
-    assert latent(w_min=2.0, w_max=6.0).spec().guidance_w == 2.0
+    assert latent(w_min=2.0, w_max=6.0).result().sampler.guidance_w == 2.0
     fixed = latent(student={"w": 0}, w_min=3.0, w_max=3.0, sample_steps=[2, 1], timestep_scaling=5.0)
-    assert (fixed.spec().steps, fixed.spec().guidance_w, fixed.spec().guidance_baked) == (1, None, 4.0)
+    assert (
+        fixed.result().sampler.steps,
+        fixed.result().sampler.guidance_w,
+        fixed.result().sampler.guidance_baked,
+    ) == (1, None, 4.0)
     assert fixed.student.boundary == Boundary("lcm", timestep_scaling=5.0)
     for method in (fixed, latent()):
-        assert SamplerSpec.from_dict(method.spec().to_dict()) == method.spec()
+        assert SamplerSpec.from_dict(method.result().sampler.to_dict()) == method.result().sampler
 
 
 DIAGNOSED = {"trajectory", "boundary", "x_mean", "x_std", "x_std_teacher", "x_max"}
@@ -572,7 +576,7 @@ def test_the_boundary_error_is_zero_wherever_the_grid_ends(process: Process, kin
     with torch.no_grad():
         told = method.diagnostics(ring_batch(), draws())
     assert told.scalars["boundary"].item() == 0
-    method.ema["student"].boundary = None
+    method.student = method.student.with_(boundary=None)
     with torch.no_grad():
         assert method.diagnostics(ring_batch(), draws()).scalars["boundary"].item() > 1e-6
 

@@ -23,6 +23,7 @@ from distill.engine.module import DistillModule
 from distill.engine.schedule import Constant, Cosine, Linear
 from distill.engine.update import Loss, Optim, Update
 from distill.models.denoiser import Denoiser
+from distill.models.result import Result
 from distill.models.spec import SamplerSpec
 from distill.process.flow import Flow
 
@@ -54,8 +55,8 @@ class Two(DistillModule):
             Update("fake", {"fake": self.fake}, self.fake_loss),
         ]
 
-    def spec(self):
-        return SamplerSpec(steps=1, any_steps=True)
+    def result(self):
+        return Result(SamplerSpec(steps=1, any_steps=True), "independent")
 
     def student_loss(self, batch, step):
         x = self.student(step.draws.normal("z", (4,)), step.draws.uniform("t"), batch.cond)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from distill import sample as sample_verb
 from distill.data.cond import Cond
 from distill.data.rng import sample_noise
+from distill.engine.module import DistillModule
 from distill.exporters.card import card
 from distill.methods.consistency import Consistency
 from distill.methods.lcm import LCM
@@ -39,27 +40,31 @@ from distill.process.vp import VPCosine, VPScaledLinear
 TABLE = VPScaledLinear()
 
 
+def generator_of(method: DistillModule) -> Generator:
+    """The untrained student, read as the method's result says."""
+    result = method.result()
+    student = method.student.with_(coupling=result.coupling, guidable=result.guidable)
+    return Generator(student.eval(), result.sampler)
+
+
 def consistency(process: Process, kind: str, double: bool = False) -> Generator:
     student, teacher = (mlp(process, kind, seed=seed, double=double) for seed in (1, 0))
     method = Consistency(student, teacher)
-    student.coupling = method.coupling
-    return Generator(student.eval(), method.spec())
+    return generator_of(method)
 
 
 def latent(double: bool = False) -> Generator:
     """With 8 classes and w in 2 .. 6 as an input that is no longer 0."""
     student = mlp(TABLE, "v", classes=8, w=8, seed=1, double=double)
     method = LCM(student, mlp(TABLE, "v", classes=8), w_min=2.0, w_max=6.0)
-    student.coupling = method.coupling
     assert any(isinstance(m, GuidanceEmbedding) and bool(m.out.weight.any()) for m in student.modules())
-    return Generator(student.eval(), method.spec())
+    return Generator(student.eval(), method.result().sampler)
 
 
 def progressive(steps: int, double: bool = False) -> Generator:
     process = VPCosine()
     student = mlp(process, "v", seed=1, double=double)
-    method = Progressive(student, mlp(process, "v"), steps=steps)
-    return Generator(student.eval(), method.spec())
+    return generator_of(Progressive(student, mlp(process, "v"), steps=steps))
 
 
 CASES = [
@@ -229,7 +234,7 @@ def test_w_is_the_spec_s_unless_another_is_asked_for() -> None:
 def exact(process: Process, kind: str, boundary: Boundary | None, end: float) -> Generator:
     """A perfect consistency model of one Gaussian, in 1, 2 and 4 steps."""
     student = Denoiser(GaussianMap(process, kind, boundary, end), process, kind, (2,))
-    spec = Consistency(mlp(process, kind), mlp(process, kind)).spec()
+    spec = Consistency(mlp(process, kind), mlp(process, kind)).result().sampler
     student.boundary = boundary
     return Generator(student, spec)
 

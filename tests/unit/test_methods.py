@@ -87,7 +87,7 @@ def test_one_step_is_the_squared_distance_of_the_jump(t_eps):
     x_t = t_eps * data.x0 + (1 - t_eps) * data.z
     expected = (known(x_t, t, data.cond.label) - (data.z - data.x0)).square().mean()
     assert torch.isclose(method.loss(data, step()).total, expected, rtol=1e-5)
-    assert method.spec().times == {1: (1 - t_eps, 0.0)}
+    assert method.result().sampler.times == {1: (1 - t_eps, 0.0)}
     if t_eps == 0:  # with G(z) = z - v(z, 1), the loss is |G(z) - x0|^2
         jump = data.z - known(data.z, t, data.cond.label)
         assert torch.isclose(expected, (jump - data.x0).square().mean(), rtol=1e-5)
@@ -99,7 +99,7 @@ def test_k_step_students_are_trained_at_the_times_that_they_are_sampled_at():
     method.student.velocity = lambda x, t, cond: times.append(t) or original(x, t, cond)
     method.loss(batch(), step())
     trained = sorted({round(float(t), 6) for t in times[0]}, reverse=True)
-    assert trained == [pytest.approx(t) for t in method.spec().times[4][:-1]]
+    assert trained == [pytest.approx(t) for t in method.result().sampler.times[4][:-1]]
 
 
 def test_what_cannot_be_trained_is_refused():

@@ -116,7 +116,7 @@ def test_both_nets_get_the_same_guidance() -> None:
     target = two_step_target(lambda x, t: teacher(x, t, cond), COSINE, "v", z, at).target
     expected = progressive_loss(COSINE, "v", student(z, at.u, cond), target, z, at.u).mean()
     torch.testing.assert_close(method.loss(batch, step()).total, expected, rtol=1e-5, atol=0)
-    spec = method.spec()
+    spec = method.result().sampler
     assert (spec.guidance_w, spec.guidance_w_range, spec.guidance_baked) == (1.0, (1.0, 3.0), 1.0)
 
 
@@ -129,12 +129,13 @@ def test_the_teacher_is_guided_and_the_student_is_not() -> None:
     target = two_step_target(lambda x, t: teacher(x, t, batch.cond, 2.5), COSINE, "v", z, at).target
     expected = progressive_loss(COSINE, "v", student(z, at.u, batch.cond), target, z, at.u).mean()
     torch.testing.assert_close(method.loss(batch, step()).total, expected, rtol=1e-5, atol=0)
-    assert method.spec().guidance_baked == 2.5
-    assert not method.student.guidable
+    assert method.result().sampler.guidance_baked == 2.5
+    assert not method.result().guidable
     # The next round's teacher is that student: nothing is guided again, and what was is not forgotten.
+    student = method.as_generator().denoiser
     made_for(student, 2, guidance_baked=2.5)
     following = Progressive(mlp(COSINE, "v", classes=8), student, steps=1)
-    assert following.spec().guidance_baked == 2.5
+    assert following.result().sampler.guidance_baked == 2.5
     with pytest.raises(
         ValueError, match=r"guidance_scale: found 2.5, but the teacher was trained without a null"
     ):
@@ -183,7 +184,7 @@ def test_a_chain_of_oracles_has_no_loss_and_ends_where_the_teacher_does(
             told = method.diagnostics(batch, draws()).scalars
         assert told["match"].item() < 1e-12  # from float32 noise
         assert told["undistilled"].item() > 1e-4
-        spec = method.spec()
+        spec = method.result().sampler
         assert spec.times[steps] == tuple(times[::2].tolist())
         teacher, student.sampler = student, spec
         made = student.transport(z, batch.cond, solver="ddim", grid=spec.grid(process))[0]
@@ -277,7 +278,7 @@ def test_continuing_equals_not_stopping(name: str, tmp_path: Path) -> None:
     trained(first, tmp_path / "parts", 5, classes)
     kept = checkpoint.read(tmp_path / "parts" / checkpoint.NAME)
     assert (sorted(kept["networks"]), sorted(kept["ema"])) == (["student"], ["student"])
-    assert SamplerSpec.from_dict(kept["sampler"]) == first.spec()
+    assert SamplerSpec.from_dict(kept["sampler"]) == first.result().sampler
     trained(second, tmp_path / "parts", 10, classes)
     for key, value in state(whole).items():
         assert torch.equal(state(second)[key], value), key
@@ -285,18 +286,18 @@ def test_continuing_equals_not_stopping(name: str, tmp_path: Path) -> None:
 
 
 def test_samplers() -> None:
-    spec = progressive(steps=4).spec()
+    spec = progressive(steps=4).result().sampler
     assert (spec.mode, spec.solver, spec.steps, spec.any_steps, spec.kind) == ("ode", "ddim", 4, False, "v")
     assert spec.times == {4: pytest.approx((1.0, 0.75, 0.5, 0.25, 0.0))}
     assert [n for n in range(1, 9) if spec.valid(n)] == [4]
-    table = progressive(TABLE, steps=2).spec()
+    table = progressive(TABLE, steps=2).result().sampler
     assert table.times == {2: (999.0, 499.0, 0.0)}
     assert (
-        progressive(TABLE, steps=64).spec().steps == 64
+        progressive(TABLE, steps=64).result().sampler.steps == 64
     )  # 1000 levels are no multiple of 128: levels are rounded
-    assert progressive().coupling == "few_step"
+    assert progressive().result().coupling == "few_step"
     method, _ = methods()["guided"]()
-    spec = method.spec()
+    spec = method.result().sampler
     assert (spec.solver, spec.any_steps, spec.guidance_w, spec.guidance_w_range) == (
         "ddim",
         True,
@@ -304,9 +305,9 @@ def test_samplers() -> None:
         (0.0, 2.0),
     )
     other, _ = methods()["another kind"]()
-    assert (other.spec().guidance_w, other.coupling) == (None, "independent")
+    assert (other.result().sampler.guidance_w, other.result().coupling) == (None, "independent")
     paired = Guided(mlp(Flow(), seed=1), mlp(Flow(), coupling="paired"))
-    assert paired.coupling == "paired"
+    assert paired.result().coupling == "paired"
 
 
 def test_the_times_are_those_of_the_teacher_s_sampler() -> None:
@@ -315,7 +316,7 @@ def test_the_times_are_those_of_the_teacher_s_sampler() -> None:
     teacher = made_for(mlp(COSINE, "v"), 4, times={4: times})
     method = Progressive(mlp(COSINE, "v", seed=1), teacher, steps=2)
     assert tuple(method.grid.times.tolist()) == times
-    assert method.spec().times == {2: (1.0, 0.5, 0.0)}
+    assert method.result().sampler.times == {2: (1.0, 0.5, 0.0)}
 
 
 @pytest.mark.parametrize("name", ["progressive", "progressive, w"])
@@ -399,7 +400,7 @@ def test_negative_guidance_and_one_scale_are_guidance() -> None:
             )
         )
         assert method.embeds
-        assert method.spec().guidance_w_range == (low, high)
+        assert method.result().sampler.guidance_w_range == (low, high)
         batch, teacher = ring_batch(classes=8), method.frozen["teacher"]
         u, w = draws().uniform("u"), low + (high - low) * draws().uniform("w")
         z = COSINE.add_noise(batch.x0, draws().normal("eps", (2,)), u)
@@ -548,7 +549,7 @@ def test_denoising_regresses_the_net_s_own_kind(process: Process, kind: str, opt
     error = (out - process.target(kind, batch.x0, eps, t)).square().mean(1)
     weight = (t**2 + 0.25) / (0.5 * t) ** 2 if options.get("weight") == "edm" else 1.0
     torch.testing.assert_close(method.loss(batch, step()).total, (weight * error).mean(), rtol=1e-5, atol=0)
-    spec = method.spec()
+    spec = method.result().sampler
     assert (spec.solver, spec.steps) == (("heun", 18) if isinstance(process, EDM) else ("ddim", 50))
-    assert student.guidable
-    assert not Denoising(mlp(process, kind, classes=8), null_prob=0.0).student.guidable
+    assert method.result().guidable
+    assert not Denoising(mlp(process, kind, classes=8), null_prob=0.0).result().guidable

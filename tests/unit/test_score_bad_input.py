@@ -229,7 +229,7 @@ def test_models_of_degrade() -> None:
 def test_a_distilled_generator_is_read_at_its_own_times() -> None:
     """A student of noise level 4 (time 0.8) makes nothing of use from any other."""
     generator = mlp(Flow(), seed=1, coupling="few_step")
-    generator.sampler = SiD(mlp(Flow(), seed=1), mlp(Flow()), levels=[4.0]).spec()
+    generator.sampler = SiD(mlp(Flow(), seed=1), mlp(Flow()), levels=[4.0]).result().sampler
     for options in ({}, {"levels": [2.5]}, {"levels": [4.0, 1.0]}, {"levels": [4.0], "unit_noise": True}):
         with pytest.raises(
             ValueError, match=r"levels, unit_noise: .* but the generator was made for {1: \(0.8"

@@ -479,7 +479,9 @@ def test_without_damping_the_sampler_is_the_training_s_bit_for_bit(process: Proc
         if len(calls) == 3:
             break
     assert len(calls) == 3
-    sample = Generator(method.student, method.spec()).generate(d.normal("z", (2,)), cond, noise=fresh)
+    sample = Generator(method.student, method.result().sampler).generate(
+        d.normal("z", (2,)), cond, noise=fresh
+    )
     assert torch.equal(x, sample)
     last = d.integer("k", 3) == 2
     assert 0 < int(last.sum()) < B
@@ -496,9 +498,9 @@ def test_damped_noise_is_the_sampler_s_and_never_training_s(make: Method) -> Non
     for loss in ("student_loss", "fake_loss"):
         found = [getattr(method, loss)(batch, double_step()).total for method in (whole, damped)]
         assert torch.equal(*found)
-    assert (whole.spec().noise_scale, damped.spec().noise_scale) == (1.0, 0.45)
+    assert (whole.result().sampler.noise_scale, damped.result().sampler.noise_scale) == (1.0, 0.45)
     z, fresh = torch.randn(2, B, 2, generator=torch.Generator().manual_seed(0)).double()
-    found = Generator(damped.student, damped.spec()).generate(z, batch.cond, noise=lambda i: fresh)
+    found = Generator(damped.student, damped.result().sampler).generate(z, batch.cond, noise=lambda i: fresh)
     first, then = (torch.full((B,), t, dtype=torch.float64) for t in (0.8, 0.5))
     once = x0(damped.student, 0.8 * z, first, batch.cond)
     close(found.detach(), x0(damped.student, 0.5 * once + 0.45 * 0.5 * fresh, then, batch.cond).detach())
@@ -548,8 +550,8 @@ def test_the_first_state(
     x, t, _ = calls[0]
     torch.testing.assert_close(x, scale * double_step().draws.normal("z", (2,)), rtol=1e-4, atol=0)
     torch.testing.assert_close(t, torch.full_like(t, time), rtol=1e-3, atol=0)
-    assert method.coupling == ("endpoint" if levels is None else "few_step")
-    sample = Generator(method.student, method.spec()).generate(x / scale, Cond.nothing(B))
+    assert method.result().coupling == ("endpoint" if levels is None else "few_step")
+    sample = Generator(method.student, method.result().sampler).generate(x / scale, Cond.nothing(B))
     close(sample.detach(), method.student.x0(x, t, Cond.nothing(B)).detach(), rtol=1e-4)
 
 
@@ -586,8 +588,8 @@ def test_long_short_guidance(teacher: float, fake: float, fake_train: float) -> 
     found = method.student_loss(batch, double_step()).total
     close(found.detach(), expected.detach())
     close(flat(gradients(found, method.student)), flat(gradients(expected, method.student)))
-    assert method.spec().guidance_baked == teacher
-    assert method.spec().guidance_scale == 1
+    assert method.result().sampler.guidance_baked == teacher
+    assert method.result().sampler.guidance_scale == 1
 
 
 @pytest.mark.parametrize("name", ["dmd", "disback"])
@@ -815,10 +817,10 @@ def test_degrading_sees_every_step_of_the_initial_student() -> None:
 def test_the_way_is_stored_and_ends_at_the_initial_student(tmp_path: Path) -> None:
     method = degrade(total_steps=60, node_every=25, fake_times={"name": "logit_normal"})
     assert list(method.snapshots()) == [25, 50, 60]
-    assert method.coupling == "independent"
+    assert method.result().coupling == "independent"
     teacher = mlp(Flow(), seed=0)
     teacher.sampler = SamplerSpec(steps=7, any_steps=True, solver="heun")
-    assert Degrade(teacher, mlp(Flow(), seed=1)).spec() == teacher.sampler
+    assert Degrade(teacher, mlp(Flow(), seed=1)).result().sampler == teacher.sampler
     losses, batch = [], ring_batch(512, dtype=torch.float64)
     loss = partial(method.loss, batch, Step(0, DoubleDraws(7, "check", 0, torch.arange(512))))
     source, kept = Points(ring={"count": 8, "radius": 1.5}, count=64), []

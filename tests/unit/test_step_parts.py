@@ -148,5 +148,3 @@ def test_attributes_that_hold_nothing_or_text_stay_attributes_of_their_kind():
     method.fake = None  # a submodule is taken off, not hidden
     assert method._modules["fake"] is None
     assert method.fake is None
-    method.coupling = "paired"
-    assert (method.coupling, type(method).coupling) == ("paired", "independent")

@@ -23,6 +23,7 @@ from distill.engine.update import Diagnostics
 from distill.methods.losses.score import FAKE_SCORE_KINDS, fake_score_loss
 from distill.methods.losses.score_times import Times, times_of
 from distill.models.denoiser import Denoiser, check_same_samples
+from distill.models.result import Result
 from distill.models.spec import SamplerSpec
 from distill.process.base import Process
 from distill.process.edm import EDM
@@ -255,7 +256,6 @@ class ScoreDistillation(DistillModule):
         self.input = StudentInput(process, levels, unit_noise)
         if student.kind == "eps":
             _check_amplification(process, self.input.times[0])
-        self.coupling = "endpoint" if self.input.times == [process.t_max] else "few_step"
         self.generator_times = times_of(process, generator_times, "generator_times")
         self.fake_times = times_of(process, fake_times, "fake_times")
         self.fake = copy.deepcopy(teacher)
@@ -267,8 +267,7 @@ class ScoreDistillation(DistillModule):
             null_prob,
             noise_scale,
         )
-        student.guidable = False
-        self.spec()
+        self.result()
 
     @staticmethod
     def _check_models(student: Denoiser, teacher: Denoiser) -> None:
@@ -307,9 +306,12 @@ class ScoreDistillation(DistillModule):
                     "never learn; expected a share above 0, such as 0.1"
                 )
 
-    def spec(self) -> SamplerSpec:
-        """Exactly the steps that it was trained for."""
-        return self.input.spec(self.student.kind, self.guidance_teacher, self.noise_scale)
+    def result(self) -> Result:
+        """Exactly the steps that it was trained for: "endpoint" for one step from t_max, else "few_step". Never guidable: the
+        student is only asked with a condition; the teacher's guidance is baked in."""
+        sampler = self.input.spec(self.student.kind, self.guidance_teacher, self.noise_scale)
+        whole = self.input.times == [self.student.process.t_max]
+        return Result(sampler, "endpoint" if whole else "few_step", boundary=self.student.boundary)
 
     def conditions(self, batch: Batch, draws: Draws) -> Cond:
         """What to make samples of."""

@@ -1,0 +1,39 @@
+"""What a student is once it is trained: the one value in which a method says so."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from distill.models.boundary import Boundary
+from distill.models.denoiser import COUPLINGS
+from distill.models.spec import SamplerSpec
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `DistillModule.result` returns; every model that is saved or sampled during training is described by it.
+
+    Attributes:
+        sampler: how the student is sampled.
+        coupling: which pairs of noise and data it was trained on, see `models.denoiser.Denoiser`. There is no default: it
+            depends on the loss.
+        guidable: whether the method trained the null condition, so that guidance scales other than 1 make sense. What the
+            teacher knew of the null condition is forgotten where conditions are never dropped.
+        boundary: what turns the predicted x0 into the function that the loss trained; None: nothing.
+
+    Raises:
+        ValueError: an unknown coupling, or a sampler that guides a student without a null condition.
+    """
+
+    sampler: SamplerSpec
+    coupling: str
+    guidable: bool = False
+    boundary: Boundary | None = None
+
+    def __post_init__(self) -> None:
+        if self.coupling not in COUPLINGS:
+            raise ValueError(f"coupling: found {self.coupling!r}, expected one of {list(COUPLINGS)}")
+        if self.sampler.guidance_scale != 1 and not self.guidable:
+            raise ValueError(
+                f"sampler.guidance_scale: found {self.sampler.guidance_scale}, but the student is not guidable; expected 1"
+            )
