@@ -67,6 +67,8 @@ def test_the_example_method_is_a_method(tmp_path: Path):
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert (tmp_path / "runs/regression-smoke/export/model.safetensors").is_file()
+    told = json.loads((tmp_path / "runs/regression-smoke/export/model.json").read_text())
+    assert (told["guidable"], told["coupling"], told["boundary"]) == (False, "independent", None)
     log = (tmp_path / "runs/regression-smoke/guided/logs/metrics.jsonl").read_text()
     assert json.loads(log.splitlines()[-1])["student/loss"] > 0
 
