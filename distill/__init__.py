@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +12,18 @@ if TYPE_CHECKING:
     from distill.models.generator import Generator
 
 __version__ = "0.1.0"
+
+if "MPLBACKEND" in os.environ:
+    try:  # torchmetrics, which lightning brings, imports it before anything here draws
+        importlib.import_module("matplotlib")
+    except (
+        ValueError
+    ):  # a notebook's backend, in a program that it starts, where that backend is not installed
+        del os.environ["MPLBACKEND"]
+        for _name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+            del sys.modules[_name]  # half imported
+    except ImportError:
+        pass
 
 
 def load(path: str | Path, *, device: str = "cpu") -> Generator:

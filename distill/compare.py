@@ -6,11 +6,12 @@ refused. Writes comparison.md and comparison.png into the folder `out`.
 
 from __future__ import annotations
 
-import difflib
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from distill import terminal
 from distill.evaluation import comparison, curve
 from distill.files import write_text
 
@@ -22,37 +23,41 @@ class Options:
     """paths: what to compare; metric: what the plot shows, a key of the rows such as fd, kid or recall; out: the folder
     that the page and the plot are written to."""
 
-    paths: list[str] = field(default_factory=list)
     metric: str = "fd"
     out: str = "comparison"
+    paths: list[str] = field(default_factory=list, init=False)
 
 
 def parse(arguments: list[str]) -> Options:
     """Paths and key=value arguments -> Options; errors name the key and the nearest valid one."""
-    options, keys = Options(), ("metric", "out")
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if equals and key in keys:
-            setattr(options, key, value)
-        elif argument.startswith("-") or (equals and not Path(argument).exists()):
-            near = difflib.get_close_matches(key, keys, n=1)
-            hint = f"; did you mean {near[0]}=?" if near else ""
-            raise ValueError(
-                f"{argument}: expected a path or key=value with a key among {', '.join(keys)}{hint}"
-            )
-        else:
-            options.paths.append(argument)
+    keys = ("metric", "out")
+    paths = [argument for argument in arguments if not _is_option(argument, keys)]
+    named = [argument for argument in arguments if _is_option(argument, keys)]
+    try:
+        options = terminal.read_options(Options, named)
+    except ValueError as error:
+        raise ValueError(str(error).replace("expected key=value", "expected a path or key=value")) from error
+    options.paths = [os.path.expanduser(terminal.check_utf8(path, "runs")) for path in paths]
     return options
+
+
+def _is_option(argument: str, keys: tuple[str, ...]) -> bool:
+    key, equals, _ = argument.partition("=")
+    return (
+        bool(equals and key in keys)
+        or argument.startswith("-")
+        or (bool(equals) and not Path(argument).exists())
+    )
 
 
 def main() -> None:
     """Read, check, print, write."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(f"{__doc__}\n{Options.__doc__}")
-        return
-    try:
+    with terminal.told():
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            print(f"{__doc__}\n{Options.__doc__}")
+            return
         options = parse(sys.argv[1:])
-        out = Path(options.out)
+        out = Path(options.out).expanduser()
         if out.exists() and not out.is_dir():
             raise ValueError(f"out: {out} is a file, expected a folder")
         files, without = comparison.find(options.paths)
@@ -62,12 +67,13 @@ def main() -> None:
         told = comparison.remarks(runs, without, options.metric, missing)
         curve.save(curve.draw(runs, options.metric), out / PICTURE)
         write_text(out / PAGE, comparison.page(runs, PICTURE, options.metric, told))
-    except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
-    print(comparison.aligned(comparison.table(runs, mark="*{}")))
-    print(f"\nProtocol of all rows: {comparison.protocol(runs).describe()}.")
-    print("".join(f"note: {line}\n" for line in told), end="")
-    print(f"{out / PAGE}, {out / PICTURE}")
+        lines = [
+            comparison.aligned(comparison.table(runs, mark="*{}")),
+            f"\nProtocol of all rows: {comparison.protocol(runs).describe()}.",
+            *(f"note: {line}" for line in told),
+            f"{out / PAGE}, {out / PICTURE}",
+        ]
+        print(terminal.printable("\n".join(lines)))
 
 
 if __name__ == "__main__":

@@ -9,17 +9,17 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from distill import interrupt
+from distill import interrupt, terminal
 from distill.pipeline import config
 from distill.pipeline.judge import judge, summary
-from distill.pipeline.request import Request, arguments, data_configs
+from distill.pipeline.request import Request, data_configs
 
 
 @hydra.main(version_base="1.3", config_path=str(config.CONFIGS), config_name="evaluate")
 def main(cfg: DictConfig) -> None:
     """Compose, measure, print the table and the protocol. Wrong input ends in one message, not a traceback."""
     try:
-        with config.told(), interrupt.watch():
+        with terminal.told(config.explain), interrupt.watch():
             plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
             assert isinstance(plain, dict)
             sources = HydraConfig.get().runtime.config_sources
@@ -28,9 +28,8 @@ def main(cfg: DictConfig) -> None:
     except interrupt.Interrupted as stop:
         print(f"{stop}; nothing was written", file=sys.stderr)
         sys.exit(128 + stop.signum)
-    print(summary(out))
+    print(terminal.printable(summary(out)))
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = arguments(sys.argv[1:])
     config.run_verb(main)

@@ -3,14 +3,13 @@ export alone."""
 
 from __future__ import annotations
 
-import difflib
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+import torch
 
+from distill import terminal
 from distill.evaluation.grid import save_samples
 from distill.models.native import load_model
 
@@ -40,41 +39,45 @@ class Options:
 
 def parse(arguments: list[str]) -> Options:
     """key=value arguments -> Options; errors name the key and the nearest valid one."""
-    names = [field.name for field in fields(Options)]
-    for argument in arguments:
-        key = argument.partition("=")[0]
-        if key not in names or "=" not in argument:
-            near = difflib.get_close_matches(key, names, n=1)
-            hint = f"; did you mean {near[0]}=?" if near else ""
-            raise ValueError(f"{argument}: expected key=value with a key among {', '.join(names)}{hint}")
-    merged = OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_dotlist(arguments))
-    options = OmegaConf.to_object(merged)
-    assert isinstance(options, Options)
+    options = terminal.read_options(Options, arguments)
+    if not options.model:
+        raise ValueError("model: missing; expected a model folder, such as model=runs/instaflow/export")
+    if not options.out.endswith(".png"):
+        raise ValueError(f"out: found {options.out!r}, expected a .png file")
+    for name in ("count", "columns", "steps"):
+        if (found := getattr(options, name)) is not None and found < 1:
+            raise ValueError(f"{name}: expected at least 1, found {found}")
+    check_device(options.device)
     return options
+
+
+def check_device(name: str) -> None:
+    """Raise ValueError unless torch can compute on the device here."""
+    try:
+        device = torch.device(name)
+        there = getattr(torch, device.type).device_count() if device.type in ("cuda", "mps") else 1
+    except RuntimeError:
+        raise ValueError(f"device: found {name!r}, expected cpu, cuda, cuda:N or mps") from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"device: found {name!r}, expected cpu, cuda, cuda:N or mps")
+    if (device.index or 0) >= there:
+        raise ValueError(f"device: found {name!r}, but this machine has {there} of them; expected cpu")
 
 
 def main() -> None:
     """Draw and save."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(f"{__doc__}\n\n{Options.__doc__}")
-        return
-    try:
+    with terminal.told():
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            print(f"{__doc__}\n\n{Options.__doc__}")
+            return
         options = parse(sys.argv[1:])
-        if not options.model:
-            raise ValueError("model: missing; expected a model folder, such as model=runs/instaflow/export")
-        if not options.out.endswith(".png"):
-            raise ValueError(f"out: found {options.out!r}, expected a .png file")
-        if options.columns is not None and options.columns < 1:
-            raise ValueError(f"columns: found {options.columns}, expected at least 1")
-        generator = load_model(options.model, device=options.device)
+        generator = load_model(Path(options.model).expanduser(), device=options.device)
         passed = {name: getattr(options, name) for name in PASSED_ON}
         samples = generator.sample(options.count, options.label, **passed)
         columns = options.columns or min(options.count, generator.num_classes or 10, 16)
-        save_samples(samples, columns, Path(options.out))
-    except (ValueError, OSError, RuntimeError, OmegaConfBaseException) as error:
-        sys.exit(f"error: {error}")
-    steps = options.steps or generator.spec.steps
-    print(f"{options.out}: {options.count} samples of {options.model}, {steps} step(s)")
+        save_samples(samples, columns, Path(options.out).expanduser())
+        steps = options.steps or generator.spec.steps
+        print(terminal.line(f"{options.out}: {options.count} samples of {options.model}, {steps} step(s)"))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from distill import interrupt, launch, world
+from distill import interrupt, launch, terminal, world
 from distill.pipeline import config
 from distill.pipeline.run import check, run, summary
 
@@ -20,16 +20,18 @@ def main(cfg: DictConfig) -> None:
     """Compose, run, say where everything lies. Wrong input ends in one message, not a traceback."""
     hydra_config = HydraConfig.get()
     try:
-        with config.told():
+        with terminal.told(config.explain):
             recipe_name = config.chosen_recipe(hydra_config.runtime.choices)
             plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
             assert isinstance(plain, dict)
-            name = config.run_name(plain["name"], recipe_name, hydra_config)
+            name = config.run_name(plain["name"], recipe_name, hydra_config, sys.argv[1:])
             devices = plain["trainer"]["devices"]
             if launch.needed(devices) and not plain["plan"]:
                 # What is wrong is said once, before there are several processes to say it.
                 check(plain, name=name, processes=devices)
-                if code := launch.launch("distill.train", config.arguments(hydra_config, name), devices):
+                if code := launch.launch(
+                    "distill.train", config.process_arguments(hydra_config, name), devices
+                ):
                     sys.exit(code)
                 return
             with interrupt.watch():
@@ -39,8 +41,8 @@ def main(cfg: DictConfig) -> None:
         sys.exit(128 + stop.signum)
     finally:
         world.leave()
-    if not plain["plan"] and config.is_main():
-        print(summary(folder))
+    if not plain["plan"] and terminal.is_main():
+        print(terminal.printable(summary(folder)))
 
 
 if __name__ == "__main__":

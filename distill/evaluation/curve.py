@@ -11,11 +11,8 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
-
 from distill.evaluation.comparison import Run, better, printed, protocol
+from distill.evaluation.drawing import Figure, FigureCanvasAgg, label_text, ticker
 from distill.evaluation.report import COLUMNS, SCALE
 from distill.files import write_atomic
 
@@ -27,7 +24,7 @@ STYLES = ("-", "--", "-.", ":")
 WIDE = 10.0  # a distance is drawn on a log axis from this ratio of its largest to its smallest value on
 MOST_TICKS = 12
 ROUNDING = 1e-4  # values closer than this (relative) are the same measurement
-PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
+PLAIN = ticker.FuncFormatter(lambda value, _: f"{value:g}")
 LABEL = 34  # characters of a line of the legend
 LEAST_CUT = 8  # a common beginning of run names is left out of the legend from this length on
 # Where the real set itself has a value of a metric: the entry of `real`, and what it is.
@@ -88,7 +85,7 @@ def label(line: Line, runs: Sequence[Run]) -> str:
     everywhere = len(runs) == 1 or (len(own) > 1 and len(own) == len(line.runs))
     short = _short([run.name for run in runs])
     text = line.model if everywhere else f"{line.model}: {', '.join(short[name] for name in line.runs)}"
-    return textwrap.fill(text, LABEL, break_long_words=True)
+    return label_text(textwrap.fill(text, LABEL, break_long_words=True))
 
 
 def _short(names: Sequence[str]) -> dict[str, str]:
@@ -158,7 +155,9 @@ def draw(runs: Sequence[Run], metric: str) -> Figure:
     axes.set_title("Quality against network calls", loc="left", fontsize=12)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)
     below = replace(shared_protocol, floor={}).describe()
-    figure.supxlabel("\n".join(textwrap.wrap(below, 150)), fontsize=6.5, color=SHARED, x=0.01, ha="left")
+    figure.supxlabel(
+        label_text("\n".join(textwrap.wrap(below, 150))), fontsize=6.5, color=SHARED, x=0.01, ha="left"
+    )
     return figure
 
 
@@ -168,8 +167,10 @@ def _axes(axes: Any, drawn: Sequence[Line]) -> None:
     axes.set_xscale("log", base=2)
     if calls:
         axes.set_xlim(calls[0] / 1.3, calls[-1] * 1.3)
-        axes.xaxis.set_major_locator(FixedLocator(calls) if len(calls) <= MOST_TICKS else LogLocator(base=2))
-    axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_locator(
+            ticker.FixedLocator(calls) if len(calls) <= MOST_TICKS else ticker.LogLocator(base=2)
+        )
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
     axes.xaxis.set_major_formatter(PLAIN)
     axes.grid(True, which="major", color="#dddddd", linewidth=0.7)
     axes.set_axisbelow(True)
@@ -181,9 +182,9 @@ def _distances(axes: Any, values: Sequence[float], real: Sequence[float]) -> Non
     """A log axis for distances that are positive and spread widely."""
     if min([*values, *real]) > 0 and max(values) / min(values) >= WIDE:
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 3.0, 5.0)))
+        axes.yaxis.set_major_locator(ticker.LogLocator(base=10, subs=(1.0, 2.0, 3.0, 5.0)))
         axes.yaxis.set_major_formatter(PLAIN)
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_minor_formatter(ticker.NullFormatter())
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from distill.files import write_atomic
+from distill.terminal import line
 
 BACKGROUND = (255, 255, 255)
 BORDER = (128, 128, 128)
@@ -52,6 +53,7 @@ def image_grid(
     """
     if not rows:
         raise ValueError("a grid needs at least one row")
+    rows = [(line(label), images) for label, images in rows]
     tiles = [to_tiles(f"row {label!r}", images, scale) for label, images in rows]
     width, height = tiles[0][0].size
     for (label, _), row in zip(rows, tiles, strict=True):

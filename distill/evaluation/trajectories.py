@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from matplotlib import colormaps
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from distill.evaluation.checks import as_rows
+from distill.evaluation.drawing import Figure, FigureCanvasAgg, label_text, matplotlib
 from distill.files import write_atomic
 
 PANEL = 3.6  # inches, width and height
@@ -49,12 +47,12 @@ def save_trajectories(panels: Sequence[Panel], data: Tensor, path: Path, *, colu
     limit = 1.05 * max(float(points.abs().max()) for points in [plane, *paths])
     for number, (panel, points) in enumerate(zip(panels, paths, strict=True), 1):
         axes = figure.add_subplot(rows, columns, number)
-        axes.set_title(panel.title, fontsize=10)
+        axes.set_title(label_text(panel.title), fontsize=10)
         axes.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
         axes.tick_params(labelsize=7)
         axes.scatter(plane[:, 0], plane[:, 1], s=3, color=GREY, linewidths=0, label="data", zorder=1)
         start = points[0]
-        colours = colormaps["hsv"](
+        colours = matplotlib.colormaps["hsv"](
             torch.atan2(start[:, 1], start[:, 0]).div(2 * math.pi).remainder(1).numpy()
         )
         for line, colour in zip(points.transpose(0, 1), colours, strict=True):

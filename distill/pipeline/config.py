@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,8 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from distill.files import sha256_text
+from distill.pipeline.commandline import arguments, quoted, slug, swept, typed_again
+from distill.terminal import told
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -35,9 +34,6 @@ def _root() -> Path:
 
 
 CONFIGS, RECIPES = _root() / "configs", _root() / "recipes"
-
-# Overrides that do not tell the runs of a sweep apart.
-NOT_IN_NAMES = ("recipe", "profile", "runs_dir", "name", "plan", "redo", "trainer", "loggers")
 
 
 def recipes() -> dict[str, Path]:
@@ -66,90 +62,53 @@ def chosen_recipe(choices: Mapping[str, Any]) -> str:
     return str(name)
 
 
-def run_name(given: Any, recipe: str, hydra_config: Any) -> str:
+def run_name(given: Any, recipe: str, hydra_config: Any, given_arguments: Sequence[str] = ()) -> str:
     """Name of the run folder: `name`, or the recipe, with the profile where it is not the full one, so that a
-    trial never blocks the real run. Each run of a multirun adds what it overrides."""
+    trial never blocks the real run. Each run of a multirun adds what it overrides (`given_arguments`: the command
+    line, which says what the sweep goes over)."""
     if given is not None and not isinstance(given, str):
-        given = str(given)  # name=2024 is a number to YAML
+        raise ValueError(f"name: found {given!r}, expected a string; put it in quotes")
     profile = hydra_config.runtime.choices.get("profile", "full")
-    name = given or (recipe if profile == "full" else f"{recipe}-{profile}")
+    name = given if given is not None else recipe if profile == "full" else f"{recipe}-{profile}"
     if hydra_config.mode != RunMode.MULTIRUN:
         return name
-    told = [o for o in hydra_config.overrides.task if re.split(r"[=.@]", o)[0] not in NOT_IN_NAMES]
-    slug = "-".join(re.sub(r"[^\w.]+", "-", o.lstrip("+~")).strip("-") for o in sorted(told))
-    if len(slug) > 120:  # a file name has its limits
-        slug = f"{slug[:100]}-{sha256_text(slug)[:12]}"
-    return f"{name}-{slug}" if slug else name
+    over = swept(given_arguments) | {str(key) for key in hydra_config.sweeper.get("params") or {}}
+    told_apart = slug(hydra_config.overrides.task, over, named=given is not None)
+    return f"{name}-{told_apart}" if told_apart else name
 
 
-def arguments(hydra_config: Any, name: str) -> list[str]:
+def process_arguments(hydra_config: Any, name: str) -> list[str]:
     """The command line of one process of this run (of a multirun, of this job)."""
-    task = [o for o in hydra_config.overrides.task if not o.startswith("name=")]
+    task = [typed_again(o) for o in hydra_config.overrides.task if not o.startswith("name=")]
     hydra = [o for o in hydra_config.overrides.hydra if not o.startswith(("hydra.mode=", "hydra.sweep"))]
     folders = [
         s.path
         for s in hydra_config.runtime.config_sources
         if s.provider == "command-line" and s.schema == "file"
     ]
-    quoted = name.replace("\\", "\\\\").replace("'", "\\'")
     return [
         *(part for folder in folders for part in ("--config-dir", folder)),
         *hydra,
         *task,
-        f"name='{quoted}'",
+        f"name={quoted(name)}",
     ]
-
-
-@contextmanager
-def told() -> Iterator[None]:
-    """Wrong input inside the block ends the program in one message; DISTILL_TRACEBACK=1 shows where it came from."""
-    try:
-        yield
-    except MissingMandatoryValue as error:
-        if full_errors():
-            raise
-        sys.exit(f"error: {error.full_key}: missing; give it a value, as in {error.full_key}=...")
-    except (
-        ValueError,
-        OSError,
-        RuntimeError,
-        ImportError,
-        FloatingPointError,
-        OmegaConfBaseException,
-    ) as error:
-        if full_errors():
-            raise
-        sys.exit(f"error: {error}")
-    except Exception as error:
-        if full_errors():
-            raise
-        sys.exit(f"error: {type(error).__name__}: {error} (unexpected; DISTILL_TRACEBACK=1 shows where)")
-
-
-def full_errors() -> bool:
-    """Whether DISTILL_TRACEBACK=1 asks for tracebacks."""
-    return os.environ.get("DISTILL_TRACEBACK", "0") == "1"
-
-
-def is_main() -> bool:
-    """Whether this process talks (of several, the one of rank 0)."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def run_verb(main: Callable[[], None]) -> None:
     """Run a Hydra main; an override that does not fit ends in one message that names the key and the nearest
     valid one."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print and exit; its exception says more
-    try:
+    with told(explain):
+        sys.argv[1:] = arguments(sys.argv[1:])
         main()
-    except (HydraException, OmegaConfBaseException) as error:
-        if full_errors():
-            raise
-        sys.exit(f"error: {explain(error)}")
 
 
-def explain(error: BaseException) -> str:
-    """One message for an error of composing a config."""
+def explain(error: BaseException) -> str | None:
+    """One message for an error of composing a config; None for other errors."""
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key}: missing; give it a value, as in {error.full_key}=..."
+    if not isinstance(error, HydraException | OmegaConfBaseException):
+        return None
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, ConfigAttributeError | ConfigKeyError):
         cause = cause.__cause__

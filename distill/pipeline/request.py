@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,6 @@ from distill.pipeline.stage import ARTIFACT, check_types
 
 FOLDER = "distill.data.folder.ImageFolder"
 DEVICES = {"auto": "auto", "cpu": "cpu", "cuda": "gpu", "gpu": "gpu"}
-PATHS = ("model", "reference", "out")
 
 
 @dataclass(frozen=True)
@@ -75,23 +73,6 @@ class Request:
         if self.steps is None:
             return None
         return list(dict.fromkeys(self.steps if isinstance(self.steps, list) else [self.steps]))
-
-
-def arguments(given: Sequence[str]) -> list[str]:
-    """Command-line arguments as Hydra reads them: step counts as a list, paths as they are whatever is in them.
-    Those of a sweep stay as given."""
-    if {"-m", "--multirun"} & set(given):
-        return list(given)
-    result = []
-    for argument in given:
-        key, _, value = argument.partition("=")
-        if key == "steps" and re.fullmatch(r"\d+(,\d+)+", value):
-            argument = f"{key}=[{value}]"
-        elif key in PATHS and value and value != "null" and value[0] not in "'\"":
-            quoted = value.replace("\\", "\\\\").replace("'", "\\'")
-            argument = f"{key}='{quoted}'"
-        result.append(argument)
-    return result
 
 
 def data_configs(folders: Iterable[str]) -> dict[str, Path]:

@@ -27,11 +27,12 @@ from distill.models.denoiser import SOLVERS, Denoiser
 from distill.models.native import describe, save_model
 from distill.nets.unet import UNet
 from distill.pipeline import config
+from distill.pipeline.commandline import arguments
 from distill.pipeline.expand import expand
 from distill.pipeline.halving import halve
 from distill.pipeline.monitor import Options
 from distill.pipeline.plan import build_stages
-from distill.pipeline.request import Request, arguments
+from distill.pipeline.request import Request
 from distill.process.flow import Flow
 
 ROOT = Path(__file__).resolve().parents[2]

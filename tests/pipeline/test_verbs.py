@@ -23,7 +23,7 @@ from distill.data.folder import ImageFolder
 from distill.evaluation.measure import Reference, measure
 from distill.models.features import load_digits64
 from distill.pipeline import config
-from distill.pipeline.request import arguments
+from distill.pipeline.commandline import arguments
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*covariance is singular")
 
@@ -74,7 +74,6 @@ def verb(tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("HYDRA_FULL_ERROR", os.environ.get("HYDRA_FULL_ERROR", "0"))
         words = [str(word) for word in given]
-        words = arguments(words) if name == "evaluate" else words
         monkeypatch.setattr(sys, "argv", [f"distill.{name}", *words])
         GlobalHydra.instance().clear()
         message = ""
@@ -278,7 +277,7 @@ def test_paths_may_hold_anything_that_hydra_reads_otherwise(photos, evaluate, tm
     shutil.copytree(photos["a"], odd)
     found, _ = evaluate(f"model={odd}", f"reference={photos['b']}")
     assert found["rows"][0]["model"] == odd.name
-    assert arguments(["steps=1,2", "model=2024", "-m"]) == ["steps=1,2", "model=2024", "-m"]
+    assert arguments(["-m", "steps=1,2", "model=2024"]) == ["steps=1,2", "model='2024'", "-m"]
     assert arguments(["steps=1,2", "model=2024", "count=3"]) == ["steps=[1,2]", "model='2024'", "count=3"]
 
 
