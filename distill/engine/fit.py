@@ -20,6 +20,7 @@ from distill.data.source import Source, StepLoader
 from distill.engine import checkpoint
 from distill.engine.logging import Logger
 from distill.engine.module import DistillModule
+from distill.engine.networks import modes_kept
 from distill.engine.nonfinite import WINDOW
 from distill.interrupt import Interrupted, deferred, reinstall, requested
 
@@ -223,7 +224,7 @@ def train(
         world=world.size,
     )
     watch = _Watch(fit, path, config, loggers, on_progress, state, evaluation, snapshot)
-    with deferred():
+    with deferred(), modes_kept(method.networks.values()):
         _trainer(fit, device, watch, folder).fit(method, train_dataloaders=loader)
     if method.progress.iteration < stop:
         raise RuntimeError(f"training stopped at iteration {method.progress.iteration} of {stop}")

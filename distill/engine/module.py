@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from distill.data.batch import Batch
 from distill.data.rng import Draws
 from distill.engine.ema import Follower, shadow
+from distill.engine.networks import check_apart, frozen_copy, in_training
 from distill.engine.nonfinite import NonFinite, nonfinite, step_unless
 from distill.engine.parallel import full_norm, make_mesh, shard_net, sync_gradients
 from distill.engine.progress import Progress
@@ -109,10 +110,13 @@ class DistillModule(L.LightningModule):
         """Inverse of `state`."""
 
     def keep_frozen(self, role: str, network: Frozen) -> Frozen:
-        """Keep a network that is never trained: moved to the device with the others, but neither registered
-        nor saved."""
-        self.frozen[role] = network.requires_grad_(False).eval()
-        return network
+        """Keep a network that is never trained: moved to the device with the others, but neither registered nor saved.
+        What is kept is a `frozen_copy`, so that the network that was given stays as it was.
+
+        Raises ValueError naming `role` where the network shares weights with the student."""
+        check_apart(role, network, self.student)
+        kept = self.frozen[role] = frozen_copy(network)
+        return kept
 
     # --- set up
     # -----------------------------------------------------------------------------------------------------
@@ -269,8 +273,11 @@ class DistillModule(L.LightningModule):
         parameters = turn.parameters
         for role, network in self.networks.items():
             # What another update trains is asked as it will be used: without dropout.
-            if network.training != (role in update.trains):
+            if in_training(network) != (role in update.trains):
                 network.train(role in update.trains)
+        for name, average in self.further.items():  # a target is asked as the network that it follows
+            if in_training(self.ema[name]) != (average.of in update.trains):
+                self.ema[name].train(average.of in update.trains)
         for parameter in parameters:
             parameter.requires_grad_(True)
         logs = self._backward(update, batch, shared, iteration)
@@ -310,7 +317,9 @@ class DistillModule(L.LightningModule):
             if self.world.size > 1:
                 sync_gradients(update.trains.values(), number == len(batch) - 1)
             draws = Draws(self.seed, f"{self.stream}/{update.name}", iteration, micro.index)
-            loss = update.loss(micro, Step(iteration, draws, scratch))
+            step = Step(iteration, draws, scratch, part=number * self.world.size + self.world.rank)
+            with step.same_dropout("loss"):
+                loss = update.loss(micro, step)
             # Not Lightning's manual_backward: it adds hooks that nothing here uses (and scaling, for fp16 alone).
             (update.backward or torch.Tensor.backward)(loss.total if whole else loss.total / len(batch))
             for name, value in {"loss": loss.total, **loss.logs}.items():

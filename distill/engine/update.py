@@ -4,14 +4,16 @@ derived from them."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from distill.data.batch import Batch
-from distill.data.rng import Draws
+from distill.data.rng import Draws, stream_key
 from distill.engine.ema import decay_at, halflife_decay
+from distill.engine.networks import seeded
 
 
 class Loss(NamedTuple):
@@ -27,11 +29,20 @@ class Step:
 
     `draws` gives this update's randomness for the micro batch; `shared` is a scratch space that all updates
     of the iteration see for the same micro batch (DMD2's fake update reuses the generator's detached
-    images)."""
+    images). `part` numbers the parts of the global batch (micro batches of all processes)."""
 
     iteration: int
     draws: Draws
     shared: dict[str, Tensor] = field(default_factory=dict)
+    part: int = 0
+
+    def same_dropout(self, name: str = "dropout") -> AbstractContextManager[None]:
+        """Inside, dropout begins with the same numbers each time: two calls of one net on batches of one shape, each in a
+        context of its own, drop the same units. A function of (seed, stream, step, name, part), so that a resumed run drops
+        what an uninterrupted one does."""
+        draws = self.draws
+        key = stream_key(draws.seed, draws.stream, draws.step, name, self.part)
+        return seeded(draws.index.device, key)
 
 
 LossFunction = Callable[[Batch, Step], Loss]

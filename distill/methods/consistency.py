@@ -1,7 +1,8 @@
 """Consistency distillation: the student's prediction of the data is to be the same along each of the teacher's trajectories.
 
 Song et al. 2023 (arXiv 2303.01469), Algorithm 2: f(x_t, t) learns the (detached) f(x_u, u), where x_u is one step of the
-teacher's ODE from x_t. Any teacher with a velocity will do; times t > u are neighbours of a grid of `scales` levels.
+teacher's ODE from x_t, and both see the same dropout mask. Any teacher with a velocity will do; times t > u are neighbours of a
+grid of `scales` levels.
 
 What the loss should look like: it falls by a factor of two or so within the first tenth and then hardly moves, while samples
 go on improving: target and student move together. It is no measure of progress; watch `diagnostics/trajectory` (distance to the
@@ -130,9 +131,10 @@ class Consistency(DistillModule):
 
         x_u = teacher_step(velocity, x_t, t, u, self.solver, self.singular)
         judge = self.average("target") if "target" in self.further else self.student
-        with torch.no_grad():
+        with torch.no_grad(), step.same_dropout():
             target = judge.x0(x_u, u, batch.cond)
-        prediction = self.student.x0(x_t, t, batch.cond)
+        with step.same_dropout():
+            prediction = self.student.x0(x_t, t, batch.cond)
         per_sample = self.distance(prediction, target)
         weight = sigma_weight(self.weight, noise_level(process, t))
         with torch.no_grad():

@@ -1,5 +1,5 @@
 """Consistency training: the student's prediction of the data is to be the same at two noise levels of one (data, noise) pair.
-No teacher.
+No teacher. Student and target see the same dropout mask.
 
 Three curricula of one idea: the closer the two levels, the less bias and the more variance, so they approach each other.
 - "cm": Song et al. 2023 (arXiv 2303.01469), Algorithm 3: N(k) levels of Karras's grid, growing; squared distance; the target
@@ -161,12 +161,13 @@ class ConsistencyTraining(DistillModule):
         x_t, x_u = process.add_noise(x0, eps, t), process.add_noise(x0, eps, u)
         judge = self.average("target") if "target" in self.further else student
         clean = (u <= 0) if self.curriculum == "ect" else torch.zeros_like(u, dtype=torch.bool)
-        with torch.no_grad():
+        with torch.no_grad(), step.same_dropout():
             if self.curriculum == "ect":
                 target = masked_target(lambda x, time: judge.x0(x, time, batch.cond), x_u, u, t, x0)
             else:
                 target = judge.x0(x_u, u, batch.cond)
-        prediction = student.x0(x_t, t, batch.cond)
+        with step.same_dropout():
+            prediction = student.x0(x_t, t, batch.cond)
         if self.curriculum == "cm":
             per_sample, weight = l2(prediction, target), torch.ones_like(t)
         else:

@@ -22,6 +22,7 @@ from typing import Any
 
 from distill.data.batch import Batch
 from distill.engine.module import DistillModule
+from distill.engine.networks import check_apart
 from distill.engine.update import Loss, Step, Update
 from distill.methods.losses.backtrack import node_steps
 from distill.methods.losses.score_student import (
@@ -118,10 +119,7 @@ class Degrade(DistillModule):
 
 def _check_models(teacher: Denoiser, generator: Denoiser, start: StudentInput) -> None:
     """Refuse models that do not fit together, and a distilled generator read at other times than its own."""
-    if generator is teacher:
-        raise ValueError(
-            "generator: is the model that is degraded, and must not change; expected a copy of it"
-        )
+    check_apart("generator", generator, teacher)
     for what in ("sample_shape", "num_classes"):
         theirs, ours = getattr(generator, what), getattr(teacher, what)
         if theirs != ours:

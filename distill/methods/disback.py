@@ -44,6 +44,8 @@ class DisBack(DistributionMatching):
         The others: see `methods.dmd.DMD`.
     """
 
+    replaces_teacher = True
+
     def __init__(
         self,
         student: Denoiser,

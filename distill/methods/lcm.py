@@ -2,8 +2,8 @@
 input of the student.
 
 Luo et al. 2023 (arXiv 2310.04378), Algorithm 1: t and u = t - T / k on a grid of k levels of the teacher's table; x_u by one
-guided DDIM step, w ~ U[w_min, w_max]; f(x_t, t, w) learns the (detached) target f(x_u, u, w). "Latent" says where it was used:
-nothing here asks what the samples are.
+guided DDIM step, w ~ U[w_min, w_max]; f(x_t, t, w) learns the (detached) target f(x_u, u, w), both under one dropout mask.
+"Latent" says where it was used: nothing here asks what the samples are.
 
 What the loss should look like: it falls within some hundred steps to a plateau whose height depends on huber_c and stays there
 while samples sharpen; watch `diagnostics/trajectory` (distance to the teacher's guided endpoints from one noise) and `eval/fd`.
@@ -157,8 +157,10 @@ class LCM(DistillModule):
             conditional, unconditional = self.teacher.branches(x_t, t, batch.cond, guided=guided)
             x_u = guided_ddim_step(process, self.teacher.kind, conditional, unconditional, x_t, t, u, w).x_u
             judge = self.average("target") if "target" in self.further else self.student
-            target = judge.x0(x_u, u, cond)
-        prediction = self.student.x0(x_t, t, cond)
+            with step.same_dropout():
+                target = judge.x0(x_u, u, cond)
+        with step.same_dropout():
+            prediction = self.student.x0(x_t, t, cond)
         per_sample = self.distance(prediction, target)
         with torch.no_grad():
             logs = by_thirds(per_sample, 1 - (index + 1) / len(self.grid))

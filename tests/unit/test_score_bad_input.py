@@ -205,7 +205,7 @@ def test_models() -> None:
         (student, guided, "teacher: takes the guidance as an input"),
         (guided, mlp(Flow()), "student: takes the guidance as an input"),
         (student, spoilt, "teacher: net.out.bias: found weights that are not finite"),
-        (student, student, "student: is the teacher itself"),
+        (student, student, "teacher: shares weights with the student"),
     ):  # fmt: skip
         for name in SCORE:
             with pytest.raises(ValueError, match=message):
@@ -220,7 +220,7 @@ def test_models_of_degrade() -> None:
         (mlp(Flow(), coupling="endpoint"), teacher, "init: found a model of endpoint noise and data"),
         (teacher, guided, "generator: takes the guidance as an input"),
         (guided, teacher, "init: takes the guidance as an input"),
-        (teacher, teacher, "generator: is the model that is degraded"),
+        (teacher, teacher, "generator: shares weights with the student"),
     ):
         with pytest.raises(ValueError, match=message):
             Degrade(one, other)

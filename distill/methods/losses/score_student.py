@@ -19,6 +19,7 @@ from distill.data.batch import Batch
 from distill.data.cond import Cond
 from distill.data.rng import Draws, stream_key
 from distill.engine.module import DistillModule
+from distill.engine.networks import check_apart
 from distill.engine.update import Diagnostics
 from distill.methods.losses.score import FAKE_SCORE_KINDS, fake_score_loss
 from distill.methods.losses.score_times import Times, times_of
@@ -216,6 +217,8 @@ class ScoreDistillation(DistillModule):
         noise_scale: of the student's sampler, see `SamplerSpec`; training never uses it.
     """
 
+    replaces_teacher = False  # whether the method writes other weights into its teacher
+
     def __init__(
         self,
         student: Denoiser,
@@ -259,7 +262,10 @@ class ScoreDistillation(DistillModule):
         self.generator_times = times_of(process, generator_times, "generator_times")
         self.fake_times = times_of(process, fake_times, "fake_times")
         self.fake = copy.deepcopy(teacher)
-        self.teacher = self.keep_frozen("teacher", teacher)
+        # Where its weights are replaced, those that were given stay.
+        self.teacher = self.keep_frozen(
+            "teacher", copy.deepcopy(teacher) if self.replaces_teacher else teacher
+        )
         self.sigma_data, self.reduction, self.labels = sigma_data, reduction, labels
         self.guidance_teacher, self.guidance_fake = guidance_teacher, guidance_fake
         self.guidance_fake_train, self.null_prob, self.noise_scale = (
@@ -271,8 +277,7 @@ class ScoreDistillation(DistillModule):
 
     @staticmethod
     def _check_models(student: Denoiser, teacher: Denoiser) -> None:
-        if student is teacher:
-            raise ValueError("student: is the teacher itself, which must not change; expected a copy of it")
+        check_apart("teacher", teacher, student)
         check_same_samples(student, teacher)
         if teacher.coupling != "independent":
             raise ValueError(
@@ -285,7 +290,7 @@ class ScoreDistillation(DistillModule):
                     f"{name}: takes the guidance as an input, which this method does not give; expected a model without"
                 )
         for name, weight in teacher.named_parameters():
-            if not bool(weight.isfinite().all()):
+            if not weight.is_meta and not bool(weight.isfinite().all()):
                 raise ValueError(f"teacher: {name}: found weights that are not finite")
 
     @staticmethod

@@ -1,0 +1,74 @@
+"""Networks that a method was given: frozen copies without memory of their own, modes, and torch's random numbers (dropout)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from distill.models.denoiser import Denoiser
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def frozen_copy(network: Network) -> Network:
+    """The same network in eval mode and without gradients, on the same memory: modes, gradients and device of the one that
+    was given stay as they are. Who writes weights into it makes a real copy first."""
+    shared: dict[int, object] = {id(buffer): buffer.detach() for buffer in network.buffers()}
+    shared |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in network.parameters()}
+    return copy.deepcopy(network, shared).eval()
+
+
+def check_apart(role: str, network: nn.Module, student: nn.Module) -> None:
+    """Refuse a frozen network that training would change.
+
+    Raises:
+        ValueError: names `role`: it is the student, or shares weights with it.
+    """
+    trained = list(student.parameters())
+    same = {id(p) for p in trained} & {id(p) for p in network.parameters()}
+    places = {p.data_ptr() for p in trained if not p.is_meta and p.numel()}
+    if same or any(not p.is_meta and p.numel() and p.data_ptr() in places for p in network.parameters()):
+        raise ValueError(
+            f"{role}: shares weights with the student, which training changes; expected another model, such as "
+            "copy.deepcopy(student)"
+        )
+
+
+def in_training(network: nn.Module) -> bool:
+    """The mode of a network; of a denoiser that of its net, which several denoisers may share."""
+    return network.net.training if isinstance(network, Denoiser) else network.training
+
+
+@contextmanager
+def modes_kept(networks: Iterable[nn.Module]) -> Iterator[None]:
+    """Afterwards modules are in the modes, and parameters take gradients, as before."""
+    listed = list(networks)
+    modes = [(module, module.training) for network in listed for module in network.modules()]
+    gradients = [(p, p.requires_grad) for network in listed for p in network.parameters()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, required in gradients:
+            parameter.requires_grad_(required)
+
+
+@contextmanager
+def seeded(device: torch.device, key: int) -> Iterator[None]:
+    """Inside, torch's own random numbers (dropout's) on the CPU and on `device` begin anew from `key`; outside, they go on as
+    if nothing had been drawn."""
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        generators.append(torch.cuda.default_generators[index])
+    with ExitStack() as stack:
+        for generator in generators:
+            stack.callback(generator.set_state, generator.get_state())
+            generator.manual_seed(key % 2**63)
+        yield
