@@ -3,13 +3,16 @@ then renamed."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,34 +26,123 @@ LARGEST_JSON = 64 * 2**20  # a manifest of a million shards is smaller
 _UMASK = os.umask(0)
 os.umask(_UMASK)
 
+# What a failed write can be answered with.
+_HINTS = {
+    errno.ENOSPC: "free some space, or choose a folder on another disk",
+    errno.EDQUOT: "free some of your quota, or choose a folder on another disk",
+    errno.EROFS: "choose a folder that can be written",
+    errno.EACCES: "choose a folder that can be written",
+    errno.EPERM: "choose a folder that can be written",
+    errno.ENAMETOOLONG: "use a shorter name",
+}
+_guards: list[Callable[[], None]] = []
 
-def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write(temporary path)`, then rename the result to `path`; on an error nothing is left at either
-    name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
+
+class Lost(ValueError):
+    """What was being written to belongs to this process no longer."""
+
+
+@contextmanager
+def guarded(check: Callable[[], None]) -> Iterator[None]:
+    """Call `check` before every write inside the block: what it raises (`Lost`) stops the writing."""
+    _guards.append(check)
     try:
-        write(temporary)
-        temporary.chmod(0o666 & ~_UMASK)  # some writers make files that only their owner can read
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
-        temporary.replace(path)
+        yield
+    finally:
+        _guards.remove(check)
+
+
+def _still_ours() -> None:
+    for check in _guards:
+        check()
+
+
+@contextmanager
+def writing(path: Path, size: int | None = None, temporary: Path | None = None) -> Iterator[None]:
+    """An error of the file system inside the block becomes an OSError that names `path`, what was to be written and the
+    bytes that are free.
+
+    size: bytes to write, where they are known; temporary: where the bytes are written first."""
+    try:
+        yield
     except (OSError, RuntimeError, SafetensorError) as error:
         # Writers report a full disk each in their own way; the file and the space left say what happened.
-        free = shutil.disk_usage(path.parent).free
-        raise OSError(f"{path}: could not be written ({free} bytes free): {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
+        number = error.errno if isinstance(error, OSError) else None
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        told = [] if size is None else [f"{size} bytes to write"]
+        if size is None and temporary is not None and temporary.is_file():
+            told = [f"stopped after {temporary.stat().st_size} bytes"]
+        told.append(f"{_free(path)} bytes free")
+        hint = f"; {_HINTS[number]}" if number in _HINTS else ""
+        raise OSError(f"{path}: could not be written: {reason} ({', '.join(told)}){hint}") from error
+
+
+def _free(path: Path) -> int | str:
+    """Bytes free where `path` is or would be."""
+    for place in path.absolute().parents:
+        with suppress(OSError):
+            return shutil.disk_usage(place).free
+    return "unknown"
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder with its parents, where it is not there yet."""
+    if not path.is_dir():
+        _still_ours()
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+
+
+def write_atomic(path: Path, write: Callable[[Path], object], size: int | None = None) -> None:
+    """Call `write(temporary path)`, then rename the result to `path`; on an error nothing is left at either name.
+
+    size: bytes that will be written, for the message of an error. A link at `path` is replaced, its target stays."""
+    _still_ours()
+    make_folder(path.parent)
+    temporary = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
+    if os.path.lexists(temporary):  # another's file, or a link: never written into
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
+    with writing(path, size):
+        temporary.open("xb").close()
     try:
-        os.fsync(folder)  # the rename itself survives a power cut
+        with writing(path, size, temporary):
+            write(temporary)
+            temporary.chmod(0o666 & ~_UMASK)  # some writers make files that only their owner can read
+            with temporary.open("rb") as handle:
+                os.fsync(handle.fileno())
+        _still_ours()  # it may have taken long
+        with writing(path, size):
+            temporary.replace(path)
     finally:
-        os.close(folder)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def sync(folder: Path) -> None:
+    """Make renames and deletions in a folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # not every file system can
+            os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:
     """Atomically write `text` as UTF-8."""
-    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    content = text.encode()
+    write_atomic(path, lambda temporary: temporary.write_bytes(content), len(content))
+
+
+def append_text(path: Path, text: str) -> None:
+    """Append `text` as UTF-8 to a file (never through a link)."""
+    _still_ours()
+    content = text.encode()
+    with writing(path, len(content)):
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+        with os.fdopen(os.open(path, flags, 0o666), "ab") as handle:
+            handle.write(content)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -61,19 +153,22 @@ def write_json(path: Path, value: Any) -> None:
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Atomically write tensors, in sorted order and without metadata, so equal tensors give equal bytes."""
     ordered = {name: tensors[name].detach().to("cpu").contiguous() for name in sorted(tensors)}
-    write_atomic(path, lambda temporary: save_file(ordered, temporary))
+    size = sum(tensor.nbytes for tensor in ordered.values())
+    write_atomic(path, lambda temporary: save_file(ordered, temporary), size)
 
 
-def link(source: Path, target: Path) -> None:
-    """The same file under another name (a copy across file systems). Finished files are replaced and never
-    rewritten, so sharing them is safe."""
-    if target.exists() and target.samefile(source):
-        return
-    target.unlink(missing_ok=True)
+def copy(source: Path, target: Path) -> None:
+    """Atomically copy a file's content. The copy shares no storage with `source`, which may be a link."""
+    write_atomic(target, lambda temporary: shutil.copyfile(source, temporary), source.stat().st_size)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a link (not what it leads to); nothing where there is none."""
+    _still_ours()
     try:
-        os.link(source, target)
-    except OSError:
-        write_atomic(target, lambda temporary: shutil.copyfile(source, temporary))
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise OSError(f"{path}: could not be deleted: {error.strerror}") from error
 
 
 def read_json(path: Path) -> Any:

@@ -153,11 +153,11 @@ class Pairs:
             if column not in table or tuple(table[column].shape) != expected:
                 found_shape = tuple(table[column].shape) if column in table else "nothing"
                 raise ValueError(f"{path}: {column}: found {found_shape}, expected {expected}")
-        self._check_values(path, table)
+        self.check_values(path, table)
         return table
 
     @staticmethod
-    def _check_values(path: Path, table: dict[str, Tensor]) -> None:
+    def check_values(path: Path, table: dict[str, Tensor]) -> None:
         """Data are finite and of a size that data have; stored noise has unit variance, else it was scaled."""
         largest = float(table["x0"].abs().amax()) if table["x0"].isfinite().all() else math.nan
         if not largest <= LARGEST:

@@ -1,23 +1,27 @@
-"""Makes a pair cache from a teacher, shard by shard; a killed writer continues with the first shard that is
-not there."""
+"""Makes a pair cache from a teacher, shard by shard; a killed writer continues with the shards that are not there, or
+not what it wrote."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from distill.cache.pairs import HEADER, MANIFEST, Header, balanced_labels
+from distill.cache.pairs import HEADER, MANIFEST, Header, Pairs, balanced_labels
 from distill.data.cond import Cond
 from distill.data.rng import sample_noise
-from distill.files import read_json, sha256_file, write_json, write_safetensors
+from distill.files import read_json, remove, sha256_file, write_json, write_safetensors
 from distill.models.denoiser import Denoiser
 from distill.world import World
 
 SHARD_BYTES = 64 * 2**20
+WRITTEN = "shards.json"  # sha256 of the shards of an unfinished cache
 
 
 def shard_rows(sample_shape: tuple[int, ...], shard_bytes: int = SHARD_BYTES) -> int:
@@ -69,9 +73,10 @@ def write_pairs(
     world: World | None = None,
     shard_bytes: int = SHARD_BYTES,
     on_samples: Callable[[int], None] = lambda count: None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Write all shards that are missing, then the manifest. `on_samples(n)` is told of every n samples that
-    are there.
+    """Write all shards that are missing, or are not what was written by the record beside them, then the manifest.
+    `on_samples(n)` is told of every n samples that are there, `tell` of every shard that is made again, and why.
 
     A folder that was begun with another header is refused. With several processes each makes a part of every
     shard and the main one writes."""
@@ -80,16 +85,18 @@ def write_pairs(
     if begun.is_file() and (found := read_json(begun)) != header.to_dict():
         changed = sorted(key for key, value in header.to_dict().items() if found.get(key) != value)
         raise ValueError(f"{begun}: begun with other {changed}: found {[found.get(k) for k in changed]}")
+    written = recorded(folder, header)
     world.barrier()
     if world.main:
         write_json(begun, header.to_dict())
     shards = []
     pieces = torch.arange(header.count).split(shard_rows(header.sample_shape, shard_bytes))
-    paths = [folder / f"pairs-{number:05d}.safetensors" for number in range(len(pieces))]
-    missing = [not path.is_file() for path in paths]  # a shard has its name only when it is whole
-    world.barrier()  # all have looked before anyone writes
-    for path, ids, make in zip(paths, pieces, missing, strict=True):
-        if make:
+    for number, ids in enumerate(pieces):
+        path = folder / f"pairs-{number:05d}.safetensors"
+        reason = check_shard(path, header, ids, written.get(path.name)) if world.main else ""
+        if world.any(bool(reason)):
+            if world.main and path.is_file():
+                tell(f"{path}: {reason}; made again")
             x0 = make_pairs(
                 teacher,
                 header,
@@ -102,11 +109,45 @@ def write_pairs(
             if x0 is not None:
                 labels = balanced_labels(ids, header.num_classes)
                 write_safetensors(path, {"ids": ids, "label": labels, "x0": x0})
+                written[path.name] = sha256_file(path)
+                write_json(folder / WRITTEN, {"header": header.to_dict(), "sha256": written})
         else:
             on_samples(len(ids))
         if world.main:
-            shards.append({"file": path.name, "count": len(ids), "sha256": sha256_file(path)})
+            shards.append({"file": path.name, "count": len(ids), "sha256": written[path.name]})
     if world.main:
         write_json(folder / MANIFEST, {"header": header.to_dict(), "shards": shards})
-        begun.unlink()
+        remove(begun)
+        remove(folder / WRITTEN)
     world.barrier()
+
+
+def recorded(folder: Path, header: Header) -> dict[str, str]:
+    """sha256 of every shard by its name, as noted when it was written: by a manifest, or by a writer that was killed."""
+    with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+        manifest = read_json(folder / MANIFEST)
+        if manifest["header"] == header.to_dict():
+            return {str(shard["file"]): str(shard["sha256"]) for shard in manifest["shards"]}
+    with suppress(FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        noted = read_json(folder / WRITTEN)
+        if noted["header"] == header.to_dict():
+            return {str(name): str(sha) for name, sha in noted["sha256"].items()}
+    return {}
+
+
+def check_shard(path: Path, header: Header, ids: Tensor, sha256: str | None) -> str:
+    """Why a shard is not the one that was written for `ids` (one sentence), or "" where it is."""
+    if not path.is_file():
+        return "missing"
+    if sha256 is None:
+        return "there is no record of it"
+    if (found := sha256_file(path)) != sha256:
+        return f"sha256: found {found[:12]}, expected {sha256[:12]}: changed after it was written"
+    try:
+        table = safetensors.torch.load_file(path)
+        Pairs.check_values(path, table)
+    except (SafetensorError, ValueError, KeyError) as error:
+        return str(error)
+    labels, shape = balanced_labels(ids, header.num_classes), (len(ids), *header.sample_shape)
+    fits = torch.equal(table["ids"], ids) and torch.equal(table["label"], labels)
+    return "" if fits and tuple(table["x0"].shape) == shape else "holds other pairs"

@@ -3,12 +3,10 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -22,12 +20,13 @@ from distill.evaluation.grid import image_grid, save_png
 from distill.evaluation.measure import Reference, measure
 from distill.evaluation.protocol import Protocol
 from distill.evaluation.report import report
-from distill.files import write_atomic, write_json, write_text
+from distill.files import copy, write_json, write_text
 from distill.models.features import FeatureExtractor
 from distill.models.generator import Generator
 from distill.models.native import load_model
 from distill.pipeline.execution import use_threads
 from distill.pipeline.monitor import model_folder
+from distill.pipeline.ownership import PUBLISHED, patterns
 from distill.pipeline.stage import ModelStage, Room, Stage, check_types, read_artifact
 from distill.pipeline.stages import check_which
 from distill.samplers.ode import rollout
@@ -35,7 +34,6 @@ from distill.samplers.solvers import calls_per_step
 from distill.samplers.straightness import straightness
 
 SCHEMA = 1
-PUBLISHED = ("metrics.json", "report.md", "grid.png")
 METRICS = (
     "fd",
     "kid",
@@ -85,6 +83,8 @@ class Evaluate(Stage):
         seed: of the samples' noise, so that runs of several seeds are measured alike; None: the run's.
     """
 
+    FILES: ClassVar[tuple[str, ...]] = patterns(*PUBLISHED)
+    NEEDED: ClassVar[tuple[str, ...]] = ("metrics.json", "report.md")
     # What a row holds beside `model`, `steps` and `guidance_scale`, and gates may name.
     MEASURED: ClassVar[tuple[str, ...]] = METRICS
 
@@ -150,7 +150,7 @@ class Evaluate(Stage):
         for name in PUBLISHED:
             source = room.folder / name
             if source.is_file():
-                write_atomic(room.run_folder / name, partial(shutil.copyfile, source))
+                copy(source, room.run_folder / name)
 
     def run(self, room: Room) -> dict[str, Any]:
         """Write metrics.json, report.md and grid.png, here and at the top of the run. All processes sample; the

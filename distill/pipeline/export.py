@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,11 +10,12 @@ import torch
 
 from distill.evaluation.protocol import Protocol
 from distill.exporters.card import card
-from distill.files import read_json, write_atomic, write_json, write_safetensors, write_text
+from distill.files import copy, read_json, write_json, write_safetensors, write_text
 from distill.models.native import DESCRIPTION, WEIGHTS, load_model, read_description
 from distill.pipeline.evaluate import Evaluate
 from distill.pipeline.monitor import model_folder
-from distill.pipeline.stage import ModelStage, Room, Stage, check_types
+from distill.pipeline.ownership import patterns
+from distill.pipeline.stage import MODEL_FILES, ModelStage, Room, Stage, check_types
 from distill.pipeline.stages import check_which
 
 
@@ -30,6 +30,8 @@ class Export(Stage):
     """
 
     REFERENCES: ClassVar[tuple[str, ...]] = ("student", "evaluate")
+    FILES: ClassVar[tuple[str, ...]] = (*MODEL_FILES, *patterns("README.md", "grid.png", "metrics.json"))
+    NEEDED: ClassVar[tuple[str, ...]] = (WEIGHTS, DESCRIPTION, "README.md")
 
     student: str
     evaluate: str | None = None
@@ -75,7 +77,7 @@ class Export(Stage):
             grid = room.inputs["evaluate"] / "grid.png"
             picture = grid.is_file()
             if picture:
-                write_atomic(room.folder / "grid.png", lambda temporary: shutil.copyfile(grid, temporary))
+                copy(grid, room.folder / "grid.png")
         write_text(
             room.folder / "README.md", card(room.recipe, description, rows, protocol, grid=picture, note=note)
         )

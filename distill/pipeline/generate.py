@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from distill.cache.pairs import HEADER, MANIFEST, Header, Pairs
-from distill.cache.writer import write_pairs
+from distill.cache.writer import WRITTEN, write_pairs
 from distill.data.rng import noise_checksum
-from distill.files import link, sha256_file
+from distill.files import copy, sha256_file
 from distill.models.denoiser import SOLVERS, Denoiser
 from distill.models.native import WEIGHTS, load_model
 from distill.pipeline.execution import use_threads
+from distill.pipeline.ownership import needed, patterns
 from distill.pipeline.stage import ModelStage, Room, Stage, check_types
 from distill.samplers.solvers import calls_per_step
 
@@ -30,6 +31,8 @@ class Generate(Stage):
     """
 
     REFERENCES: ClassVar[tuple[str, ...]] = ("teacher",)
+    FILES: ClassVar[tuple[str, ...]] = (r"pairs-\d{5,}\.safetensors", *patterns(MANIFEST, HEADER, WRITTEN))
+    NEEDED: ClassVar[tuple[str, ...]] = (MANIFEST,)
 
     teacher: str
     count: int
@@ -38,6 +41,7 @@ class Generate(Stage):
     stream: str = "pairs"
     batch_size: int = 256
     path: str | None = None
+    _found: str | None = field(default=None, init=False, repr=False)  # digest of the cache at `path`
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -58,7 +62,10 @@ class Generate(Stage):
 
     def fingerprint(self) -> str:
         """The manifest of a cache that is there already."""
-        return "" if self.path is None else sha256_file(Path(self.path) / MANIFEST)
+        if self.path is None:
+            return ""
+        self._found = sha256_file(needed(Path(self.path) / MANIFEST, "a finished pair cache"))
+        return self._found
 
     def begun(self, folder: Path) -> bool:
         """A header or a shard is there."""
@@ -99,6 +106,7 @@ class Generate(Stage):
                     device=room.device,
                     world=room.world,
                     on_samples=bar.update,
+                    tell=room.display.line,
                 )
         Pairs(room.folder)
         calls = calls_per_step(self.sampler["solver"])
@@ -126,7 +134,8 @@ class Generate(Stage):
         """Use a cache that is there already, if it was made by this teacher in this way."""
         assert self.path is not None
         source = Path(self.path)
-        found = Pairs(source).header.to_dict()
+        pairs = Pairs(source)
+        found = pairs.header.to_dict()
         free = {
             "seed",
             "stream",
@@ -139,7 +148,9 @@ class Generate(Stage):
             what = ", ".join(f"{k}: found {found[k]!r}, expected {wanted.to_dict()[k]!r}" for k in changed)
             raise ValueError(f"{source / MANIFEST}: not the pairs that this stage asks for: {what}")
         if room.world.main:
-            for path in sorted(source.glob("pairs-*.safetensors")):
-                link(path, room.folder / path.name)
-            link(source / MANIFEST, room.folder / MANIFEST)
+            for shard in pairs.shards:
+                copy(source / shard["file"], room.folder / shard["file"])
+            copy(source / MANIFEST, room.folder / MANIFEST)
+            if self._found not in (None, sha256_file(room.folder / MANIFEST)):
+                raise ValueError(f"{source / MANIFEST}: changed since the run began; start it again")
         room.world.barrier()

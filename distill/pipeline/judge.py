@@ -31,7 +31,8 @@ from distill.models.generator import Generator
 from distill.models.native import WEIGHTS, load_model, read_description
 from distill.models.spec import SamplerSpec
 from distill.pipeline.display import Display
-from distill.pipeline.evaluate import PUBLISHED, Evaluate
+from distill.pipeline.evaluate import Evaluate
+from distill.pipeline.ownership import PUBLISHED
 from distill.pipeline.request import (
     DEVICES,
     Request,

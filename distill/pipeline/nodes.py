@@ -8,7 +8,7 @@ from typing import Any
 
 from distill.files import read_json, sha256_file, write_json
 from distill.models.native import DESCRIPTION, WEIGHTS, read_description
-from distill.pipeline.stage import ARTIFACT
+from distill.pipeline.ownership import ARTIFACT
 
 SCHEMA = 1
 FOLDER, MANIFEST = "nodes", "nodes.json"

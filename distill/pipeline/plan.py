@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 
 from distill.files import read_json
 from distill.pipeline.expand import expand
+from distill.pipeline.ownership import (
+    EMPTIED,
+    IDENTITY,
+    check_names,
+    check_stage_folder,
+    recorded_identity,
+)
 from distill.pipeline.stage import (
-    ARTIFACT,
+    INPUT_FILES,
+    Identity,
+    NewerSchema,
     Stage,
     check_types,
     differences,
     digest_of,
+    files_digest,
     identity,
     read_artifact,
 )
-
-IDENTITY = "identity.json"
+from distill.typed import parse
 
 
 @dataclass
@@ -37,6 +47,22 @@ class Planned:
     identity: dict[str, Any]
     state: str = "new"
     changes: tuple[str, ...] = ()
+    # Why what lies there cannot be used, where it is not another config.
+    broken: str = ""
+    # Digest of the files that it has made, where it is finished.
+    made: str | None = None
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Patterns of the files that are the stage's, and of those of the stage that its folder was made by."""
+        config = recorded_identity(self.folder).get("config")
+        target = str(config.get("_target_")) if isinstance(config, Mapping) else ""
+        before: Any = None
+        if target.startswith("distill.pipeline."):  # a file must not choose code from elsewhere to run
+            with suppress(ImportError, ValueError):
+                before = get_class(target)
+        made = before.made() if isinstance(before, type) and issubclass(before, Stage) else ()
+        return tuple(dict.fromkeys([*self.stage.made(), *made]))
 
     @property
     def digest(self) -> str:
@@ -63,6 +89,7 @@ def build_stages(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Stage]:
 def plan(recipe: Mapping[str, Any], run_folder: Path, seed: int) -> list[Planned]:
     """All stages in order with digests and states."""
     configs = expand(recipe)
+    check_names(list(configs))
     for name, config in configs.items():
         path = config.get("path")
         if path is not None and Path(path).resolve().is_relative_to(run_folder.resolve()):
@@ -83,26 +110,37 @@ def plan(recipe: Mapping[str, Any], run_folder: Path, seed: int) -> list[Planned
             raise ValueError(f"stages.{name}: {error}") from error
         entry = Planned(name, stage, config, folder, content)
         digests[name] = entry.digest
-        _state(entry)
+        _state(entry, {other.name: other for other in planned})
         planned.append(entry)
     return planned
 
 
-def _state(entry: Planned) -> None:
-    """Compare a stage with what lies in its folder."""
-    record = read_artifact(entry.folder)
+def _state(entry: Planned, before: Mapping[str, Planned]) -> None:
+    """Compare a stage with what lies in its folder. `before`: the stages before it, by name."""
+    check_stage_folder(entry.folder, entry.stage.made())
     begun = entry.folder / IDENTITY
-    if record is not None and record["digest"] != digest_of(record["identity"]):
-        raise ValueError(
-            f"{entry.folder / ARTIFACT}: digest: does not fit its identity: changed after it was made"
-        )
+    try:
+        record = read_artifact(entry.folder, type(entry.stage))
+        found = record["identity"] if record is not None else read_json(begun) if begun.is_file() else {}
+        if found and EMPTIED not in found:
+            parse(Identity, found, f"{begun}: ")
+    except NewerSchema:
+        raise
+    except ValueError as error:
+        entry.state, entry.broken = "changed", str(error)
+        return
     if record is not None:
-        found, finished = record["identity"], True
-    elif begun.is_file() and entry.stage.begun(entry.folder):
-        found, finished = read_json(begun), False
+        inputs, finished = record.get(INPUT_FILES), True
+        entry.made = files_digest(record)
+    elif found and EMPTIED not in found and entry.stage.begun(entry.folder):
+        inputs, finished = found.pop(INPUT_FILES, None), False
     else:
         return
-    changes = tuple(differences(found, entry.identity))
+    changes = [*differences(found, entry.identity)]
+    for role, target in entry.stage.inputs().items():
+        other = before[target].made  # None: it is made first, and compared then
+        if not changes and inputs is not None and other not in (None, inputs.get(role)):
+            changes.append(f"inputs.{role}: {inputs.get(role)} -> {other}")
     if not changes:
         entry.state = "finished" if finished else "interrupted"
     elif _only_longer(entry.stage, found, entry.identity):
@@ -113,7 +151,7 @@ def _state(entry: Planned) -> None:
                 f"redo={entry.name} trains it from the start"
             )
     else:
-        entry.state, entry.changes = "changed", changes
+        entry.state, entry.changes = "changed", tuple(changes)
 
 
 def _only_longer(stage: Stage, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
@@ -129,8 +167,8 @@ def _only_longer(stage: Stage, old: Mapping[str, Any], new: Mapping[str, Any]) -
     return all(new["config"][key] >= old["config"].get(key, 0) for key in stage.LENGTH)
 
 
-def redo(planned: Sequence[Planned], named: str | Sequence[str] | None) -> list[Path]:
-    """Mark the named stages and everything that depends on them as not made; returns their folders."""
+def redo(planned: Sequence[Planned], named: str | Sequence[str] | None) -> list[Planned]:
+    """Mark the named stages and everything that depends on them as not made; returns them."""
     if not (
         named is None
         or isinstance(named, str)
@@ -145,8 +183,8 @@ def redo(planned: Sequence[Planned], named: str | Sequence[str] | None) -> list[
     for entry in planned:
         if entry.name in gone or gone & set(entry.stage.inputs().values()):
             gone.add(entry.name)
-            entry.state, entry.changes = "new", ()
-    return [entry.folder for entry in planned if entry.name in gone]
+            entry.state, entry.changes, entry.broken = "new", (), ""
+    return [entry for entry in planned if entry.name in gone]
 
 
 def readable(change: str) -> str:
@@ -175,6 +213,11 @@ def refuse_changes(planned: Sequence[Planned], run_folder: Path) -> None:
     if not changed:
         return
     first = changed[0]
+    if first.broken:
+        raise ValueError(
+            f"stages.{first.name}: {first.broken}\nEither redo={first.name} (makes it and what depends on it again) "
+            f"or another name=... (a new run beside {run_folder})."
+        )
     reason = f" (because {', '.join(extended)} would be trained further)" if extended else ""
     lines = "\n".join(f"  {readable(line)}" for line in first.changes[:20])
     raise ValueError(
@@ -201,4 +244,5 @@ def describe_plan(planned: Sequence[Planned], run_folder: Path) -> str:
             f"  {number}. {entry.name:<{width}}  {entry.state:<11}  {kind:<{kinds}}  {size}  {inputs}".rstrip()
         )
         lines += [f"       {readable(line)}" for line in entry.changes[:5]]
+        lines += [f"       {entry.broken}"] if entry.broken else []
     return "\n".join(lines)

@@ -16,8 +16,8 @@ from omegaconf import OmegaConf
 from distill.data.folder import ImageFolder, holds_images
 from distill.files import read_json
 from distill.models.native import DESCRIPTION
-from distill.pipeline.evaluate import PUBLISHED
-from distill.pipeline.stage import ARTIFACT, check_types
+from distill.pipeline.ownership import ARTIFACT, PUBLISHED
+from distill.pipeline.stage import check_types
 
 FOLDER = "distill.data.folder.ImageFolder"
 DEVICES = {"auto": "auto", "cpu": "cpu", "cuda": "gpu", "gpu": "gpu"}

@@ -3,59 +3,43 @@ not."""
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
-import shutil
-import socket
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import yaml
 from hydra.errors import InstantiationException
 
-from distill.files import TEMPORARY_SUFFIX, read_json, write_json, write_text
+from distill.files import make_folder, read_json, remove, sync, write_json, write_text
+from distill.names import check_name
 from distill.pipeline.display import Display
-from distill.pipeline.evaluate import PUBLISHED
-from distill.pipeline.plan import IDENTITY, Planned, check_split, describe_plan, plan, redo, refuse_changes
-from distill.pipeline.stage import (
+from distill.pipeline.lock import Held, lock
+from distill.pipeline.ownership import (
     ARTIFACT,
+    CONFIG,
+    IDENTITY,
+    OF_A_RUN,
+    PLAN,
+    PUBLISHED,
+    REDO,
+    check_run_folder,
+    empty,
+    patterns,
+    sweep,
+)
+from distill.pipeline.plan import Planned, check_split, describe_plan, plan, redo, refuse_changes
+from distill.pipeline.stage import (
+    INPUT_FILES,
+    SCHEMA,
     Room,
     Settings,
+    input_digests,
     read_artifact,
     verify_files,
     write_artifact,
 )
 from distill.world import join
-
-LOCK, PLAN, CONFIG, REDO = ".lock", "plan.json", "config.yaml", "redo.json"
-
-
-@contextmanager
-def lock(run_folder: Path) -> Iterator[None]:
-    """One process a run folder. The kernel releases the lock with the process, however that ends; the file
-    tells who holds it."""
-    run_folder.mkdir(parents=True, exist_ok=True)
-    path = run_folder / LOCK
-    with path.open("a+") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            handle.seek(0)
-            owner = json.loads(handle.read() or "{}")
-            age = time.time() - owner.get("since", time.time())
-            raise RuntimeError(
-                f"{path}: this run is held by process {owner.get('pid')} on {owner.get('host')} "
-                f"for {age:.0f} s; "
-                "wait for it, stop it, or use another name=..."
-            ) from None
-        handle.truncate(0)
-        handle.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}))
-        handle.flush()
-        yield
 
 
 def run(recipe: Mapping[str, Any], *, name: str, recipe_name: str) -> Path:
@@ -63,13 +47,14 @@ def run(recipe: Mapping[str, Any], *, name: str, recipe_name: str) -> Path:
     together: all run every stage, the main one writes."""
     run_folder, seed = run_place(recipe, name)
     settings = Settings(**recipe["trainer"])
+    check_run_folder(run_folder)
     if recipe.get("plan"):
         planned = plan(recipe, run_folder, seed)
         redo(planned, recipe.get("redo"))
         print(describe_plan(planned, run_folder))
         return run_folder
     world = join(settings.device)
-    with lock(run_folder) if world.main else nullcontext():
+    with lock(run_folder) if world.main else nullcontext() as held:
         world.barrier()
         planned = plan(recipe, run_folder, seed)  # under the lock: nobody changes what it looks at
         again = [] if pending(run_folder, planned, recipe.get("redo")) else redo(planned, recipe.get("redo"))
@@ -77,7 +62,7 @@ def run(recipe: Mapping[str, Any], *, name: str, recipe_name: str) -> Path:
         check_split(planned, world.size)
         world.barrier()  # all have looked before anything changes
         if world.main:
-            clean(run_folder, again)
+            clean(run_folder, planned, again)
             if again:
                 write_json(run_folder / REDO, redo_key(planned, recipe.get("redo")))
             stages = {entry.name: entry.config for entry in planned}
@@ -97,9 +82,9 @@ def run(recipe: Mapping[str, Any], *, name: str, recipe_name: str) -> Path:
                 digest=entry.digest,
                 world=world,
             )
-            _advance(entry, room)
+            _advance(entry, room, held)
         if world.main:
-            (run_folder / REDO).unlink(missing_ok=True)
+            remove(run_folder / REDO)
     return run_folder
 
 
@@ -121,15 +106,14 @@ def run_place(recipe: Mapping[str, Any], name: str) -> tuple[Path, int]:
         raise ValueError(f"seed: found {seed!r}, expected an integer")
     if not isinstance(runs_dir, str):
         raise ValueError(f"runs_dir: found {runs_dir!r}, expected a folder")
-    if name in ("", ".", "..") or Path(name).name != name:
-        raise ValueError(f"name: found {name!r}, expected the name of one folder below runs_dir")
-    return Path(runs_dir) / name, seed
+    return Path(runs_dir) / check_name(name, "name"), seed
 
 
 def check(recipe: Mapping[str, Any], *, name: str, processes: int) -> None:
     """Raise what `run` would raise before its first stage; changes nothing."""
     Settings(**recipe["trainer"])
     run_folder, seed = run_place(recipe, name)
+    check_run_folder(run_folder)
     planned = plan(recipe, run_folder, seed)
     if not pending(run_folder, planned, recipe.get("redo")):
         redo(planned, recipe.get("redo"))
@@ -139,50 +123,83 @@ def check(recipe: Mapping[str, Any], *, name: str, processes: int) -> None:
         pass
 
 
-def clean(run_folder: Path, stages: Sequence[Path]) -> None:
-    """Empty the stages that are made again, with what they published, and sweep what killed writers left behind."""
-    for folder in stages:
-        empty(folder)
-    for name in PUBLISHED if stages else ():
-        (run_folder / name).unlink(missing_ok=True)
-    for left in run_folder.rglob(f".*{TEMPORARY_SUFFIX}"):
-        left.unlink(missing_ok=True)
+def clean(run_folder: Path, planned: Sequence[Planned], again: Sequence[Planned]) -> None:
+    """Delete the files of the stages that are made again, with what they published, and sweep what killed writers left
+    behind."""
+    for entry in again:
+        empty(entry.folder, entry.files)
+    for name in PUBLISHED if again else ():
+        remove(run_folder / name)
+    sweep(run_folder, patterns(*OF_A_RUN))
+    for entry in planned:
+        sweep(entry.folder, entry.files)
 
 
-def empty(folder: Path) -> None:
-    """Delete everything in a stage folder, wherever it lies. An error stops the run: what stays would be taken for new."""
-    for child in folder.iterdir() if folder.is_dir() else ():
-        if child.is_dir() and not child.is_symlink():
-            shutil.rmtree(child)
-        else:
-            child.unlink()
-
-
-def _advance(entry: Planned, room: Room) -> None:
-    """Skip a finished stage after checking its files; run any other and record it."""
+def _advance(entry: Planned, room: Room, held: Held | None) -> None:
+    """Skip a finished stage after checking its files; run any other and record it. `held` is the main process's."""
     world = room.world
     if entry.state == "finished":
-        record = read_artifact(entry.folder)
-        assert record is not None
         if world.main:
-            verify_files(entry.folder, record)
+            _check_finished(entry, room)
             entry.stage.publish(room)
         room.display.line("finished before, skipped")
         return
+    watched: AbstractContextManager[None] = nullcontext()
     if world.main:
-        entry.folder.mkdir(parents=True, exist_ok=True)
+        made_of = input_digests(room.inputs)
+        if entry.state != "new":
+            record = read_artifact(entry.folder) or read_json(entry.folder / IDENTITY)
+            _check_inputs(entry, record.get(INPUT_FILES), made_of)
+        make_folder(entry.folder)
         if entry.state == "new":
-            empty(entry.folder)  # whatever lies there belongs to no stage that is known
-        (entry.folder / ARTIFACT).unlink(missing_ok=True)
+            empty(entry.folder, entry.files)  # whatever lies there belongs to no stage that is known
+        remove(entry.folder / ARTIFACT)
+        sync(entry.folder)
+        write_json(entry.folder / IDENTITY, entry.identity | {INPUT_FILES: made_of})
         write_text(entry.folder / CONFIG, yaml.safe_dump(entry.config, sort_keys=False))
-        write_json(entry.folder / IDENTITY, entry.identity)
+        assert held is not None
+        watched = held.also(entry.folder / IDENTITY)
     world.barrier()
-    facts = _run_stage(entry, room)
-    world.barrier()
-    if world.main:
-        write_artifact(entry.folder, entry.identity, facts)
-        entry.stage.publish(room)
+    with watched:
+        facts = _run_stage(entry, room)
+        world.barrier()
+        if world.main:
+            _record(entry, facts, made_of)
+            entry.stage.publish(room)
     world.barrier()  # the next stage reads it on every process
+
+
+def _record(entry: Planned, facts: Mapping[str, Any], made_of: Mapping[str, str]) -> None:
+    """Note that a stage is finished."""
+    stage = entry.stage
+    write_artifact(entry.folder, entry.identity, facts, stage.made(), stage.NEEDED, made_of)
+
+
+def _check_finished(entry: Planned, room: Room) -> None:
+    """Raise unless a finished stage's files are those that it made, from the inputs that are there. A record of an earlier
+    version is brought to this one."""
+    record = read_artifact(entry.folder, type(entry.stage))
+    assert record is not None
+    try:
+        verify_files(entry.folder, record)
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(
+            f"stages.{entry.name}: {error}; redo={entry.name} makes it and what depends on it again"
+        ) from error
+    made_of = input_digests(room.inputs)
+    _check_inputs(entry, record.get(INPUT_FILES), made_of)
+    if record["schema"] != SCHEMA:
+        _record(entry, record["facts"], made_of)
+
+
+def _check_inputs(entry: Planned, recorded: Mapping[str, str] | None, found: Mapping[str, str]) -> None:
+    """Raise ValueError unless a stage was made (or begun) from the files that its inputs hold now."""
+    for role, digest in found.items():
+        if recorded is not None and recorded.get(role) != digest:
+            raise ValueError(
+                f"stages.{entry.name}: {entry.folder} was made from another {role!r} than {entry.stage.inputs()[role]!r} holds "
+                f"now; redo={entry.name} makes it and what depends on it again"
+            )
 
 
 def _run_stage(entry: Planned, room: Room) -> dict[str, Any]:

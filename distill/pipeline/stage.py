@@ -3,6 +3,7 @@ again."""
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,12 +15,15 @@ import torch
 
 import distill
 from distill.engine.parallel import SHARD
-from distill.files import canonical_json, read_json, sha256_file, sha256_text, write_json
+from distill.files import canonical_json, copy, read_json, sha256_file, sha256_text, write_json
 from distill.pipeline.display import Display
+from distill.pipeline.ownership import ARTIFACT, RECORDS, files_of, patterns
+from distill.typed import parse
 from distill.world import World
 
-SCHEMA = 1
-ARTIFACT = "artifact.json"
+SCHEMA = 2  # 1: without `sha256` and `input_files`
+INPUT_FILES = "input_files"
+MODEL_FILES = patterns("model.safetensors", "model.json")
 
 # Options of a stage that change how it runs and not what it makes: they never enter a digest. (Those of the
 # group `trainer` are no part of a stage's config at all.) What lies at a `path` enters by its fingerprint,
@@ -114,6 +118,16 @@ class Stage(ABC):
     LENGTH: ClassVar[tuple[str, ...]] = ()
     # Fields whose value is the name of another stage.
     REFERENCES: ClassVar[tuple[str, ...]] = ()
+    # Files that the stage makes, relative to its folder, as regular expressions of whole names (`/` divides folders). Only
+    # these are recorded when it is finished, and deleted when it is made again.
+    FILES: ClassVar[tuple[str, ...]] = ()
+    # Those without which it is not finished.
+    NEEDED: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def made(cls) -> tuple[str, ...]:
+        """Patterns of everything in the stage's folder that is not the user's."""
+        return (*patterns(*RECORDS), *cls.FILES)
 
     def inputs(self) -> dict[str, str]:
         """role -> name of the stage whose artifact it needs."""
@@ -149,6 +163,9 @@ class Stage(ABC):
 class ModelStage(Stage):
     """A stage that leaves a model folder (`models.native`): others start from it, ask it, measure it, export it."""
 
+    FILES: ClassVar[tuple[str, ...]] = MODEL_FILES
+    NEEDED: ClassVar[tuple[str, ...]] = ("model.safetensors", "model.json")
+
 
 def hashed_config(config: Mapping[str, Any], references: tuple[str, ...]) -> dict[str, Any]:
     """The part of a stage's config that enters its digest: no execution-only option and no reference to
@@ -179,50 +196,124 @@ def digest_of(content: Mapping[str, Any]) -> str:
     return sha256_text(canonical_json(content))
 
 
+@dataclass(frozen=True)
+class Identity:
+    """identity.json of a stage that was begun: see `identity`. `input_files` as in `Record`."""
+
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    seed: int
+    fingerprint: str
+    input_files: dict[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Record:
+    """artifact.json: that a stage is finished, what it is and what it made.
+
+    Attributes:
+        digest: of the identity. identity: see `identity`. facts: what the stage tells of itself.
+        files: sha256 of every file that it made, by its path in the stage's folder.
+        input_files: by role, the digest (`files_digest`) of what its inputs had made when it was made.
+        code: versions. sha256: of the canonical JSON of all of this but itself.
+    """
+
+    schema: int
+    digest: str
+    identity: Identity
+    facts: dict[str, Any]
+    files: dict[str, str]
+    code: dict[str, str] = field(default_factory=dict)
+    input_files: dict[str, str] | None = None
+    sha256: str | None = None
+
+
+def files_digest(record: Mapping[str, Any]) -> str:
+    """Digest of the files that a finished stage made, its records left out: what the stages after it were made from."""
+    return digest_of({name: sha for name, sha in record["files"].items() if name not in RECORDS})
+
+
+def input_digests(inputs: Mapping[str, Path]) -> dict[str, str]:
+    """`files_digest` of the finished stages in some folders, by role."""
+    records = {role: read_artifact(folder) for role, folder in inputs.items()}
+    return {role: files_digest(record) for role, record in records.items() if record is not None}
+
+
 def write_artifact(
     folder: Path,
     content: Mapping[str, Any],
     facts: Mapping[str, Any],
+    made: tuple[str, ...],
+    needed: tuple[str, ...] = (),
+    input_files: Mapping[str, str] | None = None,
     skip: tuple[str, ...] = ("checkpoints", "logs"),
 ) -> None:
-    """Record that the stage is finished: its identity, its facts and a sha256 for every file of it. Written
-    last."""
-    files = {
-        str(path.relative_to(folder)): sha256_file(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != ARTIFACT and path.relative_to(folder).parts[0] not in skip
-    }
+    """Record that the stage is finished: its identity, its facts and a sha256 for every file that it made (patterns `made`).
+    Written last. Raises FileNotFoundError where a file that the stage must leave (`needed`) is not there."""
+    names = [n for n in files_of(folder, made) if n != ARTIFACT and n.partition("/")[0] not in skip]
+    if missing := [name for name in needed if name not in names]:
+        raise FileNotFoundError(f"{folder / missing[0]}: missing at the end of the stage that makes it")
     record = {
         "schema": SCHEMA,
         "digest": digest_of(content),
         "identity": dict(content),
         "facts": dict(facts),
-        "files": files,
+        "files": {name: sha256_file(folder / name) for name in names},
+        "input_files": dict(input_files or {}),
         "code": {"distill": distill.__version__, "torch": str(torch.__version__)},
     }
-    write_json(folder / ARTIFACT, record)
+    write_json(folder / ARTIFACT, record | {"sha256": digest_of(record)})
 
 
-def read_artifact(folder: Path) -> dict[str, Any] | None:
-    """The record of a finished stage, or None where there is none yet. A newer schema is refused."""
+def read_artifact(folder: Path, stage: type[Stage] | None = None) -> dict[str, Any] | None:
+    """The record of a finished stage, or None where there is none yet. Raises ValueError where it is of a newer schema, was
+    changed, or names no file that a `stage` of its kind must have made."""
     path = folder / ARTIFACT
     if not path.is_file():
         return None
     record = read_json(path)
     found = record.get("schema") if isinstance(record, dict) else type(record).__name__
-    if found != SCHEMA:
-        raise ValueError(f"{path}: schema: found {found!r}, this version reads {SCHEMA}")
-    if missing := [key for key in ("digest", "identity", "facts", "files") if key not in record]:
-        raise ValueError(f"{path}: {missing[0]}: missing")
+    if found not in (1, SCHEMA):
+        raise NewerSchema(f"{path}: schema: found {found!r}, this version reads {SCHEMA}")
+    parse(Record, record, f"{path}: ")
+    if record["digest"] != digest_of(record["identity"]):
+        raise ValueError(f"{path}: digest: does not fit its identity: changed after it was made")
+    rest = {key: value for key, value in record.items() if key != "sha256"}
+    if found == SCHEMA and record.get("sha256") != digest_of(rest):
+        raise ValueError(f"{path}: sha256: does not fit the rest of the file: changed after it was made")
+    if found == 1 and {"sha256", "input_files"} & set(record):
+        raise ValueError(
+            f"{path}: schema: found 1 with entries of schema {SCHEMA}: changed after it was made"
+        )
+    if stage is not None:
+        if found == 1:  # then it named whatever lay in the folder
+            record["files"] = {n: sha for n, sha in record["files"].items() if _fits(n, stage.made())}
+        if unknown := [name for name in record["files"] if not _fits(name, stage.made())]:
+            raise ValueError(
+                f"{path}: files: found {unknown[0]!r}, which a {stage.__name__} stage does not make"
+            )
+        if missing := [name for name in stage.NEEDED if name not in record["files"]]:
+            raise ValueError(f"{path}: files: {missing[0]}: missing, so there is nothing to go on from")
     return record
 
 
+class NewerSchema(ValueError):
+    """A record that another version wrote."""
+
+
+def _fits(name: str, made: tuple[str, ...]) -> bool:
+    return any(re.fullmatch(pattern, name) for pattern in made)
+
+
 def verify_files(folder: Path, record: Mapping[str, Any]) -> None:
-    """Compare every file of an artifact with its sha256; the error names the file."""
+    """Compare every file of an artifact with its sha256; the error names the file. One that shares its storage with another
+    name (a link) becomes a copy of its own, so that nobody writes into it from there."""
     for name, expected in record["files"].items():
         path = folder / name
         if not path.is_file():
             raise FileNotFoundError(f"{path}: missing; {folder / ARTIFACT} expects it")
+        if path.is_symlink() or path.stat().st_nlink > 1:
+            copy(path, path)
         if (found := sha256_file(path)) != expected:
             raise ValueError(
                 f"{path}: sha256: found {found[:12]}, {ARTIFACT} expects {expected[:12]}: changed after it "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,7 +22,7 @@ from distill.engine.logging import Jsonl, Logger
 from distill.engine.module import DistillModule
 from distill.engine.parallel import full_state
 from distill.engine.update import Optim
-from distill.files import link, sha256_file
+from distill.files import copy, make_folder, sha256_file
 from distill.models.denoiser import Denoiser
 from distill.models.native import (
     DESCRIPTION,
@@ -38,7 +38,8 @@ from distill.pipeline.execution import peak_memory_bytes, use_threads
 from distill.pipeline.generate import Generate
 from distill.pipeline.monitor import WHICH, Monitor, Options
 from distill.pipeline.nodes import check_way, keeper, read_nodes, write_manifest
-from distill.pipeline.stage import ModelStage, Room, Stage, check_types
+from distill.pipeline.ownership import needed, patterns
+from distill.pipeline.stage import MODEL_FILES, ModelStage, Room, Stage, check_types
 from distill.process.base import KINDS
 
 CHECKPOINTS = "checkpoints"
@@ -69,6 +70,15 @@ class Train(ModelStage):
 
     LENGTH: ClassVar[tuple[str, ...]] = ("steps",)
     REFERENCES: ClassVar[tuple[str, ...]] = ("init", "teacher", "data", "nodes")
+    FILES: ClassVar[tuple[str, ...]] = (
+        *MODEL_FILES,
+        *patterns(f"{CHECKPOINTS}/{checkpoint.NAME}", "logs/metrics.jsonl", "logs/wandb_id"),
+        *(f"best/{name}" for name in MODEL_FILES),
+        *patterns("best.json", "monitor/evaluations.jsonl"),
+        r"monitor/(step|diagnostics)_\d{7,}\.png",
+        *(rf"nodes/\d{{3,}}/{name}" for name in MODEL_FILES),
+        *patterns("nodes.json", "nodes/stored.json"),
+    )
 
     method: dict[str, Any]
     data: str | dict[str, Any]
@@ -220,7 +230,6 @@ class Train(ModelStage):
             if isinstance(source, Pairs) and self.teacher is None:  # else the data are not what is learned
                 spec = replace(spec, guidance_baked=source.header.guidance_scale)
             if room.world.main:
-                folder.mkdir(parents=True, exist_ok=True)
                 save_model(folder, weights, describe(made.denoiser, net, spec))
 
         monitor = None if self._monitor is None else Monitor(self._monitor, room, save, source)
@@ -253,7 +262,7 @@ class Train(ModelStage):
         loggers: list[Logger] = []
         if room.world.main:
             logs = room.folder / "logs"
-            logs.mkdir(parents=True, exist_ok=True)
+            make_folder(logs)
             loggers.append(Jsonl(logs))
             loggers += [
                 instantiate(dict(logger), folder=logs, settings=config, _recursive_=False)
@@ -353,20 +362,30 @@ class Load(ModelStage):
     """
 
     path: str
+    _found: str | None = field(default=None, init=False, repr=False)  # digest of the model at `path`
 
     def fingerprint(self) -> str:
         """sha256 of the weights and of their description: where they lie does not matter, what they are
         does."""
-        read_description(Path(self.path))
-        return sha256_file(Path(self.path) / WEIGHTS) + sha256_file(Path(self.path) / DESCRIPTION)
+        self._found = self._digest(Path(self.path))
+        return self._found
 
     def run(self, room: Room) -> dict[str, Any]:
-        """Check the model and link it (copy it across file systems) into the run."""
+        """Copy the model into the run, and check the copy: it shares nothing with what lies at `path`."""
         source = Path(self.path)
-        load_model(source)
         for name in (WEIGHTS, DESCRIPTION) if room.world.main else ():
-            link(source / name, room.folder / name)
+            copy(source / name, room.folder / name)
+        room.world.barrier()
+        if self._found not in (None, self._digest(room.folder)):
+            raise ValueError(f"path: {source} changed since the run began; start it again")
+        load_model(room.folder)
         return {"train_seconds": None, "peak_memory_bytes": None}
+
+    @staticmethod
+    def _digest(folder: Path) -> str:
+        read_description(folder)
+        files = [needed(folder / name, "a model folder") for name in (WEIGHTS, DESCRIPTION)]
+        return "".join(sha256_file(file) for file in files)
 
 
 def check_which(which: str, name: str, stages: Mapping[str, Stage]) -> None:
