@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from distill.files import Lost, guarded, read_json, writing
-from distill.pipeline.ownership import LOCK, take_run_folder
+from distill.pipeline.ownership import LOCK, MARK, is_run, take_run_folder
 
 
 class Held:
@@ -52,6 +52,7 @@ def lock(run_folder: Path) -> Iterator[Held]:
 
     While it is held, nothing is written once the lock's path names another file (`files.guarded`). Raises ValueError where
     another process holds it, or where the folder is not a run's."""
+    there, fresh = run_folder.exists(), not is_run(run_folder)
     take_run_folder(run_folder)
     path = run_folder / LOCK
     handle = _locked(path)
@@ -63,8 +64,24 @@ def lock(run_folder: Path) -> Iterator[Held]:
             handle.write(content)
             handle.flush()
         held = Held(path, _inode(os.fstat(handle.fileno())))
-        with guarded(held.check):
-            yield held
+        try:
+            with guarded(held.check):
+                yield held
+        except BaseException:
+            if fresh:
+                _withdraw(run_folder, there)
+            raise
+
+
+def _withdraw(run_folder: Path, there: bool) -> None:
+    """Leave no trace of a run that was refused before it did anything; the folder stays where it was `there` before."""
+    with suppress(OSError):
+        if set(os.listdir(run_folder)) > {MARK, LOCK}:
+            return
+        (run_folder / MARK).unlink()
+        (run_folder / LOCK).unlink()
+        if not there:
+            run_folder.rmdir()
 
 
 def _locked(path: Path) -> BinaryIO:

@@ -60,7 +60,7 @@ def is_run(folder: Path) -> bool:
     if _regular(mark):
         with suppress(OSError), mark.open("rb") as handle:
             return handle.read(len(MARK_TEXT)).startswith(b"A run of distill")
-    found = _read(folder / PLAN)
+    found = read_object(folder / PLAN)
     stages = found.get("stages")
     if not isinstance(stages, dict) or not stages or not isinstance(found.get("recipe"), str):
         return False
@@ -133,7 +133,7 @@ def has_record(folder: Path) -> bool:
         (IDENTITY, ("config", "inputs", "seed", "fingerprint")),
         (ARTIFACT, ("digest", "identity")),
     ):
-        found = _read(folder / name)
+        found = read_object(folder / name)
         if set(keys) <= set(found) or EMPTIED in found:
             return True
     return False
@@ -141,7 +141,7 @@ def has_record(folder: Path) -> bool:
 
 def recorded_identity(folder: Path) -> Mapping[str, Any]:
     """The identity of the stage that is being made, or was, in `folder`; empty where none can be read."""
-    found = _read(folder / IDENTITY)
+    found = read_object(folder / IDENTITY)
     inner = found.get(EMPTIED, found)
     return inner if isinstance(inner, dict) else {}
 
@@ -224,10 +224,10 @@ def _foreign(folder: Path, first: Sequence[str]) -> list[str]:
 
 
 def _is_lock(path: Path) -> bool:
-    return _regular(path) and (path.stat().st_size == 0 or {"pid", "since"} <= set(_read(path)))
+    return _regular(path) and (path.stat().st_size == 0 or {"pid", "since"} <= set(read_object(path)))
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a regular file; an empty one where there is none."""
     with suppress(OSError, ValueError):
         found = read_json(path) if _regular(path) else None

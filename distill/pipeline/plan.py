@@ -136,14 +136,16 @@ def _state(entry: Planned, before: Mapping[str, Planned]) -> None:
         inputs, finished = found.pop(INPUT_FILES, None), False
     else:
         return
-    changes = [*differences(found, entry.identity)]
-    for role, target in entry.stage.inputs().items():
-        other = before[target].made  # None: it is made first, and compared then
-        if not changes and inputs is not None and other not in (None, inputs.get(role)):
-            changes.append(f"inputs.{role}: {inputs.get(role)} -> {other}")
-    if not changes:
+    changes = tuple(differences(found, entry.identity))
+    swapped = tuple(
+        f"inputs.{role}: {inputs.get(role)} -> {other}"
+        for role, target in entry.stage.inputs().items()
+        # None: the input is made first, and compared then
+        if inputs is not None and (other := before[target].made) not in (None, inputs.get(role))
+    )
+    if not changes and not swapped:
         entry.state = "finished" if finished else "interrupted"
-    elif _only_longer(entry.stage, found, entry.identity):
+    elif not swapped and _only_longer(entry.stage, found, entry.identity):
         entry.state = "extend" if finished else "interrupted"
         if not entry.stage.begun(entry.folder):
             raise FileNotFoundError(
@@ -151,7 +153,7 @@ def _state(entry: Planned, before: Mapping[str, Planned]) -> None:
                 f"redo={entry.name} trains it from the start"
             )
     else:
-        entry.state, entry.changes = "changed", tuple(changes)
+        entry.state, entry.changes = "changed", changes or swapped
 
 
 def _only_longer(stage: Stage, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:

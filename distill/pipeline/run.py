@@ -26,6 +26,7 @@ from distill.pipeline.ownership import (
     check_run_folder,
     empty,
     patterns,
+    read_object,
     sweep,
 )
 from distill.pipeline.plan import Planned, check_split, describe_plan, plan, redo, refuse_changes
@@ -95,8 +96,7 @@ def redo_key(planned: Sequence[Planned], named: Any) -> dict[str, Any]:
 
 def pending(run_folder: Path, planned: Sequence[Planned], named: Any) -> bool:
     """Whether this very redo was begun and interrupted: then the same command continues it."""
-    path = run_folder / REDO
-    return bool(named) and path.is_file() and read_json(path) == redo_key(planned, named)
+    return bool(named) and read_object(run_folder / REDO) == redo_key(planned, named)
 
 
 def run_place(recipe: Mapping[str, Any], name: str) -> tuple[Path, int]:

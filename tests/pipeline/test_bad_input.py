@@ -70,7 +70,7 @@ def refuse(tmp_path, monkeypatch):
         ("trainer.checkpoint_every=0", "trainer.checkpoint_every: expected at least 1, found 0"),
         ("trainer.devices=two", "trainer.devices: found 'two', expected int"),
         ("redo=true", "redo: found True, expected a stage or a list of stages"),
-        ("name=..", "name: found '..', expected the name of one folder"),
+        ("name=..", "name: found '..', expected a name: one component of a path"),
         ("name=a/b", "name: found 'a/b', expected the name of one folder"),
         ("teacher.precision=fp8", "stages.teacher.precision: found 'fp8', expected one of"),
         ("stages.reflow.init=pairs", "init: 'pairs' makes no model"),
@@ -227,10 +227,10 @@ def test_extension_and_what_it_makes_stale(finished, tmp_path):
 def test_a_newer_artifact_is_refused(finished):
     path = finished / "reflow" / "artifact.json"
     text = path.read_text()
-    path.write_text(json.dumps(json.loads(text) | {"schema": 2}))
+    path.write_text(json.dumps(json.loads(text) | {"schema": 3}))
     try:
         refused = run_verb(finished.parents[1], "train", *SMOKE, check=False)
-        assert "reflow/artifact.json: schema: found 2, this version reads 1" in refused.stderr
+        assert "reflow/artifact.json: schema: found 3, this version reads 2" in refused.stderr
     finally:
         path.write_text(text)
 
@@ -299,22 +299,17 @@ def test_a_refused_command_deletes_nothing(finished):
     assert sorted(finished.rglob("*")) == before
 
 
-def test_redo_through_a_link_and_over_leftovers_takes_nothing_old(tmp_path):
-    """A stage folder on another disk, and a checkpoint that no identity belongs to."""
+def test_leftovers_without_a_record_are_refused(tmp_path):
+    """A checkpoint that no identity belongs to: neither continued nor deleted."""
     run_verb(tmp_path, "train", *SMOKE)
-    teacher, elsewhere = tmp_path / "runs/run/teacher", tmp_path / "scratch"
-    teacher.rename(elsewhere)
-    teacher.symlink_to(elsewhere)
-    other = ("teacher.method.null_prob=0.9", "stages.reflow.steps=1")
-    run_verb(tmp_path, "train", *SMOKE, *other, "redo=teacher")
-    linked = (elsewhere / "model.safetensors").read_bytes()
-    run_verb(tmp_path, "train", *SMOKE, *other, "name=fresh")
-    fresh = (tmp_path / "runs/fresh/teacher/model.safetensors").read_bytes()
-    assert linked == fresh
+    teacher = tmp_path / "runs/run/teacher"
     for name in ("identity.json", "artifact.json"):
-        (elsewhere / name).unlink()
-    run_verb(tmp_path, "train", *SMOKE, "redo=teacher", "stages.reflow.steps=1")
-    assert (elsewhere / "model.safetensors").read_bytes() != fresh
+        (teacher / name).unlink()
+    before = sorted(teacher.rglob("*"))
+    for redo in ([], ["redo=teacher"]):
+        refused = run_verb(tmp_path, "train", *SMOKE, *redo, check=False)
+        assert "runs/run/teacher: is not empty and was not made by a stage" in refused.stderr
+    assert sorted(teacher.rglob("*")) == before
 
 
 def test_an_interrupted_redo_is_continued_by_the_same_command(finished, tmp_path):
