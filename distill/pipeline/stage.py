@@ -24,6 +24,15 @@ from distill.world import World
 SCHEMA = 2  # 1: without `sha256` and `input_files`
 INPUT_FILES = "input_files"
 MODEL_FILES = patterns("model.safetensors", "model.json")
+TRAINED_FILES = (
+    *MODEL_FILES,
+    *patterns("checkpoints/last.ckpt", "logs/metrics.jsonl", "logs/wandb_id"),
+    *(f"best/{name}" for name in MODEL_FILES),
+    *patterns("best.json", "monitor/evaluations.jsonl"),
+    r"monitor/(step|diagnostics)_\d{7,}\.png",
+    *(rf"nodes/\d{{3,}}/{name}" for name in MODEL_FILES),
+    *patterns("nodes.json", "nodes/stored.json"),
+)
 
 # Options of a stage that change how it runs and not what it makes: they never enter a digest. (Those of the
 # group `trainer` are no part of a stage's config at all.) What lies at a `path` enters by its fingerprint,

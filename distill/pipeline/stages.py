@@ -38,8 +38,8 @@ from distill.pipeline.execution import peak_memory_bytes, use_threads
 from distill.pipeline.generate import Generate
 from distill.pipeline.monitor import WHICH, Monitor, Options
 from distill.pipeline.nodes import check_way, keeper, read_nodes, write_manifest
-from distill.pipeline.ownership import needed, patterns
-from distill.pipeline.stage import MODEL_FILES, ModelStage, Room, Stage, check_types
+from distill.pipeline.ownership import needed
+from distill.pipeline.stage import TRAINED_FILES, ModelStage, Room, Stage, check_types
 from distill.process.base import KINDS
 
 CHECKPOINTS = "checkpoints"
@@ -70,15 +70,7 @@ class Train(ModelStage):
 
     LENGTH: ClassVar[tuple[str, ...]] = ("steps",)
     REFERENCES: ClassVar[tuple[str, ...]] = ("init", "teacher", "data", "nodes")
-    FILES: ClassVar[tuple[str, ...]] = (
-        *MODEL_FILES,
-        *patterns(f"{CHECKPOINTS}/{checkpoint.NAME}", "logs/metrics.jsonl", "logs/wandb_id"),
-        *(f"best/{name}" for name in MODEL_FILES),
-        *patterns("best.json", "monitor/evaluations.jsonl"),
-        r"monitor/(step|diagnostics)_\d{7,}\.png",
-        *(rf"nodes/\d{{3,}}/{name}" for name in MODEL_FILES),
-        *patterns("nodes.json", "nodes/stored.json"),
-    )
+    FILES: ClassVar[tuple[str, ...]] = TRAINED_FILES
 
     method: dict[str, Any]
     data: str | dict[str, Any]
