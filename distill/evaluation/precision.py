@@ -3,7 +3,9 @@
 The ball of a point reaches to its k-th nearest neighbour in its own set, the point itself not counted.
 Precision and recall (Kynkaanniemi et al. 2019, 1904.06991, eq. 1-3) use closed balls; density and coverage
 (Naeem et al. 2020, 2002.09797, eq. 3-4) open ones, as in the respective authors' code. The difference shows
-only at ties: the density of a set against itself is then 1.
+only at ties: the density of a set of different points against itself is then 1, and that of one point many times is
+0, with a recall of 1 (all radii are 0). Distances that agree to `TIE` (relative, of squares) are ties: the same pair
+is computed in several products, whose rounding differs.
 """
 
 from __future__ import annotations
@@ -16,6 +18,9 @@ from torch import Tensor
 from distill.evaluation.checks import as_pair, as_rows
 
 CHUNK = 2048  # rows of a distance matrix held at once
+TIE = 1e-9  # relative difference of squared distances up to which they are equal
+CANCELLED = 1e-4  # below this share of |x|^2 + |y|^2 a product has lost too many digits
+DIRECT = 2**22  # numbers held at once where differences are taken one by one
 
 
 class Manifold(NamedTuple):
@@ -28,12 +33,18 @@ class Manifold(NamedTuple):
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:
-    """|x_i - y_j|^2 as [N, M] of x [N, D] and y [M, D], both float64; never negative.
+    """|x_i - y_j|^2 as [N, M] of x [N, D] and y [M, D], both float64; 0 exactly where the rows are equal.
 
-    By one matrix product: its rounding, about 1e-15 |x|^2, is harmless in float64 and not in float32.
+    By one matrix product, whose rounding is about 1e-15 (|x|^2 + |y|^2). Where that is no small part of the result
+    (near copies, or sets far from the origin) the differences themselves are squared and summed.
     """
-    product = torch.addmm(y.square().sum(1), x, y.T, alpha=-2)
-    return product.add_(x.square().sum(1, keepdim=True)).clamp_min_(0)
+    x_sizes, y_sizes = x.square().sum(1, keepdim=True), y.square().sum(1)
+    product = torch.addmm(y_sizes, x, y.T, alpha=-2).add_(x_sizes).clamp_min_(0)
+    rows, columns = (product <= CANCELLED * (x_sizes + y_sizes.max())).nonzero(as_tuple=True)
+    piece = max(1, DIRECT // x.shape[1])
+    for i, j in zip(rows.split(piece), columns.split(piece), strict=True):
+        product[i, j] = (x[i] - y[j]).square_().sum(1)
+    return product
 
 
 def squared_radii(features: Tensor, k: int, name: str = "features") -> Tensor:
@@ -67,15 +78,16 @@ def manifold(generated: Tensor, real: Tensor, k: int = 5, real_radii: Tensor | N
     recalled = torch.zeros(len(y), dtype=torch.bool, device=y.device)
     nearest = torch.full((len(y),), torch.inf, dtype=y.dtype, device=y.device)
     precise, balls = 0.0, 0.0
+    closed, opened = y_radii * (1 + TIE), y_radii * (1 - TIE)
     for rows, radii in zip(x.split(CHUNK), x_radii.split(CHUNK), strict=True):
         distance = squared_distances(rows, y)
-        precise += float((distance <= y_radii).any(1).sum())
-        balls += float((distance < y_radii).sum())
-        recalled |= (distance <= radii[:, None]).any(0)
+        precise += float((distance <= closed).any(1).sum())
+        balls += float((distance < opened).sum())
+        recalled |= (distance <= radii[:, None] * (1 + TIE)).any(0)
         nearest = torch.minimum(nearest, distance.amin(0))
     return Manifold(
         precision=precise / len(x),
         recall=float(recalled.double().mean()),
         density=balls / (k * len(x)),
-        coverage=float((nearest < y_radii).double().mean()),
+        coverage=float((nearest < opened).double().mean()),
     )
