@@ -16,6 +16,7 @@ from torch import Tensor
 
 from distill.data.batch import Batch
 from distill.data.cond import Cond
+from distill.data.plain import plain_torch
 from distill.data.rng import noise_checksum, sample_noise
 from distill.files import canonical_json, read_json, sha256_file, sha256_text
 
@@ -74,6 +75,7 @@ class Pairs:
     """Reads a finished cache; a `Source` for training. Shards are memory-mapped by safetensors; noise is
     drawn from its seeds, once for all where it fits in memory."""
 
+    @plain_torch()
     def __init__(self, folder: Path | str) -> None:
         folder = Path(folder)
         self.folder = folder

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from distill.cache.pairs import HEADER, MANIFEST, Header, Pairs, balanced_labels
 from distill.data.cond import Cond
+from distill.data.plain import plain_torch
 from distill.data.rng import sample_noise
 from distill.files import read_json, remove, sha256_file, write_json, write_safetensors
 from distill.models.denoiser import Denoiser
@@ -29,6 +30,7 @@ def shard_rows(sample_shape: tuple[int, ...], shard_bytes: int = SHARD_BYTES) ->
     return max(1, shard_bytes // (4 * math.prod(sample_shape) + 12))
 
 
+@plain_torch()
 @torch.inference_mode()
 def make_pairs(
     teacher: Denoiser,
@@ -63,6 +65,7 @@ def make_pairs(
     return world.collect(samples)
 
 
+@plain_torch()
 def write_pairs(
     folder: Path,
     teacher: Denoiser,

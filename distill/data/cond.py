@@ -43,7 +43,7 @@ class Cond:
         """The same conditions with the guidance w [B] (or one number for all) as an input; None takes it away."""
         if isinstance(w, float | int):
             device = None if self.label is None else self.label.device
-            w = torch.full((self.size,), float(w), device=device)
+            w = torch.full((self.size,), float(w), dtype=torch.float32, device=device)
         if w is not None and w.shape != (self.size,):
             raise ValueError(f"guidance_w: expected [{self.size}] numbers, found shape {tuple(w.shape)}")
         return replace(self, guidance_w=w)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from distill.data.batch import Batch
 from distill.data.cond import Cond
+from distill.data.plain import plain_torch
 
 
 class Digits:
@@ -21,6 +22,7 @@ class Digits:
     num_classes = 10
     sample_shape = (1, 8, 8)
 
+    @plain_torch()
     def __init__(self) -> None:
         data = load_digits()
         self.images: Tensor = (

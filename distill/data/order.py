@@ -17,12 +17,15 @@ class Order:
         if size < 1:
             raise ValueError(f"size: an order needs at least one sample, found {size}")
         self.size, self.seed, self.stream = size, seed, stream
-        self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.int64)
+        self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.int64, device="cpu")
 
     def _epoch_permutation(self, epoch: int) -> Tensor:
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(stream_key(self.seed, self.stream, epoch))
-            self._epoch, self._permutation = epoch, torch.randperm(self.size, generator=generator)
+            generator = torch.Generator("cpu").manual_seed(stream_key(self.seed, self.stream, epoch))
+            self._epoch, self._permutation = (
+                epoch,
+                torch.randperm(self.size, generator=generator, device="cpu"),
+            )
         return self._permutation
 
     def at(self, start: int, count: int) -> Tensor:
@@ -33,4 +36,4 @@ class Order:
             piece = self._epoch_permutation(epoch)[offset : offset + count]
             pieces.append(piece)
             start, count = start + len(piece), count - len(piece)
-        return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)
+        return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64, device="cpu")

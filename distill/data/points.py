@@ -13,6 +13,7 @@ from torch import Tensor
 
 from distill.data.batch import Batch
 from distill.data.cond import Cond
+from distill.data.plain import plain_torch
 from distill.data.rng import Draws
 
 
@@ -67,6 +68,7 @@ class Points:
         labelled: component k is the class k; else there are no classes.
     """
 
+    @plain_torch()
     def __init__(
         self,
         *,

@@ -116,15 +116,15 @@ def sample_noise(seed: int, stream: str, ids: Tensor, shape: Sequence[int]) -> T
     keep `noise_checksum` and readers compare it.
     """
     generator = torch.Generator(device="cpu")
-    out = torch.empty(len(ids), *shape, dtype=torch.float32)
+    out = torch.empty(len(ids), *shape, dtype=torch.float32, device="cpu")
     for row, i in zip(out, ids.tolist(), strict=True):
         generator.manual_seed(stream_key(seed, stream, i))
         # randn takes another code path below 16 elements; both are functions of the seed and the shape alone.
-        row.copy_(torch.randn(tuple(shape), generator=generator))
+        row.copy_(torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device="cpu"))
     return out
 
 
 def noise_checksum(seed: int, stream: str, shape: Sequence[int]) -> str:
     """sha256 of the bytes of sample 0's noise: equal exactly where this torch draws the same stream."""
-    noise = sample_noise(seed, stream, torch.tensor([0]), shape)
+    noise = sample_noise(seed, stream, torch.tensor([0], device="cpu"), shape)
     return hashlib.sha256(noise.numpy().tobytes()).hexdigest()

@@ -66,7 +66,9 @@ class StepLoader:
         return self.stop - self.start
 
     def __iter__(self) -> Iterator[list[Batch]]:
-        index = torch.arange(self.batch_size).view(self.accumulate, self.world, -1)[:, self.rank]
+        index = torch.arange(self.batch_size, device="cpu").view(self.accumulate, self.world, -1)[
+            :, self.rank
+        ]
         for iteration in range(self.start, self.stop):
             rows = self.order.at(iteration * self.batch_size, self.batch_size)
             yield [self.source.fetch(rows[part], part) for part in index]

@@ -35,7 +35,7 @@ def flow_map(
     A model that computes in float32 sets a floor of about 1e-6 to what a tolerance means; the exact teacher has none.
     """
     process = model.process
-    ends = torch.tensor([process.t_max, process.t_min], dtype=torch.float64)
+    ends = torch.tensor([process.t_max, process.t_min], dtype=torch.float64, device="cpu")
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
         return model.predict(model.kind, x, t, cond, guidance_scale)

@@ -56,11 +56,11 @@ def kid_subsets(x: Tensor, y: Tensor, subsets: int, size: int, seed: int = 0) ->
     if subsets < 2:
         raise ValueError(f"kid over {subsets} subsets has no deviation; take at least 2")
     x, y = as_pair(("generated features", "reference features"), x, y, at_least=max(size, 2))
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     values = []
     for _ in range(subsets):
-        i = torch.randperm(len(x), generator=generator)[:size].to(x.device)
-        j = torch.randperm(len(y), generator=generator)[:size].to(y.device)
+        i = torch.randperm(len(x), generator=generator, device="cpu")[:size].to(x.device)
+        j = torch.randperm(len(y), generator=generator, device="cpu")[:size].to(y.device)
         values.append(kid(x[i], y[j]))
-    drawn = torch.tensor(values, dtype=torch.float64)
+    drawn = torch.tensor(values, dtype=torch.float64, device="cpu")
     return float(drawn.mean()), float(drawn.std())

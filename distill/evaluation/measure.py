@@ -10,6 +10,7 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
+from distill.data.plain import plain_torch
 from distill.evaluation.checks import as_rows, check_labels
 from distill.evaluation.cmmd import cmmd, mean_kernel, unit_rows
 from distill.evaluation.diversity import class_std, nn_train, pixel_std
@@ -32,6 +33,7 @@ class Extracted:
     predicted: Tensor | None
 
 
+@plain_torch()
 @torch.no_grad()
 def extract(extractor: FeatureExtractor, images: Tensor) -> Extracted:
     """Features of images [N, C, H, W] in [-1, 1] that lie on the extractor's device, `extractor.batch` at a time.
@@ -59,6 +61,7 @@ class Reference:
     Raises ValueError for fewer than k + 1 images, labels of another length or non-finite pixels.
     """
 
+    @plain_torch()
     def __init__(
         self,
         images: Tensor,
@@ -101,7 +104,7 @@ class Reference:
         return mean_kernel(self.embeddings, self.embeddings)
 
     def _heldout_distance(self, size: int) -> float:
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator("cpu").manual_seed(self.seed)
         distances = []
         for _ in range(HELDOUT_SPLITS):
             rest, held = stratified_split(self.labels, len(self.images), size, generator)
@@ -156,6 +159,8 @@ class Reference:
         )
 
 
+@plain_torch()
+@torch.no_grad()
 def measure(
     images: Tensor, labels: Tensor | None, reference: Reference, extractor: FeatureExtractor
 ) -> dict[str, float | None]:

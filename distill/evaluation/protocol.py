@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill.data.plain import plain_torch
 from distill.evaluation.checks import check_labels
 from distill.evaluation.cmmd import cmmd, unit_rows
 from distill.evaluation.frechet import frechet_distance, moments
@@ -145,7 +146,7 @@ def stratified_split(
     if not 0 < size < count:
         raise ValueError(f"cannot choose {size} of {count} samples and leave some")
     if labels is None:
-        labels = torch.zeros(count, dtype=torch.int64)
+        labels = torch.zeros(count, dtype=torch.int64, device="cpu")
     check_labels("stratified_split", labels, count)
     groups = [(labels.cpu() == label).nonzero()[:, 0] for label in labels.unique().tolist()]
     exact = [len(group) * size / count for group in groups]
@@ -155,12 +156,13 @@ def stratified_split(
         quotas[i] += 1
     rest, chosen = [], []
     for group, quota in zip(groups, quotas, strict=True):
-        mixed = group[torch.randperm(len(group), generator=generator)]
+        mixed = group[torch.randperm(len(group), generator=generator, device="cpu")]
         chosen.append(mixed[:quota])
         rest.append(mixed[quota:])
     return torch.cat(rest), torch.cat(chosen)
 
 
+@plain_torch()
 def real_floor(
     features: Tensor,
     images: Tensor,
@@ -179,7 +181,7 @@ def real_floor(
     """
     if len(features) != len(images):
         raise ValueError(f"{len(features)} features belong to {len(images)} images")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     metrics = ("fd", "kid", "sliced_wasserstein", *(("cmmd",) if clip else ()))
     found: dict[str, list[float]] = {metric: [] for metric in metrics}
     half = len(images) // 2

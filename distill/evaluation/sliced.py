@@ -17,8 +17,8 @@ def directions(dim: int, projections: int, seed: int) -> Tensor:
     """Unit directions [dim, projections] in float64: a function of the arguments and the torch version."""
     if projections < 1:
         raise ValueError(f"projections must be at least 1, got {projections}")
-    generator = torch.Generator().manual_seed(seed)
-    draws = torch.randn(projections, dim, generator=generator, dtype=torch.float64)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    draws = torch.randn(projections, dim, generator=generator, dtype=torch.float64, device="cpu")
     return (draws / draws.norm(dim=1, keepdim=True)).T
 
 

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distill.data.plain import plain_torch
+
 FEATURE_NORM = 8.0
 
 
@@ -99,6 +101,7 @@ class Digits64(nn.Module):
         return F.normalize(x, dim=1) * FEATURE_NORM, self.head(x)
 
 
+@plain_torch()
 def load_digits64(device: torch.device | str = "cpu", folder: Traversable | None = None) -> Digits64:
     """The shipped classifier, frozen and in eval mode.
 

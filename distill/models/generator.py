@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from distill.data.cond import Cond
+from distill.data.plain import plain_torch
 from distill.data.rng import sample_noise
 from distill.models.denoiser import Denoiser
 from distill.models.spec import SamplerSpec
@@ -46,7 +47,7 @@ class Generator:
         """[B,*S] noise -> [B,*S] samples with one network call: x0 predicted at t_max."""
         start = self.denoiser.process.prior(self.spec.start_scale * z)
         cond = cond.with_guidance(self.spec.embedded()).to(z.device)
-        t = torch.full((len(z),), self.denoiser.process.t_max, device=z.device)
+        t = torch.full((len(z),), self.denoiser.process.t_max, dtype=torch.float32, device=z.device)
         return self.denoiser.x0(start, t, cond, self.spec.guidance_scale)
 
     def generate(
@@ -98,6 +99,7 @@ class Generator:
             return_path=return_path,
         )
 
+    @plain_torch()
     @torch.no_grad()
     def sample(
         self,
@@ -132,10 +134,11 @@ class Generator:
                 guidance_w=guidance_w,
                 noise_scale=noise_scale,
             )
-            for ids in torch.arange(count).split(batch_size)
+            for ids in torch.arange(count, device="cpu").split(batch_size)
         ]
         return torch.cat(parts)
 
+    @plain_torch()
     @torch.no_grad()
     def sample_ids(
         self,
@@ -182,7 +185,7 @@ class Generator:
                 raise ValueError(f"label: found {label}, but this model takes no class labels")
             return None
         if label is None:
-            return torch.arange(count) % self.num_classes
+            return torch.arange(count, device="cpu") % self.num_classes
         labels = torch.as_tensor(label, dtype=torch.int64)
         labels = labels.expand(count) if labels.ndim == 0 else labels
         if labels.shape != (count,):

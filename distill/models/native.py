@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from distill.data.plain import plain_torch
 from distill.files import read_json, sha256_file, write_json, write_safetensors
 from distill.models.boundary import Boundary
 from distill.models.denoiser import Denoiser
@@ -108,6 +109,7 @@ def read_weights(folder: Path | str) -> dict[str, Tensor]:
         raise ValueError(f"{path}: does not fit the net that {DESCRIPTION} describes: {error}") from error
 
 
+@plain_torch()
 def load_model(folder: Path | str, *, device: torch.device | str = "cpu") -> Generator:
     """Read a model folder into a `Generator` in eval mode; checks the weights' sha256 and loads strictly."""
     folder = Path(folder)

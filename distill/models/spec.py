@@ -85,7 +85,7 @@ class SamplerSpec:
                     f"sampler.times[{steps}]: found {last} .. {first}, expected times of {process!r}: "
                     f"{process.t_min} .. {process.t_max}"
                 )
-            return torch.tensor(self.times[steps], dtype=torch.float64)
+            return torch.tensor(self.times[steps], dtype=torch.float64, device="cpu")
         if not (self.any_steps or force):
             raise ValueError(
                 f"steps: this model was distilled for {sorted(self.times)} step(s) and is not valid at "

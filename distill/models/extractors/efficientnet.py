@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distill.data.plain import plain_torch
 from distill.models.extractors.images import ImageExtractor, import_extra, verified
 
 NAME, EXTRA = "efficientnet_lite0", "features"
@@ -47,6 +48,7 @@ class EfficientNetLite0(ImageExtractor):
         return features, self.classify(features) if self.logits else None
 
 
+@plain_torch()
 def load_efficientnet_lite0(
     device: torch.device | str = "cpu", path: str | None = None, logits: bool = False
 ) -> EfficientNetLite0:

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from distill.data.plain import plain_torch
 from distill.models.extractors.images import check_images, import_extra, to_bytes, to_rgb, verified
 
 NAME, EXTRA = "inception", "fid"
@@ -63,6 +64,7 @@ class Inception(nn.Module):
         return self(images), None
 
 
+@plain_torch()
 def load_inception(device: torch.device | str = "cpu", path: str | None = None) -> Inception:
     """clean-fid's Inception and resize with the weights in the folder (or file) `path`, frozen; never downloads.
 

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from distill.data.plain import plain_torch
 from distill.files import canonical_json, read_json, sha256_file, sha256_text
 from distill.models.extractors.images import ImageExtractor, import_extra
 
@@ -77,6 +78,7 @@ class Dino(ImageExtractor):
         return self.network(pixel_values=inputs, **self.options).last_hidden_state[:, 0]
 
 
+@plain_torch()
 def load_clip(device: torch.device | str = "cpu", path: str | None = None) -> Clip:
     """The image tower of the CLIP model in the folder `path` (config.json and weights), frozen.
 
@@ -98,6 +100,7 @@ def load_clip(device: torch.device | str = "cpu", path: str | None = None) -> Cl
     return Clip(network, mean, std, _sha256(folder)).frozen(device)
 
 
+@plain_torch()
 def load_dino(device: torch.device | str = "cpu", path: str | None = None, size: int = 224) -> Dino:
     """The DINO or ViT model in the folder `path` (config.json and weights) at `size` pixels, frozen.
 
