@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,47 +15,71 @@ from torch import Tensor
 
 from distill.data.batch import Batch
 from distill.data.cond import Cond
+from distill.data.decode import Stamp, decode, header
+from distill.data.listing import SUFFIXES, Listing, find, printable, walk
+from distill.data.plain import plain_torch
 
-FORMATS = ("PNG", "JPEG", "WEBP")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-# Images as well, but not read: a folder that holds some would be measured without them.
-OTHER_IMAGES = (".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".jxl", ".ppm", ".pgm")
-GREY, COLOUR = ("1", "L", "LA"), ("RGB", "RGBA", "P", "PA")
-ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # the Exif tag, and its values that swap height and width
 CHUNK = 1024  # images that the fingerprint converts to float32 at once
 
 
 class ImageFolder:
-    """Every image below `path` (hidden folders and files of other kinds left out), in the order of their paths.
+    """Every image below `path`, in the order of the paths. Which files are images is told by their content, not by their
+    names; each is read once, under whatever names and links it is found.
 
-    `images` [n,C,H,W] float32 in [-1, 1] (byte / 127.5 - 1); C is 1 where all files are grey, else 3. Where all
-    images lie in at least two sub-folders of `path`, the sub-folder is the class: `labels` [n] int64 number the
-    sorted `classes` (numerically, where all names are numbers); else `labels` is None and `num_classes` 0.
+    `images` [n,C,H,W] float32 in [-1, 1] (byte / 127.5 - 1); C is 1 where all files are grey, else 3, unless `channels`
+    says which: 1 takes colour files whose three channels are equal as grey, 3 repeats grey ones. Where all images lie in
+    at least two sub-folders of `path`, the sub-folder is the class: `labels` [n] int64 number the sorted `classes`
+    (numerically, where all names are numbers); else `labels` is None and `num_classes` 0.
     All images must have one size, unless `resolution` (a side, or [H, W]) is given: then those of another size are
     cropped around their centre to its aspect and resized bicubically with antialiasing; `resized` says so in words,
     and is "" where nothing was resized. The bytes stay in memory: n * C * H * W of them.
-    Exif orientation is applied. Raises FileNotFoundError without a folder or an image in it, and ValueError naming
-    the first file that cannot be read, has another size, transparent pixels, several frames or more than 8 bits.
+    `remarks` says in words what was left out (hidden files, thumbnails of other programs, second names of one image, files
+    that are no images), which sub-folders hold no image, and why there are no classes; "" for nothing. What was left out
+    is also a warning. Exif orientation is applied, a colour profile is not. Raises FileNotFoundError without a folder or an
+    image in it, OSError naming what cannot be listed or read, and ValueError naming the first file that is broken, has
+    another size, transparent pixels, several frames or more than 8 bits, an image of a kind that is not read, a broken
+    link, or one image in two classes.
     """
 
-    def __init__(self, path: str, resolution: int | Sequence[int] | None = None) -> None:
+    @plain_torch()
+    def __init__(
+        self,
+        path: str | Path,
+        resolution: int | Sequence[int] | None = None,
+        channels: int | None = None,
+    ) -> None:
         self.path = Path(path).expanduser()
-        self.name = self.path.resolve().name
+        self.name = printable(self.path.resolve().name)
+        if channels not in (None, 1, 3) or isinstance(channels, bool):
+            raise ValueError(f"channels: found {channels!r}, expected 1 (grey), 3 (RGB) or null")
         size = _size(resolution)
-        files = tuple(_files(self.path))
-        if not files:
-            raise FileNotFoundError(f"{path}: no images; expected {', '.join(SUFFIXES)} files in it or below")
-        stamps = tuple((str(f), (s := f.stat()).st_mtime_ns, s.st_size) for f in files)
-        self.pixels, resized = _read(stamps, size)
+        listing = find(self.path)
+        if not listing.files:
+            left = f"; {listing.words()}" if listing.left_out else ""
+            raise FileNotFoundError(
+                f"{path}: no images; expected {', '.join(SUFFIXES[:4])} files in it or below{left}"
+            )
+        files = [file for file, _ in listing.files]
+        tops = [parts[0] if len(parts := f.relative_to(self.path).parts) > 1 else None for f in files]
+        self.classes = _classes(tops)
+        if self.classes and listing.twice:
+            first, second = listing.twice[0]
+            raise ValueError(
+                f"{second}: is the same file or folder as {first}, under another class; expected each image in one class"
+            )
+        self.pixels, resized = _read(
+            tuple(Stamp.of(file, status) for file, status in listing.files), size, channels
+        )
         self.resized = ""
         if size is not None and resized:
             self.resized = f"resized to {size[0]}x{size[1]} (centre crop, bicubic with antialiasing)"
+        self.remarks = _remarks(listing, tops)
         self.sample_shape = tuple(self.pixels.shape[1:])
-        tops = [parts[0] if len(parts := f.relative_to(self.path).parts) > 1 else None for f in files]
-        self.classes = _classes(tops)
         self.num_classes = len(self.classes)
         number = {name: i for i, name in enumerate(self.classes)}
         self.labels = torch.tensor([number[str(top)] for top in tops]) if self.classes else None
+        if listing.left_out:
+            warnings.warn(f"{printable(self.path)}: {listing.words()}", stacklevel=3)
 
     @property
     def images(self) -> Tensor:
@@ -70,6 +94,7 @@ class ImageFolder:
         cond = Cond.nothing(len(rows)) if self.labels is None else Cond.of_labels(self.labels[rows])
         return Batch(ids=rows, index=index, cond=cond, x0=_to_float(self.pixels[rows]))
 
+    @plain_torch()
     def fingerprint(self) -> str:
         """sha256 over the float32 pixels and the labels: where the files lie and what they are called does not
         matter, except for their order and classes."""
@@ -82,8 +107,8 @@ class ImageFolder:
 
 
 def holds_images(folder: Path) -> bool:
-    """Whether at least one image lies in `folder` or below."""
-    return next(_files(folder), None) is not None
+    """Whether at least one image lies in `folder` or below. Raises what reading them would for a file that it meets."""
+    return next(walk(folder, Listing(folder)), None) is not None
 
 
 def _to_float(pixels: Tensor) -> Tensor:
@@ -102,24 +127,18 @@ def _size(resolution: int | Sequence[int] | None) -> tuple[int, int] | None:
     return sides[0], sides[1]
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    """The image files below `folder`, folder by folder in sorted order; links to folders are followed."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder; expected a folder of images")
-    for root, folders, names in os.walk(folder, followlinks=True):
-        here = Path(root)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in folders:
-            if (here / name).is_symlink() and here.resolve().is_relative_to((here / name).resolve()):
-                raise ValueError(f"{here / name}: links back to a folder that it lies in")
-        for name in sorted(names):
-            suffix = Path(name).suffix.lower()
-            if name.startswith("."):
-                continue
-            if suffix in OTHER_IMAGES:
-                raise ValueError(f"{here / name}: found a {suffix} file, expected {', '.join(SUFFIXES)}")
-            if suffix in SUFFIXES:
-                yield here / name
+def _remarks(listing: Listing, tops: Sequence[str | None]) -> str:
+    """`ImageFolder.remarks`."""
+    parts = [words] if (words := listing.words()) else []
+    left = {path for paths in listing.left_out.values() for path in paths}
+    empty = sorted(name for name in listing.tops - set(tops) if listing.root / name not in left)
+    if empty:
+        shown = ", ".join(printable(name) for name in empty[:3]) + (", ..." if len(empty) > 3 else "")
+        parts.append(f"{len(empty)} sub-folders without images ({shown})")
+    loose = tops.count(None)
+    if loose and len(set(tops)) > 2:
+        parts.append(f"no classes, since {loose} images lie in no sub-folder")
+    return "; ".join(parts)
 
 
 def _classes(tops: Sequence[str | None]) -> tuple[str, ...]:
@@ -132,22 +151,27 @@ def _classes(tops: Sequence[str | None]) -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=2)  # a run asks for its data several times: to fingerprint them, to train, to measure
-def _read(stamps: tuple[tuple[str, int, int], ...], size: tuple[int, int] | None) -> tuple[Tensor, bool]:
-    """(bytes [n,C,H,W] uint8, whether any image was resized) of files known by path, time and length."""
-    files = [Path(path) for path, _, _ in stamps]
-    found = [_header(file) for file in files]
+def _read(
+    stamps: tuple[Stamp, ...], size: tuple[int, int] | None, channels: int | None
+) -> tuple[Tensor, bool]:
+    """(bytes [n,C,H,W] uint8, whether any image was resized) of files as they were listed."""
+    found = [header(stamp) for stamp in stamps]
     if size is None:
-        for file, (_, other) in zip(files, found, strict=True):
-            if other != found[0][1]:
+        first = found[0].size
+        for stamp, (_, other) in zip(stamps, found, strict=True):
+            if other != first:
                 raise ValueError(
-                    f"{file}: found {other[0]}x{other[1]} pixels (height x width), but {files[0]} has "
-                    f"{found[0][1][0]}x{found[0][1][1]}; expected one size, or resolution=..., which resizes"
+                    f"{stamp.path}: found {other[0]}x{other[1]} pixels (height x width), but {stamps[0].path} has "
+                    f"{first[0]}x{first[1]}; expected one size, or resolution=..., which resizes"
                 )
-    channels = 1 if all(grey for grey, _ in found) else 3
-    height, width = found[0][1] if size is None else size
-    pixels = torch.empty(len(files), channels, height, width, dtype=torch.uint8)
-    for row, file in zip(pixels, files, strict=True):
-        image = _decode(file).convert("L" if channels == 1 else "RGB")
+    if channels is None:
+        channels = 1 if all(grey for grey, _ in found) else 3
+    height, width = found[0].size if size is None else size
+    pixels = torch.empty(len(stamps), channels, height, width, dtype=torch.uint8)
+    for row, stamp, (grey, _) in zip(pixels, stamps, found, strict=True):
+        image = decode(stamp).convert("L" if channels == 1 and grey else "RGB")
+        if channels == 1 and not grey:
+            image = _grey(image, stamp)
         if image.size != (width, height):
             # The largest centred part of the wanted aspect, so that nothing is stretched.
             image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
@@ -155,31 +179,9 @@ def _read(stamps: tuple[tuple[str, int, int], ...], size: tuple[int, int] | None
     return pixels, any(other != (height, width) for _, other in found)
 
 
-def _header(file: Path) -> tuple[bool, tuple[int, int]]:
-    """(whether grey, (H, W) as displayed), without decoding the pixels."""
-    try:
-        with Image.open(file, formats=FORMATS) as image:
-            mode, (width, height), frames = image.mode, image.size, getattr(image, "n_frames", 1)
-            turned = image.getexif().get(ORIENTATION) in TURNED
-    except Exception as error:  # a broken file ends in whatever its decoder stumbles over
-        raise ValueError(f"{file}: cannot be read as an image: {error}") from error
-    if mode not in GREY + COLOUR:
-        raise ValueError(f"{file}: found pixels of mode {mode}, expected grey or RGB of 8 bits")
-    if frames != 1:
-        raise ValueError(f"{file}: found {frames} frames, expected one")
-    return mode in GREY, (width, height) if turned else (height, width)
-
-
-def _decode(file: Path) -> Image.Image:
-    """The image as displayed, opaque."""
-    try:
-        with Image.open(file, formats=FORMATS) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-            image.load()
-    except Exception as error:
-        raise ValueError(f"{file}: cannot be read as an image: {error}") from error
-    if "A" in image.getbands() and image.getchannel("A").getextrema() != (255, 255):
-        raise ValueError(f"{file}: has transparent pixels, expected opaque ones")
-    return image
+def _grey(image: Image.Image, stamp: Stamp) -> Image.Image:
+    """The one channel of an RGB image of three equal ones."""
+    red, green, blue = (np.array(band) for band in image.split())
+    if not (np.array_equal(red, green) and np.array_equal(red, blue)):
+        raise ValueError(f"{stamp.path}: has colour, expected a grey image (channels=1)")
+    return image.getchannel(0)
