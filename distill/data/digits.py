@@ -16,10 +16,11 @@ from distill.data.plain import plain_torch
 
 class Digits:
     """All 1,797 digits as `images` [n,1,8,8] float32 in [-1, 1] (pixel / 8 - 1) with `labels` [n] int64 in
-    0..9."""
+    0..9, which are also the names of the `classes`."""
 
     name = "digits"
     num_classes = 10
+    classes = tuple(str(digit) for digit in range(10))
     sample_shape = (1, 8, 8)
 
     @plain_torch()

@@ -16,7 +16,7 @@ from torch import Tensor
 from distill.data.batch import Batch
 from distill.data.cond import Cond
 from distill.data.decode import Stamp, decode, header
-from distill.data.listing import SUFFIXES, Listing, find, printable, walk
+from distill.data.listing import SUFFIXES, Listing, find, utf8_path, walk
 from distill.data.plain import plain_torch
 
 CHUNK = 1024  # images that the fingerprint converts to float32 at once
@@ -49,7 +49,7 @@ class ImageFolder:
         channels: int | None = None,
     ) -> None:
         self.path = Path(path).expanduser()
-        self.name = printable(self.path.resolve().name)
+        self.name = utf8_path(self.path.resolve().name)
         if channels not in (None, 1, 3) or isinstance(channels, bool):
             raise ValueError(f"channels: found {channels!r}, expected 1 (grey), 3 (RGB) or null")
         size = _size(resolution)
@@ -79,7 +79,7 @@ class ImageFolder:
         number = {name: i for i, name in enumerate(self.classes)}
         self.labels = torch.tensor([number[str(top)] for top in tops]) if self.classes else None
         if listing.left_out:
-            warnings.warn(f"{printable(self.path)}: {listing.words()}", stacklevel=3)
+            warnings.warn(f"{utf8_path(self.path)}: {listing.words()}", stacklevel=4)
 
     @property
     def images(self) -> Tensor:
@@ -133,7 +133,7 @@ def _remarks(listing: Listing, tops: Sequence[str | None]) -> str:
     left = {path for paths in listing.left_out.values() for path in paths}
     empty = sorted(name for name in listing.tops - set(tops) if listing.root / name not in left)
     if empty:
-        shown = ", ".join(printable(name) for name in empty[:3]) + (", ..." if len(empty) > 3 else "")
+        shown = ", ".join(utf8_path(name) for name in empty[:3]) + (", ..." if len(empty) > 3 else "")
         parts.append(f"{len(empty)} sub-folders without images ({shown})")
     loose = tops.count(None)
     if loose and len(set(tops)) > 2:

@@ -71,7 +71,7 @@ class Listing:
         """What was left out, in one sentence without its full stop; "" for nothing."""
         parts = []
         for reason, paths in self.left_out.items():
-            names = sorted(printable(path.relative_to(self.root)) for path in paths)
+            names = sorted(utf8_path(path.relative_to(self.root)) for path in paths)
             if reason == OTHER:
                 kinds = Counter(Path(name).suffix.lower() or "no suffix" for name in names)
                 names = [f"{count} {kind}" for kind, count in kinds.most_common()]
@@ -87,7 +87,7 @@ LINKED = "links to folders that are read anyway"
 NAMED = "second names of images that are read anyway"
 
 
-def printable(path: Path | str) -> str:
+def utf8_path(path: Path | str) -> str:
     """A path in UTF-8: bytes that are none are shown as \\xNN."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
@@ -216,8 +216,9 @@ def _new(
     return False
 
 
-def _top(path: Path, root: Path) -> str:
-    return path.relative_to(root).parts[0]
+def _top(path: Path, root: Path) -> tuple[str, ...]:
+    """The sub-folder of the root that a path lies in, or is."""
+    return path.relative_to(root).parts[:1]
 
 
 def opened(path: Path) -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
 import torch
 from torch import Tensor
 
+from distill.data.names import class_names
 from distill.data.plain import plain_torch
 from distill.evaluation.checks import as_rows, check_labels
 from distill.evaluation.cmmd import cmmd, mean_kernel, unit_rows
@@ -57,6 +58,8 @@ class Reference:
     (default 400, at most a quarter of the set) are set aside for `heldout_nn`: their mean distance to the
     nearest remaining image, averaged over five stratified splits. It is what an honest sampler reaches;
     `nn_train` below 0.9 of it says that samples copy training images.
+    `classes` names the labels, in their order: there is a `class_accuracy` only where the extractor's `classes` hold all of
+    these names. Without it, labels are taken as the numbers of the extractor's classes.
     The statistics and all later distances live on `device` (float64 is needed, so not on MPS).
     Raises ValueError for fewer than k + 1 images, labels of another length or non-finite pixels.
     """
@@ -72,6 +75,7 @@ class Reference:
         seed: int = 0,
         heldout: int = 400,
         device: torch.device | str = "cpu",
+        classes: Sequence[str] | None = None,
     ) -> None:
         rows = as_rows("reference images", images, at_least=max(k + 1, 4))
         if labels is not None:
@@ -86,7 +90,8 @@ class Reference:
         self.digest = _digest(images, labels)
         extracted = extract(extractor, images)
         self.features = extracted.features.to(self.device)
-        self.class_accuracy = _accuracy(extracted.predicted, labels)
+        self.class_numbers = _class_numbers(classes, extractor)
+        self.class_accuracy = self.accuracy(extracted.predicted, labels)
         self.mean, self.cov = moments(self.features, "reference features")
         self.radii = squared_radii(self.features, k, "reference features")
         self.similarity = self_similarity(self.features, "reference features")
@@ -95,6 +100,19 @@ class Reference:
         self.pixel_std = pixel_std(self.images)
         self.class_std = _class_std(self.images, self.labels)
         self.heldout_nn = self._heldout_distance(min(heldout, len(images) // 4))
+
+    def accuracy(self, predicted: Tensor | None, labels: Tensor | None) -> float | None:
+        """Share of predicted classes [N] that are those of the labels [N]; None without either, or where the labels name
+        classes that the extractor does not know."""
+        numbers = self.class_numbers
+        if predicted is None or labels is None or (numbers is not None and len(numbers) == 0):
+            return None
+        labels = labels.to(predicted.device)
+        if numbers is not None:
+            if int(labels.max()) >= len(numbers):
+                raise ValueError(f"labels: found class {int(labels.max())}, the reference has {len(numbers)}")
+            labels = numbers.to(labels.device)[labels]
+        return float((predicted == labels).double().mean())
 
     def _clip_kernel(self) -> Tensor | None:
         """The real half of CMMD; None for features of no CLIP."""
@@ -168,7 +186,8 @@ def measure(
 
     images [N, C, H, W] in [-1, 1] on the extractor's device, labels [N] (the class asked for) or None. Pixels
     are taken as they are: the caller clamps. `class_std` is None without labels or where a class has one
-    sample only (a smoke run), `class_accuracy` (a fraction) without labels or without logits, `cmmd` for
+    sample only (a smoke run), `class_accuracy` (a fraction) without labels, without logits, or
+    where the reference's class names are not the extractor's, `cmmd` for
     features of no CLIP. Raises ValueError for fewer than k + 1 samples, another resolution or extractor
     than the reference's, or non-finite pixels.
     """
@@ -198,7 +217,7 @@ def measure(
         "class_std": _class_std(rows, labels),
         "pixel_std": pixel_std(rows),
         "nn_train": nn_train(rows, reference.images),
-        "class_accuracy": _accuracy(extracted.predicted, labels),
+        "class_accuracy": reference.accuracy(extracted.predicted, labels),
     }
 
 
@@ -214,10 +233,15 @@ def _class_std(images: Tensor, labels: Tensor | None) -> float | None:
     return class_std(images, labels)
 
 
-def _accuracy(predicted: Tensor | None, labels: Tensor | None) -> float | None:
-    if predicted is None or labels is None:
+def _class_numbers(classes: Sequence[str] | None, extractor: FeatureExtractor) -> Tensor | None:
+    """[classes] the extractor's number of each named class; empty where it does not know one, None where nothing is
+    named."""
+    known = getattr(extractor, "classes", None)
+    if not classes or known is None:
         return None
-    return float((predicted == labels.to(predicted.device)).double().mean())
+    names = class_names(classes)
+    found = [known.index(name) for name in names] if set(names) <= set(known) else []
+    return torch.tensor(found, dtype=torch.int64)
 
 
 def _digest(images: Tensor, labels: Tensor | None) -> str:

@@ -66,6 +66,7 @@ class Digits64(nn.Module):
     dim = 64
     full_count = 2000
     preprocessing = ""
+    classes = tuple(str(digit) for digit in range(10))  # the names of the logits
     quantise = False  # the data have 17 levels, which 8 bits do not hit
     batch = 256
 

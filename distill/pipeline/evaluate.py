@@ -208,7 +208,8 @@ class Evaluate(Stage):
         extractor: FeatureExtractor = instantiate(self.features, device=str(room.device))
         data = instantiate(self.data)
         images = data.images.to(room.device)
-        reference = Reference(images, data.labels, extractor, k=self.k, seed=room.seed)
+        names = getattr(data, "classes", None)
+        reference = Reference(images, data.labels, extractor, k=self.k, seed=room.seed, classes=names)
         return _Bench(extractor, reference, f"{data.name}, all images")
 
     def _measure(self, samples: Tensor, generator: Generator, bench: Any) -> dict[str, float | None]:

@@ -7,6 +7,7 @@ numbers of the run that made the model.
 from __future__ import annotations
 
 import shutil
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +21,7 @@ from hydra.errors import InstantiationException
 from torch import Tensor
 
 from distill.data.folder import ImageFolder
+from distill.data.listing import utf8_path
 from distill.evaluation.comparison import aligned
 from distill.evaluation.gates import GateResult
 from distill.evaluation.grid import image_grid, save_png
@@ -35,6 +37,7 @@ from distill.pipeline.evaluate import Evaluate
 from distill.pipeline.ownership import PUBLISHED
 from distill.pipeline.request import (
     DEVICES,
+    FOLDER,
     Request,
     build,
     check_classes,
@@ -45,6 +48,7 @@ from distill.pipeline.request import (
     place,
     recipe_of,
     reference_config,
+    with_channels,
 )
 from distill.pipeline.stage import Room, Settings, digest_of
 
@@ -61,6 +65,7 @@ class Judge(Evaluate):
         force: sample at step counts that the model is not valid for.
         guidance_scale, noise_scale: replace the model's own; None keeps it.
         title: of the report. suffix: what the protocol says after the reference's name.
+        by_class: whether the samples' classes are the reference's; if not, they have no numbers by class.
     """
 
     force: bool = False
@@ -68,6 +73,7 @@ class Judge(Evaluate):
     noise_scale: float | None = None
     title: str = ""
     suffix: str = ""
+    by_class: bool = True
     _real: Any = field(default=None, repr=False)  # the data of `data`, built
 
     def _generators(self, room: Room) -> dict[str, Generator]:
@@ -88,15 +94,20 @@ class Judge(Evaluate):
         """Measure a folder of images as `run` measures a model."""
         label = next(iter(room.inputs))
         bench, images = self._bench(room), samples.images
+        labels = samples.labels if self.by_class else None
         row: dict[str, Any] = dict.fromkeys(
             ("steps", "nfe", "guidance_scale", "teacher_mse", "straightness", "images_per_second")
         )
         row = {"model": label, **row, "train_seconds": None, "peak_memory_bytes": None}
-        row |= measure(images.to(room.device), samples.labels, bench.reference, bench.extractor)
-        shown = images[showcase(samples.labels, self.grid_columns, len(images))]
+        row |= measure(images.to(room.device), labels, bench.reference, bench.extractor)
+        shown = images[showcase(labels, self.grid_columns, len(images))]
         self._picture(room, [(label, shown)])
-        counts = () if samples.labels is None else samples.labels.bincount().tolist()
+        counts = () if labels is None else labels.bincount().tolist()
         self._publish(room, [row], bench, len(set(counts)) == 1)
+
+    def _measure(self, samples: Tensor, generator: Generator, bench: Any) -> dict[str, float | None]:
+        labels = generator.labels(self.count) if self.by_class else None
+        return measure(samples, labels, bench.reference, bench.extractor)
 
     def _draw(
         self, room: Room, generators: Mapping[str, Generator], images: Mapping[tuple[str, int], Tensor]
@@ -171,9 +182,12 @@ def judge(request: Request, configs: Mapping[str, Path]) -> Path:
     """
     path = Path(str(request.model)).expanduser()
     out, reference = place(request, path), reference_config(request, configs)
-    plan = plan_model if is_model(path) else plan_images
-    real = build(reference, "reference")
-    stage, source, samples = plan(request, path, reference, real)
+    with warnings.catch_warnings(record=True) as told:
+        plan = plan_model if is_model(path) else plan_images
+        stage, source, samples = plan(request, path, reference, build(reference, "reference"))
+    for text in dict.fromkeys(str(warning.message) for warning in told):
+        print(f"warning: {text}", file=sys.stderr)
+    real = stage._real
     identity = {
         "source": {key: value for key, value in source.items() if key != "model"},  # wherever it lies
         "real": real.fingerprint(),
@@ -230,6 +244,7 @@ def plan_model(
         raise ValueError(
             f"resolution: found {request.resolution}, but {request.reference} is no folder of images"
         )
+    reference, real = fitted(reference, real, generator.denoiser.sample_shape[0])
     check_reference(real, generator.denoiser.sample_shape, str(request.reference), request.resolution)
     steps = request.step_list or valid_steps(generator.spec)
     spec = sampler(generator, steps, request.guidance_scale, request.noise_scale, force=request.force)
@@ -239,7 +254,11 @@ def plan_model(
             f"guidance_scale: found {spec.guidance_scale:g}, but this model was not trained with a null condition; "
             "expected 1"
         )
-    notes = []
+    notes, by_class = [], generator.num_classes in (0, real.num_classes)
+    if not by_class:
+        notes.append(
+            f"No numbers by class: the model has {generator.num_classes} classes, the reference {real.num_classes}."
+        )
     if forced:
         notes.append(
             f"Sampled by force at {', '.join(map(str, forced))} step(s), for which the model is not valid."
@@ -256,16 +275,21 @@ def plan_model(
         k=request.k,
         straightness=request.straightness,
         stream=request.stream,
-        note=" ".join(notes),
+        note=" ".join([*notes, *remarks(real, None)]),
+        by_class=by_class,
         force=request.force,
         guidance_scale=request.guidance_scale,
         noise_scale=request.noise_scale,
-        title=f"Evaluation of {request.model}",
+        title=f"Evaluation of {utf8_path(str(request.model))}",
         suffix=suffix(real, None),
         _real=real,
     )
     digest = sha256_file(path / WEIGHTS)
-    return stage, {"model": str(request.model), "sha256": digest, "sampler": description["sampler"]}, None
+    return (
+        stage,
+        {"model": utf8_path(str(request.model)), "sha256": digest, "sampler": description["sampler"]},
+        None,
+    )
 
 
 def plan_images(
@@ -275,25 +299,49 @@ def plan_images(
     for key in ("steps", "guidance_scale", "noise_scale"):
         if (found := getattr(request, key)) is not None:
             raise ValueError(f"{key}: found {found}, but {path} is a folder of images, sampled before")
-    samples = ImageFolder(str(path), request.resolution)
+    samples = ImageFolder(path, request.resolution)
+    if len(real.sample_shape) == 3:
+        config = {"_target_": FOLDER, "path": str(path), "resolution": request.resolution}
+        _, samples = fitted(config, samples, real.sample_shape[0])
+        reference, real = fitted(reference, real, samples.sample_shape[0])
     if request.count not in (None, len(samples)):
         raise ValueError(
             f"count: found {request.count}, but {path} holds {len(samples)} images; expected that"
         )
     check_reference(real, samples.sample_shape, str(request.reference), request.resolution)
-    check_classes(samples, real)
+    unlike = check_classes(samples, real)
     stage = Judge(
         models={},
         data=dict(reference),
         features=request.features,
         count=len(samples),
         k=request.k,
-        title=f"Evaluation of {request.model}",
+        note=" ".join([*([unlike] if unlike else []), *remarks(real, samples)]),
+        by_class=not unlike,
+        title=f"Evaluation of {utf8_path(str(request.model))}",
         suffix=suffix(real, samples),
         _real=real,
     )
-    source = {"model": str(request.model), "sha256": samples.fingerprint(), "sampler": None}
+    source = {"model": utf8_path(str(request.model)), "sha256": samples.fingerprint(), "sampler": None}
     return stage, source, samples
+
+
+def fitted(config: Mapping[str, Any], images: Any, channels: int) -> tuple[dict[str, Any], Any]:
+    """(config, images) with so many channels, where the images are a folder that can be read so without loss."""
+    if not isinstance(images, ImageFolder):
+        return dict(config), images
+    changed = with_channels(config, images, channels)
+    return changed, images if changed == dict(config) else build(changed, "reference")
+
+
+def remarks(real: Any, samples: ImageFolder | None) -> list[str]:
+    """Sentences about what was not read of the folders."""
+    named = (("Samples", samples), ("Reference", real))
+    return [
+        f"{what}: {folder.remarks}."
+        for what, folder in named
+        if isinstance(folder, ImageFolder) and folder.remarks
+    ]
 
 
 def suffix(real: Any, samples: ImageFolder | None) -> str:

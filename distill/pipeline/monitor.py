@@ -161,7 +161,12 @@ class Monitor:
             images = data.images.to(self.room.device)
             assert self._extractor is not None
             self._reference = Reference(
-                images, data.labels, self._extractor, k=self.options.k, seed=self.room.seed
+                images,
+                data.labels,
+                self._extractor,
+                k=self.options.k,
+                seed=self.room.seed,
+                classes=getattr(data, "classes", None),
             )
         assert self._extractor is not None
         labels = module.as_generator().labels(self.options.count)

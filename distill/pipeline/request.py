@@ -14,6 +14,8 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from distill.data.folder import ImageFolder, holds_images
+from distill.data.listing import utf8_path
+from distill.data.names import class_names
 from distill.files import read_json
 from distill.models.native import DESCRIPTION
 from distill.pipeline.ownership import ARTIFACT, PUBLISHED
@@ -128,7 +130,7 @@ def is_model(path: Path) -> bool:
 
 def label_of(request: Request, path: Path) -> str:
     """What the rows are called: the option, or the folder's name; an export is the student of its run."""
-    name = path.resolve().name
+    name = utf8_path(path.resolve().name)
     return (request.name or ("student" if name == "export" else name)).replace(
         "|", "_"
     )  # tables divide by it
@@ -165,18 +167,43 @@ def check_reference(real: Any, shape: Sequence[int], name: str, resolution: Any)
     )
 
 
-def check_classes(samples: ImageFolder, real: Any) -> None:
-    """Raise ValueError unless a labelled folder has the classes of a labelled reference: labels are numbers, and must
-    mean the same."""
-    if samples.labels is None or not real.num_classes:
-        return
-    names = real.classes if isinstance(real, ImageFolder) else None
-    if samples.num_classes != real.num_classes or (names is not None and names != samples.classes):
-        expected = f"{', '.join(names)}" if names is not None else f"{real.num_classes} of them"
+def check_classes(samples: ImageFolder, real: Any) -> str:
+    """Why the samples' classes say nothing beside the reference's, in a sentence; "" where they have none or are the same.
+
+    Classes are the same where their names are: those of the reference's sub-folders, or 0, 1, 2, ... for a data set of
+    numbered classes. Raises ValueError for other sub-folders than the reference's, or another number of classes."""
+    if samples.labels is None:
+        return ""
+    if not real.num_classes:
+        return "No numbers by class: the reference has no classes."
+    names = class_names(getattr(real, "classes", None) or [str(label) for label in range(real.num_classes)])
+    mine = class_names(samples.classes)
+    if mine == names:
+        return ""
+    if isinstance(real, ImageFolder) or len(mine) != len(names):
+        expected = ", ".join(names) if isinstance(real, ImageFolder) else f"{real.num_classes} of them"
         raise ValueError(
             f"model: {samples.path} has the classes (sub-folders) {', '.join(samples.classes)}, but those of the "
             f"reference are {expected}"
         )
+    shown = ", ".join(utf8_path(name) for name in samples.classes[:3])
+    return (
+        f"No numbers by class: the sub-folders {shown}, ... of the samples do not say which of the classes {names[0]} .. "
+        f"{names[-1]} they hold; name them so."
+    )
+
+
+def with_channels(config: Mapping[str, Any], images: ImageFolder, channels: int) -> dict[str, Any]:
+    """The config of a folder of images, read with so many channels where that loses nothing: equal channels as one, or
+    one repeated."""
+    if images.sample_shape[0] == channels:
+        return dict(config)
+    changed = {**config, "channels": channels}
+    try:
+        instantiate(changed, _convert_="all")
+    except InstantiationException:
+        return dict(config)  # it has colour: the shapes are told as they are
+    return changed
 
 
 def place(request: Request, model: Path) -> Path:

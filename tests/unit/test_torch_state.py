@@ -275,7 +275,13 @@ def test_plain_torch_restores_what_it_changes() -> None:
         assert not torch.is_inference_mode_enabled()
         assert not torch.is_grad_enabled()
         raise KeyError
-    with dtype(torch.float64), device("meta"), products("medium"), torch.autocast("cpu"), torch.inference_mode():
+    with (
+        dtype(torch.float64),
+        device("meta"),
+        products("medium"),
+        torch.autocast("cpu"),
+        torch.inference_mode(),
+    ):
         with plain_torch():
             pass
         assert torch.get_default_dtype() == torch.float64
