@@ -16,6 +16,7 @@ from torch import Tensor
 import distill
 from distill.cache.pairs import Header, Pairs
 from distill.cache.writer import write_pairs
+from distill.data.cond import Cond
 from distill.data.digits import Digits
 from distill.data.folder import ImageFolder
 from distill.data.order import Order
@@ -117,7 +118,6 @@ STATES: dict[str, Callable] = {
     "attention": attention,
     "others": others,
 }
-# Where this module was written, these change what a net computes: the test of sampling would see a missing guard.
 state = pytest.mark.parametrize("name", list(STATES))
 
 
@@ -260,21 +260,22 @@ def test_folders(name: str, tmp_path: Path) -> None:
 
 
 def test_plain_torch_restores_what_it_changes() -> None:
-    with (
-        dtype(torch.float64),
-        device("meta"),
-        products("medium"),
-        torch.autocast("cpu"),
-        torch.inference_mode(),
-        pytest.raises(KeyError),
-        plain_torch(),
-    ):
-        assert torch.get_default_dtype() == torch.float32
-        assert torch.get_default_device().type == "cpu"
-        assert not torch.is_autocast_enabled("cpu")
-        assert not torch.is_inference_mode_enabled()
-        assert not torch.is_grad_enabled()
+    def seen() -> tuple[object, ...]:
+        return (
+            torch.get_default_dtype(),
+            torch.get_default_device().type,
+            torch.get_float32_matmul_precision(),
+            torch.is_autocast_enabled("cpu"),
+            torch.is_inference_mode_enabled(),
+            torch.is_grad_enabled(),
+        )
+
+    @plain_torch()
+    def fails() -> None:
+        assert seen() == (torch.float32, "cpu", "medium", False, False, False)
         raise KeyError
+
+    plain = seen()
     with (
         dtype(torch.float64),
         device("meta"),
@@ -282,14 +283,11 @@ def test_plain_torch_restores_what_it_changes() -> None:
         torch.autocast("cpu"),
         torch.inference_mode(),
     ):
-        with plain_torch():
-            pass
-        assert torch.get_default_dtype() == torch.float64
-        assert torch.get_default_device().type == "meta"
-        assert torch.get_float32_matmul_precision() == "medium"
-        assert torch.is_autocast_enabled("cpu")
-        assert torch.is_inference_mode_enabled()
-    assert torch.is_grad_enabled()
+        before = seen()
+        with pytest.raises(KeyError):
+            fails()
+        assert seen() == before == (torch.float64, "meta", "medium", True, True, False)
+    assert seen() == plain
 
 
 def test_gradients_through_a_generator_are_the_callers_choice() -> None:
@@ -299,7 +297,5 @@ def test_gradients_through_a_generator_are_the_callers_choice() -> None:
         SamplerSpec(steps=1, any_steps=True),
     )
     z, _ = model.noises(0, "x", torch.arange(2))
-    from distill.data.cond import Cond
-
     assert model.generate(z.requires_grad_(), Cond.of_labels(torch.tensor([1, 2]))).requires_grad
     assert not model.sample(2).requires_grad
