@@ -38,7 +38,7 @@ def unknown_key(where: str, key: str, known: Iterable[str]) -> str:
     """The message for a key that nobody reads: the nearest known one, and all of them."""
     names = [str(name) for name in known]
     near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
-    hint = f", did you mean {_join(where, near[0])}?" if near else ""
+    hint = f", did you mean {_join(where.rpartition(': ')[2], near[0])}?" if near else ""
     return f"{_join(where, key)}: no such key{hint}; expected {', '.join(names) or 'none'}"
 
 

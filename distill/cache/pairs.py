@@ -5,9 +5,11 @@ A folder of safetensors shards and a `manifest.json` that is written last. z is 
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors.torch
 import torch
@@ -19,6 +21,10 @@ from distill.data.cond import Cond
 from distill.data.plain import plain_torch
 from distill.data.rng import noise_checksum, sample_noise
 from distill.files import canonical_json, read_json, sha256_file, sha256_text
+from distill.models.description import LARGEST_SAMPLE
+from distill.names import inside
+from distill.samplers.solvers import CALLS
+from distill.typed import check_keys, parse
 
 SCHEMA = 1
 MANIFEST, HEADER = "manifest.json", "header.json"
@@ -31,7 +37,8 @@ class Header:
     """What the pairs are: everything about them but the shards.
 
     `teacher` is the digest of the teacher's weights; `noise` is "seed" (z of sample i is
-    `sample_noise(seed, stream, i)`) or "stored" (a column z)."""
+    `sample_noise(seed, stream, i)`) or "stored" (a column z); `grid` is the time grid of the transport, as a recipe names
+    it, or None for the process's own."""
 
     sample_shape: tuple[int, ...]
     count: int
@@ -44,26 +51,82 @@ class Header:
     guidance_scale: float
     num_classes: int
     labels: str = "balanced"
-    dtype: str = "float32"
-    noise: str = "seed"
-    latent_scaling: float = 1.0
-    orientation: str = "z=noise, x0=data"
+    dtype: Literal["float32"] = "float32"
+    noise: Literal["seed", "stored"] = "seed"
+    orientation: Literal["z=noise, x0=data"] = "z=noise, x0=data"
     torch: str = str(torch.__version__)
     schema: int = SCHEMA
+    grid: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        shape = self.sample_shape
+        if not shape or min(shape) < 1 or math.prod(shape) > LARGEST_SAMPLE:
+            raise ValueError(
+                f"sample_shape: found {list(shape)}, expected positive sizes of at most {LARGEST_SAMPLE} numbers in all"
+            )
+        for name, least in (("count", 1), ("steps", 1), ("num_classes", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: found {getattr(self, name)}, expected at least {least}")
+        if self.solver not in CALLS:
+            raise ValueError(f"solver: found {self.solver!r}, expected one of {list(CALLS)}")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
-        return asdict(self) | {"sample_shape": list(self.sample_shape)}
+        plain = asdict(self) | {"sample_shape": list(self.sample_shape)}
+        if self.grid is None:
+            plain.pop("grid")
+        return plain
 
     @classmethod
-    def from_dict(cls, value: dict[str, Any], where: Path) -> Header:
-        """Inverse of `to_dict`; the error names the file."""
-        if value.get("schema") != SCHEMA:
-            raise ValueError(f"{where}: schema: found {value.get('schema')!r}, this version reads {SCHEMA}")
-        try:
-            return cls(**(value | {"sample_shape": tuple(value["sample_shape"])}))
-        except (TypeError, KeyError) as error:
-            raise ValueError(f"{where}: not a pair cache header: {error}") from error
+    def from_dict(cls, value: Any, where: str) -> Header:
+        """Inverse of `to_dict`; caches of older versions have a `latent_scaling`, of 1.
+
+        Raises ValueError that starts with `where` and the entry."""
+        found = value.get("schema") if isinstance(value, Mapping) else type(value).__name__
+        if found != SCHEMA or isinstance(found, bool):
+            raise ValueError(f"{where}.schema: found {found!r}, this version reads {SCHEMA}")
+        given = dict(value)
+        if (scaling := given.pop("latent_scaling", 1)) != 1 or isinstance(scaling, bool):
+            raise ValueError(
+                f"{where}.latent_scaling: found {scaling!r}, expected 1: samples are stored as they are"
+            )
+        return parse(cls, given, where)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """An entry of the manifest: a file beside it, its pairs and its sha256."""
+
+    file: str
+    count: int
+    sha256: str
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"count: found {self.count}, expected at least 1")
+        if not re.fullmatch("[0-9a-f]{64}", self.sha256):
+            raise ValueError(f"sha256: found {self.sha256!r}, expected 64 hexadecimal digits")
+
+
+def read_manifest(path: Path) -> tuple[Header, list[Shard]]:
+    """(header, shards) of a finished cache, whose counts agree.
+
+    Raises FileNotFoundError, or ValueError naming the file and the entry."""
+    value = read_json(path)
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{path}: found {type(value).__name__}, expected a mapping")
+    check_keys(value, ("header", "shards"), f"{path}: ")
+    if missing := [key for key in ("header", "shards") if key not in value]:
+        raise ValueError(f"{path}: {missing[0]}: missing; expected header, shards")
+    header = Header.from_dict(value["header"], f"{path}: header")
+    shards = parse(list[Shard], value["shards"], f"{path}: shards")
+    for number, shard in enumerate(shards):
+        inside(path.parent, shard.file, f"{path}: shards[{number}].file")
+    if (count := sum(shard.count for shard in shards)) != header.count:
+        raise ValueError(
+            f"{path}: header.count: the shards hold {count} pairs, the header expects {header.count}"
+        )
+    return header, shards
 
 
 def balanced_labels(ids: Tensor, num_classes: int) -> Tensor:
@@ -84,28 +147,16 @@ class Pairs:
             raise FileNotFoundError(
                 f"{path}: missing; {folder} is no finished pair cache (its writer continues it)"
             )
-        manifest = read_json(path)
-        self.header = header = Header.from_dict(manifest["header"], path)
-        if header.noise not in ("seed", "stored"):
-            raise ValueError(f"{path}: noise: found {header.noise!r}, expected 'seed' or 'stored'")
-        if header.dtype != Header.dtype:
-            raise ValueError(f"{path}: dtype: found {header.dtype!r}, expected {Header.dtype!r}")
-        if header.orientation != Header.orientation:
-            raise ValueError(
-                f"{path}: orientation: found {header.orientation!r}, expected {Header.orientation!r}"
-            )
+        self.header, self.shards = header, _ = read_manifest(path)
         self._check_noise(path)
-        self.shards = manifest["shards"]
         tables = [self._read_shard(shard) for shard in self.shards]
         self.ids = torch.cat([table["ids"] for table in tables])
         self.labels = torch.cat([table["label"] for table in tables]).to(torch.int64)
         self.x0 = [table["x0"] for table in tables]
         self.stored = [table["z"] for table in tables] if header.noise == "stored" else None
         self.starts = torch.tensor([0, *(len(x0) for x0 in self.x0)]).cumsum(0)
-        if len(self.ids) != header.count:
-            raise ValueError(
-                f"{path}: count: the shards hold {len(self.ids)} pairs, the header expects {header.count}"
-            )
+        if int(self.ids.min()) < 0:
+            raise ValueError(f"{path}: ids: found {int(self.ids.min())}, expected at least 0")
         if len(self.ids.unique()) != len(self.ids):
             raise ValueError(f"{path}: ids: some stand twice in the shards, expected each once")
         lowest, highest = int(self.labels.min()), int(self.labels.max())
@@ -132,29 +183,38 @@ class Pairs:
                 f"that wrote the pairs ({header.torch}): found {found[:12]}, expected {header.noise_checksum[:12]}"
             )
 
-    def _read_shard(self, shard: dict[str, Any]) -> dict[str, Tensor]:
+    def _read_shard(self, shard: Shard) -> dict[str, Tensor]:
         """One shard, checked against the manifest: present, untouched, of the right columns, rows and
         values."""
-        path = self.folder / shard["file"]
+        path = self.folder / shard.file
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: missing; {MANIFEST} expects it to hold {shard['count']} pairs")
-        if (found := sha256_file(path)) != shard["sha256"]:
+            raise FileNotFoundError(f"{path}: missing; {MANIFEST} expects it to hold {shard.count} pairs")
+        if (found := sha256_file(path)) != shard.sha256:
             raise ValueError(
                 f"{path}: sha256: found {found[:12]} over {path.stat().st_size} bytes, {MANIFEST} expects "
-                f"{shard['sha256'][:12]}: the shard of {shard['count']} pairs is truncated or changed"
+                f"{shard.sha256[:12]}: the shard of {shard.count} pairs is truncated or changed"
             )
         try:
             table = safetensors.torch.load_file(path)
         except SafetensorError as error:
             raise ValueError(f"{path}: not a readable shard: {error}") from error
-        columns: dict[str, tuple[int, ...]] = {"ids": (), "label": (), "x0": self.header.sample_shape}
+        sample = self.header.sample_shape
+        columns: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "ids": ((), torch.int64),
+            "label": ((), torch.int32),
+            "x0": (sample, torch.float32),
+        }
         if self.header.noise == "stored":
-            columns["z"] = self.header.sample_shape
-        for column, shape in columns.items():
-            expected = (shard["count"], *shape)
+            columns["z"] = (sample, torch.float32)
+        if unknown := sorted(table.keys() - columns.keys()):
+            raise ValueError(f"{path}: {unknown[0]}: unexpected column, expected {', '.join(columns)}")
+        for column, (shape, dtype) in columns.items():
+            expected = (shard.count, *shape)
             if column not in table or tuple(table[column].shape) != expected:
                 found_shape = tuple(table[column].shape) if column in table else "nothing"
                 raise ValueError(f"{path}: {column}: found {found_shape}, expected {expected}")
+            if table[column].dtype != dtype:
+                raise ValueError(f"{path}: {column}: found {table[column].dtype}, expected {dtype}")
         self.check_values(path, table)
         return table
 
@@ -201,4 +261,4 @@ class Pairs:
 
     def fingerprint(self) -> str:
         """A digest of the header and of every shard."""
-        return sha256_text(canonical_json([self.header.to_dict(), self.shards]))
+        return sha256_text(canonical_json([self.header.to_dict(), [asdict(shard) for shard in self.shards]]))

@@ -7,18 +7,20 @@ import math
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from distill.cache.pairs import HEADER, MANIFEST, Header, Pairs, balanced_labels
+from distill.cache.pairs import HEADER, MANIFEST, Header, Pairs, balanced_labels, read_manifest
 from distill.data.cond import Cond
 from distill.data.plain import plain_torch
 from distill.data.rng import sample_noise
 from distill.files import read_json, remove, sha256_file, write_json, write_safetensors
 from distill.models.denoiser import Denoiser
+from distill.models.time_grid import TimeGrid
 from distill.world import World
 
 SHARD_BYTES = 64 * 2**20
@@ -45,6 +47,8 @@ def make_pairs(
     """[n,*S] float32 endpoints of the teacher's transport for the samples `ids`, on the CPU of the main process;
     None elsewhere. Refuses non-finite ones. Batches are the same on any number of processes, which share them."""
     samples, chunks = {}, ids.split(batch_size)
+    named = None if header.grid is None else TimeGrid.from_dict(header.grid)
+    grid = None if named is None else named.make(teacher.process, header.steps)
     for number, part in world.share(chunks):
         z = sample_noise(header.seed, header.stream, part, header.sample_shape).to(device)
         cond = (
@@ -53,7 +57,7 @@ def make_pairs(
             else Cond.nothing(len(part))
         ).to(device)
         x0 = teacher.transport(
-            z, cond, solver=header.solver, steps=header.steps, guidance_scale=header.guidance_scale
+            z, cond, solver=header.solver, steps=header.steps, guidance_scale=header.guidance_scale, grid=grid
         )[0].cpu()
         if not bool(torch.isfinite(x0).all()):
             bad = part[~torch.isfinite(x0).flatten(1).all(dim=1)].tolist()
@@ -63,6 +67,11 @@ def make_pairs(
         samples[number] = x0
         on_samples(sum(len(chunk) for chunk in chunks[number : number + world.size]))
     return world.collect(samples)
+
+
+def _begun(path: Path) -> dict[str, Any]:
+    """The header that a cache was begun with."""
+    return Header.from_dict(read_json(path), f"{path}: header").to_dict()
 
 
 @plain_torch()
@@ -85,7 +94,7 @@ def write_pairs(
     shard and the main one writes."""
     device, world, teacher = torch.device(device), world or World(), teacher.to(device).eval()
     begun = folder / HEADER
-    if begun.is_file() and (found := read_json(begun)) != header.to_dict():
+    if begun.is_file() and (found := _begun(begun)) != header.to_dict():
         changed = sorted(key for key, value in header.to_dict().items() if found.get(key) != value)
         raise ValueError(f"{begun}: begun with other {changed}: found {[found.get(k) for k in changed]}")
     written = recorded(folder, header)
@@ -127,10 +136,10 @@ def write_pairs(
 
 def recorded(folder: Path, header: Header) -> dict[str, str]:
     """sha256 of every shard by its name, as noted when it was written: by a manifest, or by a writer that was killed."""
-    with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
-        manifest = read_json(folder / MANIFEST)
-        if manifest["header"] == header.to_dict():
-            return {str(shard["file"]): str(shard["sha256"]) for shard in manifest["shards"]}
+    with suppress(FileNotFoundError, ValueError):
+        found, shards = read_manifest(folder / MANIFEST)
+        if found == header:
+            return {shard.file: shard.sha256 for shard in shards}
     with suppress(FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         noted = read_json(folder / WRITTEN)
         if noted["header"] == header.to_dict():

@@ -42,7 +42,7 @@ from distill.models.denoiser import Denoiser, velocity_at_end
 from distill.models.guidance import check_guidance_scale
 from distill.models.result import Result
 from distill.models.spec import SamplerSpec
-from distill.process.scalings import sigma_weight
+from distill.process.scalings import SIGMA_DATA, sigma_weight
 from distill.samplers.fewstep import spread_times
 
 
@@ -95,7 +95,8 @@ class Consistency(DistillModule):
         self.guidance_scale, self.sample_steps = guidance_scale, check_sample_steps(sample_steps, scales - 1)
         # The last step of Heun ends where the teacher's velocity cannot always be had.
         self.singular = None if velocity_at_end(teacher) else student.process.t_min
-        self.student = student.with_(boundary=boundary_at(student.process, self.levels, student.kind))
+        boundary = boundary_at(student.process, self.levels, student.kind, student.sigma_data)
+        self.student = student.with_(boundary=boundary)
 
     def updates(self) -> Sequence[Update]:
         """One update: the student."""
@@ -112,7 +113,6 @@ class Consistency(DistillModule):
             steps=min(self.sample_steps),
             times=spread_times(self.levels, self.sample_steps, self.student.process.t_min),
             mode="sde",
-            kind=self.student.kind,
             guidance_baked=self.guidance_scale,
             noise_floor=0.0 if self.student.boundary is None else self.student.boundary.sigma_min,
         )
@@ -136,7 +136,7 @@ class Consistency(DistillModule):
         with step.same_dropout():
             prediction = self.student.x0(x_t, t, batch.cond)
         per_sample = self.distance(prediction, target)
-        weight = sigma_weight(self.weight, noise_level(process, t))
+        weight = sigma_weight(self.weight, noise_level(process, t), self.student.sigma_data or SIGMA_DATA)
         with torch.no_grad():
             logs = by_thirds(per_sample, index / (len(self.levels) - 1))
             logs["unweighted"] = per_sample.mean()

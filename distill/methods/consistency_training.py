@@ -102,7 +102,9 @@ class ConsistencyTraining(DistillModule):
         self.sample_steps = check_sample_steps(sample_steps, len(self.levels) - 1)
         # The cleanest level that the student is asked at.
         self.end = self.levels[-1:] if curriculum == "ect" else level_grid(student.process, 2, "karras")[-1:]
-        boundary = None if curriculum == "ect" else boundary_at(student.process, self.end, student.kind)
+        boundary = None
+        if curriculum != "ect":
+            boundary = boundary_at(student.process, self.end, student.kind, student.sigma_data)
         self.student = student.with_(boundary=boundary)
 
     def updates(self) -> Sequence[Update]:
@@ -132,7 +134,6 @@ class ConsistencyTraining(DistillModule):
             steps=min(self.sample_steps),
             times=spread_times(self.levels, self.sample_steps, self.student.process.t_min),
             mode="sde",
-            kind=self.student.kind,
             noise_floor=0.0 if self.student.boundary is None else self.student.boundary.sigma_min,
         )
         return Result(sampler, "few_step", boundary=self.student.boundary)

@@ -66,8 +66,7 @@ class Degrade(DistillModule):
     ) -> None:
         super().__init__(student)
         self.weighting = check_score_options(
-            student.process,
-            student.kind,
+            student,
             weighting=weighting,
             sigma_data=sigma_data,
             reduction=reduction,
@@ -95,9 +94,7 @@ class Degrade(DistillModule):
     def result(self) -> Result:
         """The teacher's sampler: a node is a score model like it. Not guidable, even where the teacher is: conditions are
         not dropped, so the way leads away from what the teacher knew of the null condition."""
-        own = self.student.sampler or SamplerSpec(
-            steps=50, any_steps=True, solver="ddim", kind=self.student.kind
-        )
+        own = self.student.sampler or SamplerSpec(steps=50, any_steps=True, solver="ddim")
         return Result(replace(own, guidance_scale=1.0), "independent", boundary=self.student.boundary)
 
     def loss(self, batch: Batch, step: Step) -> Loss:
@@ -144,7 +141,7 @@ def _check_models(teacher: Denoiser, generator: Denoiser, start: StudentInput) -
 
 def _check_start(generator: Denoiser, start: StudentInput) -> None:
     """Refuse to sample a distilled generator at other times than those that it was made for."""
-    made, wanted = generator.sampler, start.spec(generator.kind, 1.0, 1.0)
+    made, wanted = generator.sampler, start.spec(1.0, 1.0)
     if made is None:
         return
     times, ours = made.times.get(start.steps), wanted.times[start.steps]

@@ -21,7 +21,7 @@ from distill.models.result import Result
 from distill.models.spec import SamplerSpec
 from distill.process.base import at_least_float32
 from distill.process.edm import EDM
-from distill.process.scalings import edm_weight
+from distill.process.scalings import SIGMA_DATA, edm_weight
 from distill.process.times import lognormal_level, uniform_times
 
 TIMES, WEIGHTS = ("uniform", "lognormal"), ("own", "edm")
@@ -36,7 +36,7 @@ class Denoising(DistillModule):
         times: "uniform" in [t_min, t_max], or "lognormal" noise levels exp(mean + std n) (EDM's training distribution).
         mean, std: of ln(sigma / alpha), for "lognormal".
         weight: "own", mean square in the net's own kind (for v it is SNR + 1 on x0), or "edm", 1 / sigma^2 + 1 / sigma_data^2
-            on x0 with sigma_data = 0.5.
+            on x0 with the sigma_data that the net or its process assumes, else 0.5.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Denoising(DistillModule):
         """Any number of steps: Heun on Karras's grid for EDM (18 by default), else 50 steps of DDIM. Noise and data are
         independent; guidable where conditions are dropped."""
         steps, solver = (18, "heun") if isinstance(self.student.process, EDM) else (50, "ddim")
-        sampler = SamplerSpec(steps=steps, any_steps=True, solver=solver, kind=self.student.kind)
+        sampler = SamplerSpec(steps=steps, any_steps=True, solver=solver)
         return Result(sampler, "independent", guidable=self.null_prob > 0 and self.student.num_classes > 0)
 
     def draw_times(self, step: Step) -> Tensor:
@@ -91,7 +91,7 @@ class Denoising(DistillModule):
         out = at_least_float32(self.student(x_t, t, cond))
         if self.weight == "edm":
             error = (process.convert(kind, out, x_t, t, "x0") - batch.x0).square().flatten(1).mean(1)
-            per_sample = edm_weight(t) * error
+            per_sample = edm_weight(t, self.student.sigma_data or SIGMA_DATA) * error
         else:
             per_sample = (out - process.target(kind, batch.x0, eps, t)).square().flatten(1).mean(1)
         noisy = process.sigma(t) > process.alpha(t)

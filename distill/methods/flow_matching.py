@@ -47,7 +47,7 @@ class FlowMatching(DistillModule):
 
     def result(self) -> Result:
         """Any number of Euler steps, 50 by default. Noise and data are independent; guidable where conditions are dropped."""
-        sampler = SamplerSpec(steps=50, any_steps=True, solver="euler", kind=self.student.kind)
+        sampler = SamplerSpec(steps=50, any_steps=True, solver="euler")
         return Result(sampler, "independent", guidable=self.null_prob > 0 and self.student.num_classes > 0)
 
     def loss(self, batch: Batch, step: Step) -> Loss:

@@ -84,7 +84,6 @@ class Guided(DistillModule):
             steps=50,
             any_steps=True,
             solver="ddim",
-            kind=self.student.kind,
             guidance_w=self.w_min if self.embeds else None,
             guidance_w_range=(self.w_min, self.w_max) if self.embeds else None,
         )

@@ -131,7 +131,6 @@ class LCM(DistillModule):
             steps=min(4, max(self.sample_steps)) if 4 in self.sample_steps else min(self.sample_steps),
             times=times,
             mode="sde",
-            kind=self.student.kind,
             guidance_baked=1.0 if embeds else 1 + self.w_min,
             guidance_w=self.sample_w if embeds else None,
             guidance_w_range=(self.w_min, self.w_max) if embeds else None,

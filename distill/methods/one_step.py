@@ -56,7 +56,7 @@ class OneStep(DistillModule):
         """Exactly the steps that it was trained for: "endpoint" for one step from t_max, else "few_step". Never guidable:
         conditions are not dropped, so what the teacher knew of the null condition is lost."""
         starts = k_step_times(torch.arange(self.steps), self.steps, self.t_eps).tolist()
-        sampler = SamplerSpec(steps=self.steps, times={self.steps: (*starts, 0.0)}, kind=self.student.kind)
+        sampler = SamplerSpec(steps=self.steps, times={self.steps: (*starts, 0.0)})
         whole = starts == [self.student.process.t_max]
         return Result(sampler, "endpoint" if whole else "few_step", boundary=self.student.boundary)
 

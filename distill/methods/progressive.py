@@ -98,7 +98,6 @@ class Progressive(DistillModule):
             steps=steps,
             times={steps: times},
             solver="ddim",
-            kind=self.student.kind,
             guidance_baked=self.guidance_scale * (1.0 if earlier is None else earlier.guidance_baked),
             guidance_w=None if self.w_range is None else self.w_range[0],
             guidance_w_range=self.w_range,

@@ -56,7 +56,7 @@ class Reflow(DistillModule):
     def result(self) -> Result:
         """Any number of Euler steps, 8 by default, since the paths are nearly straight. Noise and data are paired;
         guidable where conditions are dropped."""
-        sampler = SamplerSpec(steps=8, any_steps=True, solver="euler", kind=self.student.kind)
+        sampler = SamplerSpec(steps=8, any_steps=True, solver="euler")
         return Result(sampler, "paired", guidable=self.null_prob > 0 and self.student.num_classes > 0)
 
     def loss(self, batch: Batch, step: Step) -> Loss:

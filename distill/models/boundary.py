@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -37,10 +36,10 @@ class Boundary:
 
     def __post_init__(self) -> None:
         if self.form not in FORMS:
-            raise ValueError(f"boundary.form: found {self.form!r}, expected one of {list(FORMS)}")
+            raise ValueError(f"form: found {self.form!r}, expected one of {list(FORMS)}")
         for name in ("sigma_min", "sigma_data", "timestep_scaling"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"boundary.{name}: found {getattr(self, name)}, expected a positive number")
+                raise ValueError(f"{name}: found {getattr(self, name)}, expected a positive number")
 
     def apply(self, process: Process, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """f [B,*S] from the predicted x0 [B,*S] at (x_t, t), t [B]."""
@@ -60,8 +59,3 @@ class Boundary:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
         return asdict(self)
-
-    @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> Boundary:
-        """Inverse of `to_dict`."""
-        return cls(**value)

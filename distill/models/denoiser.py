@@ -19,7 +19,7 @@ from distill.process.times import default_grid
 from distill.samplers.adaptive import rk45
 from distill.samplers.multistep import dpmpp_2m, unipc
 from distill.samplers.ode import ddim, euler, heun
-from distill.samplers.solvers import CALLS
+from distill.samplers.solvers import CALLS, network_calls
 
 SOLVERS = tuple(CALLS)
 COUPLINGS = ("independent", "paired", "endpoint", "few_step")
@@ -40,7 +40,9 @@ class Denoiser(nn.Module):
             alone) or "few_step" (valid at its sampler's times alone).
         boundary: turns the predicted x0 into a consistency function; None: none is needed.
 
-    `sampler` is how the model is meant to be sampled, where that is known (models that were loaded).
+    `sigma_data` is the standard deviation of the data that the net's preconditioning or the process assumes, None where
+    neither does; a boundary of another is refused. `sampler` is how the model is meant to be sampled, where that is known
+    (models that were loaded).
     """
 
     sampler: SamplerSpec | None = None
@@ -68,6 +70,7 @@ class Denoiser(nn.Module):
             raise ValueError(f"coupling: found {coupling!r}, expected one of {list(COUPLINGS)}")
         self.net, self.process, self.kind, self.num_classes = net, process, kind, num_classes
         self.sample_shape, self.guidable, self.coupling = tuple(sample_shape), guidable, coupling
+        self.sigma_data = sigma_data_of(net, process)
         self.boundary = boundary
 
     def with_(self, **meaning: Any) -> Denoiser:
@@ -80,9 +83,20 @@ class Denoiser(nn.Module):
         return other
 
     @property
+    def boundary(self) -> Boundary | None:
+        """What turns the predicted x0 into a consistency function."""
+        return self._boundary
+
+    @boundary.setter
+    def boundary(self, boundary: Boundary | None) -> None:
+        if boundary is not None and boundary.form == "cm":
+            check_sigma_data(self, boundary.sigma_data, "boundary.sigma_data")
+        self._boundary = boundary
+
+    @property
     def embeds_guidance(self) -> bool:
         """Whether the net takes the guidance w as an input (`Cond.guidance_w`)."""
-        return any(isinstance(module, GuidanceEmbedding) for module in self.net.modules())
+        return embeds_guidance(self.net)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond, guidance_scale: float | Tensor = 1.0) -> Tensor:
         """The prediction [B,*S] of the net's own kind at times t [B], guided: u + g (c - u), in one batched
@@ -170,6 +184,44 @@ class Denoiser(nn.Module):
         index = None if times is None else _places(times, grid)
         states = _solve(solver, self, cond, guidance_scale)(self.process.prior(z), grid, index is not None)
         return states[None] if index is None else torch.stack([states[i] for i in index])
+
+    def network_calls(self, solver: str, steps: int, guidance_scale: float = 1.0) -> int | None:
+        """Network calls that `transport` makes for a sample; guidance counts twice. None: "rk45" chooses its own."""
+        return network_calls(solver, steps, guided=guidance_scale != 1, last_euler=not velocity_at_end(self))
+
+
+def sigma_data_of(net: nn.Module, process: Process) -> float | None:
+    """The standard deviation of the data that a net and its process assume, or None.
+
+    Raises:
+        ValueError: they assume different ones.
+    """
+    found = {
+        type(part).__name__: float(value)
+        for part in (*net.modules(), process)
+        if isinstance(value := getattr(part, "sigma_data", None), float | int)
+    }
+    if len(set(found.values())) > 1:
+        told = " and ".join(f"{value} of {name}" for name, value in found.items())
+        raise ValueError(f"sigma_data: found {told}, expected one standard deviation of the data")
+    return next(iter(found.values()), None)
+
+
+def check_sigma_data(model: Denoiser, sigma_data: float, where: str = "sigma_data") -> None:
+    """Refuse a standard deviation of the data that is not the one that the model's net or process assumes.
+
+    Raises:
+        ValueError: starts with `where`, names both.
+    """
+    if model.sigma_data is not None and sigma_data != model.sigma_data:
+        raise ValueError(
+            f"{where}: found {sigma_data}, but the model's own sigma_data is {model.sigma_data}; expected the same"
+        )
+
+
+def embeds_guidance(net: nn.Module) -> bool:
+    """Whether a net takes the guidance w as an input."""
+    return any(isinstance(module, GuidanceEmbedding) for module in net.modules())
 
 
 def check_same_samples(student: Denoiser, teacher: Denoiser) -> None:

@@ -44,11 +44,25 @@ class Generator:
         return self
 
     def one_step(self, z: Tensor, cond: Cond) -> Tensor:
-        """[B,*S] noise -> [B,*S] samples with one network call: x0 predicted at t_max."""
-        start = self.denoiser.process.prior(self.spec.start_scale * z)
-        cond = cond.with_guidance(self.spec.embedded()).to(z.device)
-        t = torch.full((len(z),), self.denoiser.process.t_max, dtype=torch.float32, device=z.device)
-        return self.denoiser.x0(start, t, cond, self.spec.guidance_scale)
+        """[B,*S] noise -> [B,*S] samples in one step: what `generate` makes with `steps=1`, also where the model is not
+        valid for it. Differentiable with respect to z."""
+        model, spec = self.denoiser, self.spec
+        if spec.mode == "ode":
+            return self.generate(z, cond, 1, force=True)
+        # Its sample is the first prediction of the data, at the time where sampling starts.
+        cond = cond.with_guidance(spec.embedded()).to(z.device)
+        t = torch.full((len(z),), spec.start(model.process), dtype=torch.float32, device=z.device)
+        return model.x0(model.process.prior(spec.start_scale * z), t, cond, spec.guidance_scale)
+
+    def network_calls(self, steps: int | None = None, guidance_scale: float | None = None) -> int | None:
+        """Network calls that `generate` makes for a sample, of its arguments; guidance counts twice. None: the solver chooses
+        ("rk45")."""
+        spec = self.spec
+        steps = spec.steps if steps is None else steps
+        scale = spec.guidance_scale if guidance_scale is None else guidance_scale
+        if spec.mode == "sde":
+            return steps * (1 if scale == 1 else 2)
+        return self.denoiser.network_calls(spec.solver, steps, scale)
 
     def generate(
         self,

@@ -1,59 +1,34 @@
-"""The native model format: a folder with `model.safetensors` (weights) and `model.json` (what they mean),
-nothing else needed."""
+"""Models as folders: `model.safetensors` (the net's weights) and `model.json` (what they mean), nothing else needed."""
 
 from __future__ import annotations
 
-import importlib
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
+from distill.data.cond import Cond
 from distill.data.plain import plain_torch
-from distill.files import read_json, sha256_file, write_json, write_safetensors
-from distill.models.boundary import Boundary
-from distill.models.denoiser import Denoiser
+from distill.files import sha256_file, write_json, write_safetensors
+from distill.models.build import REFUSALS, at_most, build_net, build_process
+from distill.models.denoiser import Denoiser, embeds_guidance
+from distill.models.description import DESCRIPTION, SCHEMA, WEIGHTS, Description
 from distill.models.generator import Generator, value_range
 from distill.models.spec import SamplerSpec
+from distill.names import inside
+from distill.process.base import Process
 
-SCHEMA = 1
-REQUIRED = (
-    "net",
-    "process",
-    "kind",
-    "sample_shape",
-    "guidable",
-    "coupling",
-    "num_classes",
-    "sampler",
-    "weights",
-)
-WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
-BUILT_FROM = ("distill.nets.", "distill.process.", "distill.models.analytic.")
-
-
-def build(config: Mapping[str, Any]) -> Any:
-    """Call the class that `config["_target_"]` names with the other entries, those that are configs themselves built
-    first. Only classes of this package are built: a model file is data, and must not choose code from elsewhere to
-    run."""
-    target = str(config.get("_target_", ""))
-    if not target.startswith(BUILT_FROM):
-        raise ValueError(f"_target_: found {target!r}, expected a class under {', '.join(BUILT_FROM)}")
-    module, _, name = target.rpartition(".")
-    arguments = {
-        key: build(value) if isinstance(value, Mapping) and "_target_" in value else value
-        for key, value in config.items()
-        if key != "_target_"
-    }
-    return getattr(importlib.import_module(module), name)(**arguments)
+# Stored types of weights, and what they are called; others are no weights of a net.
+FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 
 def describe(denoiser: Denoiser, net: Mapping[str, Any], spec: SamplerSpec) -> dict[str, Any]:
-    """The contents of `model.json` except the weights' digest; `net` is the config that `build` makes the net
+    """The contents of `model.json` except the weights' digest; `net` is the config that `build_net` makes the net
     from."""
     return {
         "schema": SCHEMA,
@@ -66,7 +41,7 @@ def describe(denoiser: Denoiser, net: Mapping[str, Any], spec: SamplerSpec) -> d
         "boundary": None if denoiser.boundary is None else denoiser.boundary.to_dict(),
         "num_classes": denoiser.num_classes,
         "value_range": value_range(denoiser.sample_shape),
-        "sampler": spec.to_dict() | {"kind": denoiser.kind},
+        "sampler": spec.to_dict(),
     }
 
 
@@ -77,62 +52,162 @@ def save_model(folder: Path, state: Mapping[str, Tensor], description: Mapping[s
     write_json(folder / DESCRIPTION, dict(description) | {"weights": weights})
 
 
-def read_description(folder: Path) -> dict[str, Any]:
-    """`model.json` of a model folder, with its schema checked."""
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{folder}: no such folder; expected a model folder with {WEIGHTS} and {DESCRIPTION}"
-        )
-    if not (folder / DESCRIPTION).is_file() and (folder / "export" / DESCRIPTION).is_file():
-        raise FileNotFoundError(f"{folder}: this is a run, not a model; did you mean {folder / 'export'}?")
-    description = read_json(folder / DESCRIPTION)
-    if not isinstance(description, dict) or description.get("schema") != SCHEMA:
-        found = description.get("schema") if isinstance(description, dict) else type(description).__name__
-        raise ValueError(f"{folder / DESCRIPTION}: schema: found {found!r}, this version reads {SCHEMA}")
-    return description
-
-
 def read_weights(folder: Path | str) -> dict[str, Tensor]:
-    """The net's weights of a model folder, on the CPU, after comparing their sha256 with the description's."""
+    """The net's weights of a model folder, on the CPU: those that the description names by their sha256, floating and
+    finite.
+
+    Raises FileNotFoundError or ValueError; the message names the file and the tensor."""
     folder = Path(folder)
-    named = read_description(folder).get("weights")
-    if not isinstance(named, Mapping) or not {"file", "sha256"} <= set(named):
-        raise ValueError(f"{folder / DESCRIPTION}: weights: found {named!r}, expected a file and its sha256")
-    path = folder / str(named["file"])
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: missing; {folder / DESCRIPTION} names it as the weights")
-    if (found := sha256_file(path)) != named["sha256"]:
-        raise ValueError(f"{path}: sha256: found {found}, {DESCRIPTION} expects {named['sha256']}")
-    try:
-        return safetensors.torch.load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: does not fit the net that {DESCRIPTION} describes: {error}") from error
+    path = _weights_file(folder, Description.read(folder))
+    _header(path)
+    return _load(path)
 
 
 @plain_torch()
 def load_model(folder: Path | str, *, device: torch.device | str = "cpu") -> Generator:
-    """Read a model folder into a `Generator` in eval mode; checks the weights' sha256 and loads strictly."""
+    """Read a model folder into a `Generator` in eval mode.
+
+    What the description asks for is compared with the names and shapes in the weights file before memory is taken for it;
+    weights have the sha256 of the description, and are finite. Weights of another float type than the net's are converted,
+    with a warning. The model is the same whatever torch's default device and type are.
+
+    Raises FileNotFoundError or ValueError; the message names the file and the entry."""
     folder = Path(folder)
-    description = read_description(folder)
-    missing = [key for key in REQUIRED if key not in description]
-    if missing:
-        raise ValueError(f"{folder / DESCRIPTION}: {missing[0]}: missing; expected {', '.join(REQUIRED)}")
-    weights, net = read_weights(folder), build(description["net"])
+    description = Description.read(folder)
+    where = f"{folder / DESCRIPTION}: "
+    path = _weights_file(folder, description)
+    process = build_process(description.process, f"{where}process")
+    _check_process(description, process, where)
+    _check_net(description, path, where)
+    net = build_net(description.net, f"{where}net")
+    net.load_state_dict(_load(path))
     try:
-        net.load_state_dict(weights)
-    except RuntimeError as error:
-        path = folder / description["weights"]["file"]
-        raise ValueError(f"{path}: does not fit the net that {DESCRIPTION} describes: {error}") from error
+        denoiser = _denoiser(description, net, process)
+    except ValueError as error:
+        raise ValueError(f"{where}{error}") from error
+    generator = Generator(denoiser.eval(), description.sampler)
+    return generator.to(device)
+
+
+def _denoiser(description: Description, net: nn.Module, process: Process) -> Denoiser:
     denoiser = Denoiser(
         net,
-        build(description["process"]),
-        description["kind"],
-        description["sample_shape"],
-        num_classes=description["num_classes"],
-        guidable=description["guidable"],
-        coupling=description["coupling"],
-        boundary=Boundary.from_dict(boundary) if (boundary := description.get("boundary")) else None,
+        process,
+        description.kind,
+        description.sample_shape,
+        num_classes=description.num_classes,
+        guidable=description.guidable,
+        coupling=description.coupling,
+        boundary=description.boundary,
     )
-    denoiser.sampler = spec = SamplerSpec.from_dict(description["sampler"])
-    generator = Generator(denoiser.eval(), spec)
-    return generator.to(device)
+    denoiser.sampler = description.sampler
+    return denoiser
+
+
+def _weights_file(folder: Path, description: Description) -> Path:
+    """The weights beside the description that names them, with the sha256 that it expects."""
+    named = description.weights
+    path = inside(folder, named.file, f"{folder / DESCRIPTION}: weights.file")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: missing; {folder / DESCRIPTION} names it as the weights")
+    if (found := sha256_file(path)) != named.sha256:
+        raise ValueError(f"{path}: sha256: found {found}, {DESCRIPTION} expects {named.sha256}")
+    return path
+
+
+def _header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """name -> (shape, type) of the tensors of a weights file, without reading them."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
+    for name, (_, dtype) in found.items():
+        if dtype not in FLOATS:
+            raise ValueError(f"{path}: {name}: found the type {dtype}, expected one of {list(FLOATS)}")
+    return found
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    """The tensors of a weights file, all of them finite."""
+    weights = safetensors.torch.load_file(path, device="cpu")
+    for name, tensor in weights.items():
+        if not bool(tensor.isfinite().all()):
+            count = int((~tensor.isfinite()).sum())
+            raise ValueError(
+                f"{path}: {name}: found {count} of {tensor.numel()} numbers that are not finite, expected finite weights"
+            )
+    return weights
+
+
+def _check_process(description: Description, process: Process, where: str) -> None:
+    """The process is one from data to noise, and the kind and the sampler's times are its own."""
+    ends = torch.tensor([process.t_min, process.t_max], dtype=torch.float64)
+    weights = torch.stack([process.alpha(ends), process.sigma(ends)])
+    clean, noisy = process.log_ratio(ends).tolist()
+    if not bool(weights.isfinite().all()) or not clean > noisy:
+        raise ValueError(
+            f"{where}process: found {process!r}, whose weights of data and noise at its ends are {weights.T.tolist()}; "
+            "expected finite ones, from clean to noisy"
+        )
+    try:
+        process.check_kind(description.kind)
+    except ValueError as error:
+        raise ValueError(f"{where}kind: {error}") from error
+    try:
+        description.sampler.check_process(process)
+    except ValueError as error:
+        raise ValueError(f"{where}{error}") from error
+
+
+def _check_net(description: Description, path: Path, where: str) -> None:
+    """The net that the description asks for has exactly the tensors of the weights file, and takes the samples; found out on
+    the meta device, where nothing is allocated."""
+    stored = _header(path)
+    with torch.device("meta"), at_most(len(stored)):
+        net = build_net(description.net, f"{where}net").to("meta")
+    wanted = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
+    wrong = [f"{name}: missing, expected {list(wanted[name])}" for name in wanted.keys() - stored.keys()]
+    wrong += [f"{name}: unexpected" for name in stored.keys() - wanted.keys()]
+    for name in wanted.keys() & stored.keys():
+        if (found := stored[name][0]) != wanted[name]:
+            wrong.append(f"{name}: found shape {list(found)}, expected {list(wanted[name])}")
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(
+            f"{path}: does not fit the net that {DESCRIPTION} describes: {'; '.join(sorted(wrong)[:3])}{more}"
+        )
+    types = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in net.state_dict().items()}
+    if cast := [name for name, (_, dtype) in stored.items() if FLOATS[dtype] != types[name]]:
+        warnings.warn(
+            f"{path}: {len(cast)} tensors are {FLOATS[stored[cast[0]][1]]} and are converted to {types[cast[0]]}",
+            stacklevel=3,
+        )
+    _check_samples(description, net, where)
+
+
+def _check_samples(description: Description, net: nn.Module, where: str) -> None:
+    """A net on the meta device takes samples, classes and guidance as the description says."""
+    classes = getattr(net, "num_classes", 0)
+    if classes != description.num_classes:
+        raise ValueError(f"{where}num_classes: found {description.num_classes}, but the net takes {classes}")
+    embeds, given = embeds_guidance(net), description.sampler.guidance_w
+    if embeds != (given is not None):
+        found = "takes" if embeds else "does not take"
+        raise ValueError(
+            f"{where}sampler.guidance_w: found {given}, but the net {found} the guidance as an input"
+        )
+    shape = description.sample_shape
+    x, t = torch.empty(1, *shape, device="meta"), torch.empty(1, device="meta")
+    label = torch.zeros(1, dtype=torch.int64, device="meta") if classes else None
+    w = torch.empty(1, device="meta") if embeds else None
+    try:
+        with torch.no_grad():
+            made = tuple(net(x, t, Cond(1, label, w)).shape)
+    except REFUSALS as error:
+        raise ValueError(f"{where}sample_shape: the net does not take {list(shape)}: {error}") from error
+    if made != (1, *shape):
+        raise ValueError(
+            f"{where}sample_shape: found {list(shape)}, but the net makes {list(made[1:])} of it"
+        )

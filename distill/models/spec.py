@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from distill.models.time_grid import TimeGrid
 from distill.process.base import Process
-from distill.process.times import default_grid
+from distill.process.edm import EDM
+from distill.process.times import MAX_STEPS, default_grid, karras_grid
+from distill.samplers.solvers import CALLS
+from distill.typed import parse, settle
 
 
 @dataclass(frozen=True)
@@ -22,12 +26,11 @@ class SamplerSpec:
         steps: the default number of steps.
         times: exact times in the model's process for each step count, descending, `steps + 1` numbers each.
             If `any_steps`, a count that is not listed uses the default grid; otherwise the listed counts are
-            the only valid ones.
+            the only valid ones. All lists start at one time.
         mode: "ode" (deterministic: `solver`), or "sde": predict x0, noise it again to the next time with fresh noise,
             repeat (multistep consistency sampling); then the times are those of the network calls and an end that is
             not called.
         solver: the solver of "ode", one of `samplers.solvers.CALLS`.
-        kind: what the net predicts.
         start_scale: the net starts from `start_scale * z`, z ~ N(0, I).
         guidance_scale: the scale to sample with; 1 is none.
         guidance_baked: the scale that the student has learned from its teacher, for the record.
@@ -35,14 +38,14 @@ class SamplerSpec:
             that it was trained for; None for a net without that input.
         noise_scale: multiplies the fresh noise of "sde"; 1 is what the student was trained for.
         noise_floor: level sigma / alpha of noise that the predictions still hold (`samplers.fewstep`).
+        time_grid: the grid of step counts that `times` does not list; None: the process's default grid.
     """
 
     steps: int
     times: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
     any_steps: bool = False
-    mode: str = "ode"
+    mode: Literal["ode", "sde"] = "ode"
     solver: str = "euler"
-    kind: str = "velocity"
     start_scale: float = 1.0
     guidance_scale: float = 1.0
     guidance_baked: float = 1.0
@@ -50,23 +53,47 @@ class SamplerSpec:
     guidance_w_range: tuple[float, float] | None = None
     noise_scale: float = 1.0
     noise_floor: float = 0.0
+    time_grid: TimeGrid | None = None
 
     def __post_init__(self) -> None:
-        if self.mode not in ("ode", "sde"):
-            raise ValueError(f"sampler.mode: found {self.mode!r}, expected 'ode' or 'sde'")
+        settle(self)
+        if self.solver not in CALLS:
+            raise ValueError(f"solver: found {self.solver!r}, expected one of {list(CALLS)}")
+        if not self.start_scale > 0:
+            raise ValueError(f"start_scale: found {self.start_scale}, expected a positive number")
         if not 0 < self.noise_scale <= 1.5:
-            raise ValueError(f"sampler.noise_scale: found {self.noise_scale}, expected a number in (0, 1.5]")
-        if (self.guidance_w is None) != (self.guidance_w_range is None):
-            raise ValueError("sampler.guidance_w, guidance_w_range: expected both or neither")
-        for steps, times in self.times.items():
-            if len(times) != steps + 1 or any(a <= b for a, b in pairwise(times)):
-                raise ValueError(
-                    f"sampler.times[{steps}]: expected {steps + 1} descending times, found {list(times)}"
-                )
-        if self.steps not in self.times and not self.any_steps:
+            raise ValueError(f"noise_scale: found {self.noise_scale}, expected a number in (0, 1.5]")
+        if not self.noise_floor >= 0:
+            raise ValueError(f"noise_floor: found {self.noise_floor}, expected a number of at least 0")
+        self._check_guidance()
+        self._check_steps()
+
+    def _check_guidance(self) -> None:
+        if self.guidance_w is None or self.guidance_w_range is None:
+            if (self.guidance_w is None) != (self.guidance_w_range is None):
+                raise ValueError("guidance_w, guidance_w_range: expected both or neither")
+            return
+        low, high = self.guidance_w_range
+        if not -1 <= low <= self.guidance_w <= high:
             raise ValueError(
-                f"sampler.steps: {self.steps} is not among the valid step counts {sorted(self.times)}"
+                f"guidance_w, guidance_w_range: found {self.guidance_w} and {[low, high]}, expected a w in its range, which "
+                "starts at -1 or above"
             )
+
+    def _check_steps(self) -> None:
+        for steps, times in self.times.items():
+            if steps < 1 or len(times) != steps + 1 or any(not a > b for a, b in pairwise(times)):
+                raise ValueError(
+                    f"times[{steps}]: expected {steps + 1} descending times, found {list(times)}"
+                )
+        if len(starts := {times[0] for times in self.times.values()}) > 1:
+            raise ValueError(
+                f"times: start at {sorted(starts)}, expected one start, which `start_scale` is the scale of"
+            )
+        if not 1 <= self.steps <= MAX_STEPS:
+            raise ValueError(f"steps: found {self.steps}, expected 1 .. {MAX_STEPS}")
+        if self.steps not in self.times and not self.any_steps:
+            raise ValueError(f"steps: {self.steps} is not among the valid step counts {sorted(self.times)}")
 
     def valid(self, steps: int) -> bool:
         """Whether the model was made for this many steps."""
@@ -76,15 +103,10 @@ class SamplerSpec:
         """[steps + 1] float64 times to sample at; `force` allows the default grid where the model is not
         valid."""
         steps = self.steps if steps is None else steps
-        if steps < 1:
-            raise ValueError(f"steps: expected at least 1, found {steps}")
+        if not 1 <= steps <= MAX_STEPS:
+            raise ValueError(f"steps: expected 1 .. {MAX_STEPS}, found {steps}")
         if steps in self.times:
-            first, last = self.times[steps][0], self.times[steps][-1]
-            if not process.t_min <= last < first <= process.t_max:
-                raise ValueError(
-                    f"sampler.times[{steps}]: found {last} .. {first}, expected times of {process!r}: "
-                    f"{process.t_min} .. {process.t_max}"
-                )
+            self._check_times(process, steps)
             return torch.tensor(self.times[steps], dtype=torch.float64, device="cpu")
         if not (self.any_steps or force):
             raise ValueError(
@@ -92,7 +114,33 @@ class SamplerSpec:
                 f"{steps}; "
                 "more steps make its images worse, not better (force=true samples all the same)"
             )
-        return default_grid(process, steps)
+        if self.time_grid is not None:
+            return self.time_grid.make(process, steps)
+        start = self.start(process)
+        if start == process.t_max:
+            return default_grid(process, steps)
+        if isinstance(process, EDM) and start > process.sigma_min:
+            return karras_grid(process, steps, sigma_max=start)
+        return torch.linspace(start, process.t_min, steps + 1, dtype=torch.float64, device="cpu")
+
+    def start(self, process: Process) -> float:
+        """The time that sampling starts at, where the state is `start_scale` times the process's prior."""
+        return next((times[0] for times in self.times.values()), process.t_max)
+
+    def check_process(self, process: Process) -> None:
+        """Raise ValueError where the sampler's times are not times of the process that the model lives under."""
+        for steps in self.times:
+            self._check_times(process, steps)
+        if self.steps not in self.times:
+            self.grid(process)
+
+    def _check_times(self, process: Process, steps: int) -> None:
+        first, last = self.times[steps][0], self.times[steps][-1]
+        if not process.t_min <= last < first <= process.t_max:
+            raise ValueError(
+                f"sampler.times[{steps}]: found {last} .. {first}, expected times of {process!r}: "
+                f"{process.t_min} .. {process.t_max}"
+            )
 
     def embedded(self, w: float | None = None) -> float | None:
         """The guidance w to give the net: `w`, or the spec's; refuses one where the net takes none, and one outside the
@@ -123,12 +171,25 @@ class SamplerSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
-        return asdict(self) | {"times": {str(n): list(t) for n, t in sorted(self.times.items())}}
+        plain = asdict(self) | {"times": {str(n): list(t) for n, t in sorted(self.times.items())}}
+        plain.pop("time_grid")
+        return plain if self.time_grid is None else plain | {"time_grid": self.time_grid.to_dict()}
 
     @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> SamplerSpec:
-        """Inverse of `to_dict`."""
-        read = dict(value) | {"times": {int(n): tuple(t) for n, t in value["times"].items()}}
-        if read.get("guidance_w_range") is not None:
-            read["guidance_w_range"] = tuple(read["guidance_w_range"])
-        return cls(**read)
+    def from_dict(cls, value: Any, where: str = "sampler", *, kind: str | None = None) -> SamplerSpec:
+        """Inverse of `to_dict`. Files of older versions repeat the model's `kind` here, which must be the same.
+
+        Raises ValueError that starts with `where` and the entry."""
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{where}: found {value!r}, expected a mapping")
+        read = dict(value)
+        if (found := read.pop("kind", kind)) != kind:
+            raise ValueError(f"{where}.kind: found {found!r}, expected the model's {kind!r}")
+        times = parse(dict[str, tuple[float, ...]], read.get("times", {}), f"{where}.times")
+        for steps in times:
+            if not steps.isdecimal() or steps != str(int(steps)):
+                raise ValueError(f"{where}.times: found the key {steps!r}, expected a number of steps")
+        read["times"] = {int(steps): given for steps, given in times.items()}
+        if read.get("time_grid") is not None:
+            read["time_grid"] = TimeGrid.from_dict(read["time_grid"], f"{where}.time_grid")
+        return parse(cls, read, where)

@@ -19,7 +19,7 @@ class GroupNorm(nn.Module):
 
     def __init__(self, groups: int, channels: int, *, plain: bool = False, eps: float = 1e-5) -> None:
         super().__init__()
-        if channels % groups:
+        if groups < 1 or channels % groups:
             raise ValueError(f"groups: {channels} channels cannot be split into {groups} groups")
         self.groups, self.plain, self.eps = groups, plain, eps
         self.weight = nn.Parameter(torch.ones(channels))
@@ -43,7 +43,7 @@ class SelfAttention(nn.Module):
         self, channels: int, *, heads: int = 1, groups: int = 8, math: bool = False, plain_norm: bool = False
     ) -> None:
         super().__init__()
-        if channels % heads:
+        if heads < 1 or channels % heads:
             raise ValueError(f"heads: {channels} channels cannot be split over {heads} heads")
         self.heads, self.math = heads, math
         self.norm = GroupNorm(groups, channels, plain=plain_norm)
@@ -73,8 +73,10 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, dim: int, max_period: float = 10_000.0) -> None:
         super().__init__()
-        if dim % 2:
-            raise ValueError(f"dim: a time embedding needs an even number of features, found {dim}")
+        if dim < 2 or dim % 2:
+            raise ValueError(
+                f"dim: a time embedding needs an even number of features, at least 2, found {dim}"
+            )
         self.register_buffer(
             "frequencies",
             torch.exp(-math.log(max_period) * torch.arange(dim // 2) / (dim // 2)),

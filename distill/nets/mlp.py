@@ -38,6 +38,10 @@ class MLP(nn.Module):
         super().__init__()
         if width < 1 or depth < 1:
             raise ValueError(f"width, depth: expected at least 1, found {width}, {depth}")
+        if not shape or min(shape) < 1 or num_classes < 0:
+            raise ValueError(
+                f"shape, num_classes: found {list(shape)} and {num_classes}, expected positive sizes and at least 0"
+            )
         self.shape, self.num_classes, self.time_scale = tuple(shape), num_classes, time_scale
         dim = math.prod(self.shape)
         self.time = TimeEmbedding(features, max_period=1000.0)

@@ -3,7 +3,7 @@ for pixel data."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -42,6 +42,17 @@ class ResBlock(nn.Module):
         hidden = self.conv1(F.silu(self.norm1(x)))
         hidden = torch.addcmul(shift, self.norm2(hidden), 1 + scale)
         return self.skip(x) + self.conv2(F.silu(hidden))
+
+
+def _check_sizes(sizes: Mapping[str, int], multipliers: Sequence[int], num_classes: int) -> None:
+    """Refuse sizes that make no net."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name}: found {size}, expected at least 1")
+    if not multipliers or min(multipliers) < 1:
+        raise ValueError(f"multipliers: found {list(multipliers)}, expected at least one, each at least 1")
+    if num_classes < 0:
+        raise ValueError(f"num_classes: found {num_classes}, expected at least 0")
 
 
 class UNet(nn.Module):
@@ -86,6 +97,8 @@ class UNet(nn.Module):
         super().__init__()
         if attention not in ("sdpa", "math", "none"):
             raise ValueError(f"attention: found {attention!r}, expected one of 'sdpa', 'math', 'none'")
+        sizes = {"channels": channels, "width": width, "blocks": blocks, "embedding": embedding}
+        _check_sizes(sizes | {"groups": groups, "heads": heads}, multipliers, num_classes)
         self.num_classes, self.time_scale = num_classes, time_scale
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.time = TimeEmbedding(embedding)

@@ -6,8 +6,8 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+from distill.models.build import build_net
 from distill.models.denoiser import Denoiser
-from distill.models.native import build
 from distill.pipeline.halving import merged
 
 
@@ -19,10 +19,7 @@ def adapted(
     Every weight that there was is kept; parameters that the options add start as the net makes them. A net that is read
     as another kind starts wrong: the method has to repair it."""
     config = merged(copy.deepcopy(dict(net)), changes.get("net") or {})
-    try:
-        built, state = build(config), student.net.state_dict()
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"adapt.net: {error}") from error
+    built, state = build_net(config, "adapt.net"), student.net.state_dict()
     try:
         missing, unexpected = built.load_state_dict(state, strict=False)
     except RuntimeError as error:

@@ -30,7 +30,6 @@ from distill.pipeline.ownership import PUBLISHED, patterns
 from distill.pipeline.stage import ModelStage, Room, Stage, check_types, read_artifact
 from distill.pipeline.stages import check_which
 from distill.samplers.ode import rollout
-from distill.samplers.solvers import calls_per_step
 from distill.samplers.straightness import straightness
 
 SCHEMA = 1
@@ -281,11 +280,11 @@ class Evaluate(Stage):
         """The entries of a row that do not come from its images."""
         record = read_artifact(room.inputs[label])
         facts = record["facts"] if record is not None else {}
-        guidance, calls = generator.spec.guidance_scale, calls_per_step(generator.spec.solver)
+        guidance = generator.spec.guidance_scale
         return {
             "model": label,
             "steps": steps,
-            "nfe": None if calls is None else steps * calls * (1 if guidance == 1 else 2),
+            "nfe": generator.network_calls(steps),
             "guidance_scale": guidance,
             "teacher_mse": None,
             "straightness": None,

@@ -7,8 +7,9 @@ from typing import Any
 
 from distill.data.points import mixture_means
 from distill.models.analytic import GaussianMixture, exact_denoiser
+from distill.models.build import build_process
 from distill.models.denoiser import Denoiser
-from distill.models.native import build, describe, save_model
+from distill.models.native import describe, save_model
 from distill.models.spec import SamplerSpec
 from distill.pipeline.stage import ModelStage, Room, check_types
 
@@ -42,16 +43,12 @@ class Exact(ModelStage):
         denoiser = self._denoiser()
         net = denoiser.net
         assert isinstance(net, GaussianMixture)
-        spec = SamplerSpec(steps=STEPS, any_steps=True, solver="euler", kind=denoiser.kind)
+        spec = SamplerSpec(steps=STEPS, any_steps=True, solver="euler")
         if room.world.main:
             save_model(room.folder, net.state_dict(), describe(denoiser, net.config(), spec))
         return {"train_seconds": None, "peak_memory_bytes": None}
 
     def _denoiser(self) -> Denoiser:
         """The model, on the CPU."""
-        try:
-            process = build(self.process)
-        except (ValueError, TypeError, AttributeError, ImportError) as error:
-            where = "process." if str(error).startswith("_target_") else "process: "
-            raise ValueError(f"{where}{error}") from error
+        process = build_process(self.process)
         return exact_denoiser(process, mixture_means(self.ring, self.means), self.std, labelled=self.labelled)

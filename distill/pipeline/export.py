@@ -10,8 +10,9 @@ import torch
 
 from distill.evaluation.protocol import Protocol
 from distill.exporters.card import card
-from distill.files import copy, read_json, write_json, write_safetensors, write_text
-from distill.models.native import DESCRIPTION, WEIGHTS, load_model, read_description
+from distill.files import copy, read_json, write_json, write_text
+from distill.models.description import DESCRIPTION, WEIGHTS, read_description
+from distill.models.native import describe, load_model, save_model
 from distill.pipeline.evaluate import Evaluate
 from distill.pipeline.monitor import model_folder
 from distill.pipeline.ownership import patterns
@@ -64,9 +65,8 @@ class Export(Stage):
             return {}
         source = model_folder(room.inputs["student"], self.which)
         original = load_model(source)
-        write_safetensors(room.folder / WEIGHTS, original.denoiser.net.state_dict())
-        description = read_description(source)
-        write_json(room.folder / DESCRIPTION, description)
+        description = describe(original.denoiser, read_description(source)["net"], original.spec)
+        save_model(room.folder, original.denoiser.net.state_dict(), description)
         rows, picture, note = [], False, ""
         protocol: Protocol | None = None
         if "evaluate" in room.inputs:

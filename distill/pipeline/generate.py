@@ -12,11 +12,14 @@ from distill.cache.writer import WRITTEN, write_pairs
 from distill.data.rng import noise_checksum
 from distill.files import copy, sha256_file
 from distill.models.denoiser import SOLVERS, Denoiser
-from distill.models.native import WEIGHTS, load_model
+from distill.models.description import WEIGHTS
+from distill.models.native import load_model
+from distill.models.time_grid import TimeGrid
 from distill.pipeline.execution import use_threads
 from distill.pipeline.ownership import needed, patterns
 from distill.pipeline.stage import ModelStage, Room, Stage, check_types
-from distill.samplers.solvers import calls_per_step
+from distill.process.times import MAX_STEPS
+from distill.typed import check_keys
 
 
 @dataclass
@@ -25,7 +28,9 @@ class Generate(Stage):
 
     Attributes:
         teacher: name of the stage whose model makes them.
-        count: pairs. sampler: {solver, steps} of the transport. guidance_scale: g in u + g (c - u).
+        count: pairs. guidance_scale: g in u + g (c - u).
+        sampler: {solver, steps, grid} of the transport; grid: {name: ..., option: ...}, a key of `process.times.GRIDS` and
+            the options of its function; without it, the process's default grid.
         stream: names the noise; two stages with the same stream and seed start from the same noise.
         path: a pair cache to use instead; it must have been made by this teacher in this way.
     """
@@ -47,12 +52,18 @@ class Generate(Stage):
         check_types(self)
         if self.count < 1 or self.batch_size < 1:
             raise ValueError(f"count, batch_size: expected at least 1, found {self.count}, {self.batch_size}")
-        if set(self.sampler) != {"solver", "steps"} or self.sampler["solver"] not in SOLVERS:
-            raise ValueError(f"sampler: found {self.sampler}, expected steps and a solver of {list(SOLVERS)}")
-        if not isinstance(self.sampler["steps"], int) or self.sampler["steps"] < 1:
-            raise ValueError(
-                f"sampler.steps: found {self.sampler['steps']!r}, expected an integer of at least 1"
-            )
+        check_keys(self.sampler, ("solver", "steps", "grid"), "sampler")
+        solver, steps = self.sampler.get("solver"), self.sampler.get("steps")
+        if solver not in SOLVERS:
+            raise ValueError(f"sampler.solver: found {solver!r}, expected one of {list(SOLVERS)}")
+        if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= MAX_STEPS:
+            raise ValueError(f"sampler.steps: found {steps!r}, expected an integer of 1 .. {MAX_STEPS}")
+        self._grid()
+
+    def _grid(self) -> TimeGrid | None:
+        """The named time grid, if there is one."""
+        named = self.sampler.get("grid")
+        return None if named is None else TimeGrid.from_dict(named, "sampler.grid")
 
     def check(self, stages: Mapping[str, Stage]) -> None:
         """The teacher comes from a stage that makes a model."""
@@ -92,6 +103,8 @@ class Generate(Stage):
                 f"guidance_scale: found {self.guidance_scale}, but {self.teacher!r} was trained without a null "
                 "condition; expected 1"
             )
+        if (grid := self._grid()) is not None:
+            grid.make(denoiser.process, self.sampler["steps"])  # refused before anything is written
         use_threads(room, sum(p.numel() for p in denoiser.parameters()))
         header = self._header(room, denoiser)
         if self.path is not None:
@@ -109,10 +122,7 @@ class Generate(Stage):
                     tell=room.display.line,
                 )
         Pairs(room.folder)
-        calls = calls_per_step(self.sampler["solver"])
-        nfe = (
-            None if calls is None else self.sampler["steps"] * calls * (1 if self.guidance_scale == 1 else 2)
-        )
+        nfe = denoiser.network_calls(self.sampler["solver"], self.sampler["steps"], self.guidance_scale)
         return {"count": self.count, "nfe_per_pair": nfe}
 
     def _header(self, room: Room, teacher: Denoiser) -> Header:
@@ -128,6 +138,7 @@ class Generate(Stage):
             steps=self.sampler["steps"],
             guidance_scale=float(self.guidance_scale),
             num_classes=teacher.num_classes,
+            grid=None if (grid := self._grid()) is None else grid.to_dict(),
         )
 
     def _adopt(self, room: Room, wanted: Header) -> None:
@@ -144,12 +155,16 @@ class Generate(Stage):
             "noise",
             "labels",
         }  # the reader checks what matters of these
-        if changed := [k for k, v in wanted.to_dict().items() if k not in free and found[k] != v]:
-            what = ", ".join(f"{k}: found {found[k]!r}, expected {wanted.to_dict()[k]!r}" for k in changed)
+        if changed := [
+            k for k, v in ({"grid": None} | wanted.to_dict()).items() if k not in free and found.get(k) != v
+        ]:
+            what = ", ".join(
+                f"{k}: found {found.get(k)!r}, expected {wanted.to_dict().get(k)!r}" for k in changed
+            )
             raise ValueError(f"{source / MANIFEST}: not the pairs that this stage asks for: {what}")
         if room.world.main:
             for shard in pairs.shards:
-                copy(source / shard["file"], room.folder / shard["file"])
+                copy(source / shard.file, room.folder / shard.file)
             copy(source / MANIFEST, room.folder / MANIFEST)
             if self._found not in (None, sha256_file(room.folder / MANIFEST)):
                 raise ValueError(f"{source / MANIFEST}: changed since the run began; start it again")

@@ -29,8 +29,9 @@ from distill.evaluation.measure import measure
 from distill.evaluation.protocol import Protocol
 from distill.evaluation.report import report, table
 from distill.files import read_json, sha256_file, write_atomic, write_json
+from distill.models.description import WEIGHTS, read_description
 from distill.models.generator import Generator
-from distill.models.native import WEIGHTS, load_model, read_description
+from distill.models.native import load_model
 from distill.models.spec import SamplerSpec
 from distill.pipeline.display import Display
 from distill.pipeline.evaluate import Evaluate

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.files import read_json, sha256_file, write_json
-from distill.models.native import DESCRIPTION, WEIGHTS, read_description
+from distill.models.description import DESCRIPTION, WEIGHTS, read_description
 from distill.pipeline.ownership import ARTIFACT
 
 SCHEMA = 1

@@ -17,7 +17,7 @@ from distill.data.folder import ImageFolder, holds_images
 from distill.data.listing import utf8_path
 from distill.data.names import class_names
 from distill.files import read_json
-from distill.models.native import DESCRIPTION
+from distill.models.description import DESCRIPTION
 from distill.pipeline.ownership import ARTIFACT, PUBLISHED
 from distill.pipeline.stage import check_types
 

@@ -23,16 +23,10 @@ from distill.engine.module import DistillModule
 from distill.engine.parallel import full_state
 from distill.engine.update import Optim
 from distill.files import copy, make_folder, sha256_file
+from distill.models.build import build_net, build_process
 from distill.models.denoiser import Denoiser
-from distill.models.native import (
-    DESCRIPTION,
-    WEIGHTS,
-    build,
-    describe,
-    load_model,
-    read_description,
-    save_model,
-)
+from distill.models.description import DESCRIPTION, WEIGHTS, read_description
+from distill.models.native import describe, load_model, save_model
 from distill.pipeline.adapt import adapted
 from distill.pipeline.execution import peak_memory_bytes, use_threads
 from distill.pipeline.generate import Generate
@@ -112,7 +106,7 @@ class Train(ModelStage):
         if self.init is None and (self.net is None or self.process is None):
             raise ValueError("init: without a stage to start from, both `net` and `process` are needed")
         if self.init is None and self.process is not None:
-            build(self.process).check_kind(self.kind)
+            build_process(self.process).check_kind(self.kind)
         for key, settings in self._optim().items():
             try:  # a wrong option is told now, not when the stages before this one have run
                 probe = Optim(**settings)
@@ -309,9 +303,13 @@ class Train(ModelStage):
             assert self.net is not None
             assert self.process is not None
             torch.manual_seed(stream_key(room.seed, self.stream, "init") % 2**63)
-            net, built = self.net, build(self.net)
+            net, built = self.net, build_net(self.net)
             student = Denoiser(
-                built, build(self.process), self.kind, source.sample_shape, num_classes=built.num_classes
+                built,
+                build_process(self.process),
+                self.kind,
+                source.sample_shape,
+                num_classes=getattr(built, "num_classes", 0),
             )
         if student.sample_shape != tuple(source.sample_shape):
             raise ValueError(

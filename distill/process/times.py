@@ -22,6 +22,9 @@ from distill.process.flow import Flow
 from distill.process.indices import leading_indices, linspace_indices, student_indices, trailing_indices
 from distill.process.tables import VPTable
 
+MAX_STEPS = 100_000
+"""The longest grid: beyond it a number of steps is a mistake, which would sample without end."""
+
 
 def uniform_grid(process: Process, steps: int, device: torch.device | str | None = None) -> Tensor:
     """``steps + 1`` equally spaced times from ``process.t_max`` down to ``process.t_min``, float64.
@@ -361,8 +364,8 @@ def uniform_log_snr(
 
 
 def _check_steps(steps: int) -> None:
-    if steps < 1:
-        raise ValueError(f"a grid needs at least one step, got {steps}")
+    if not 1 <= steps <= MAX_STEPS:
+        raise ValueError(f"a grid needs at least one step and at most {MAX_STEPS}, got {steps}")
 
 
 def _check_levels(sigma_min: float, sigma_max: float, rho: float) -> None:

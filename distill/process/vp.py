@@ -11,6 +11,9 @@ from torch.nn.functional import softplus
 from distill.process.base import Process, at_least_float32
 from distill.process.tables import VPTable, from_betas, zero_terminal_snr
 
+MAX_TIMESTEPS = 100_000
+"""The longest table: usual ones have 1000 entries, and one that a data file asks for must end."""
+
 
 class VPCosine(Process):
     """Cosine schedule with the log-SNR clipped to +-logsnr_max (arXiv 2202.00512), t in [0, 1].
@@ -202,5 +205,5 @@ def _check_betas(beta_start: float, beta_end: float, num_timesteps: int) -> None
 
 
 def _check_timesteps(num_timesteps: int) -> None:
-    if num_timesteps < 2:
-        raise ValueError(f"num_timesteps must be at least 2, got {num_timesteps}")
+    if not 2 <= num_timesteps <= MAX_TIMESTEPS:
+        raise ValueError(f"num_timesteps must be at least 2 and at most {MAX_TIMESTEPS}, got {num_timesteps}")

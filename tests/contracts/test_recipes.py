@@ -22,8 +22,8 @@ from distill.engine.module import DistillModule
 from distill.engine.schedule import Constant
 from distill.engine.update import Optim
 from distill.evaluation.protocol import Protocol
+from distill.models.build import build_net
 from distill.models.denoiser import Denoiser
-from distill.models.native import build as models_build
 from distill.models.native import describe, load_model, save_model
 from distill.models.result import Result
 from distill.process.base import Process
@@ -79,7 +79,7 @@ def build(path: Path) -> DistillModule:
     torch.manual_seed(0)
     roles = {
         role: Denoiser(
-            models_build(net if role == "student" else NET),
+            build_net(net if role == "student" else NET),
             process,
             kind,
             (1, 8, 8),

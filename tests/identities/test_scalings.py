@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from distill.data.cond import Cond
+from distill.models.build import build_net
 from distill.models.denoiser import Denoiser
-from distill.models.native import build
 from distill.nets.precond import EDMPrecond
 from distill.process.edm import EDM
 from distill.process.scalings import (
@@ -172,7 +172,7 @@ def test_an_optimal_net_is_the_exact_denoiser_of_gaussian_data() -> None:
 
 def test_nested_configs_build_a_preconditioned_net() -> None:
     inner = {"_target_": "distill.nets.mlp.MLP", "shape": [2], "width": 8, "depth": 1, "num_classes": 3}
-    net = build({"_target_": "distill.nets.precond.EDMPrecond", "net": inner, "sigma_data": 0.7})
+    net = build_net({"_target_": "distill.nets.precond.EDMPrecond", "net": inner, "sigma_data": 0.7})
     assert isinstance(net, EDMPrecond)
     assert (net.num_classes, net.sigma_data) == (3, 0.7)
     x, sigma = torch.randn(4, 2), torch.tensor([0.002, 0.5, 2.0, 80.0])

@@ -23,7 +23,7 @@ from distill.samplers.adaptive import rk45
 from distill.samplers.march import check_times
 from distill.samplers.multistep import dpmpp_2m, unipc
 from distill.samplers.ode import ddim, euler, heun
-from distill.samplers.solvers import CALLS, calls_per_step
+from distill.samplers.solvers import CALLS, network_calls
 from distill.samplers.stochastic import churn, stochastic_ddim
 
 PROCESSES = [Flow(), VPCosine(), VPLinear(), VPScaledLinear(), EDM()]
@@ -334,7 +334,7 @@ def test_refusals() -> None:
         with pytest.raises(ValueError, match="Flow"):
             solver(curved, flow, z, times, kind="v")
     with pytest.raises(ValueError, match=r"solver: found 'rk9', expected one of \['euler', 'heun'"):
-        calls_per_step("rk9")
+        network_calls("rk9", 3)
     assert check_times(times) == 3
 
 
@@ -375,12 +375,8 @@ def test_transport_knows_every_solver(process: Process) -> None:
         assert sample.shape == (1, 6, 2)
         tolerance = 0.2 if solver in ("euler", "ddim") else 0.06
         torch.testing.assert_close(sample[0], expected, atol=tolerance, rtol=0, msg=f"{solver}")
-        calls = calls_per_step(solver)
-        if calls is not None:
-            saved = solver == "heun" and not (
-                process.regular_end and process.sigma(torch.zeros(1)).item() > 0
-            )
-            assert len(asked) == calls * steps - saved
+        if (calls := model.network_calls(solver, steps)) is not None:
+            assert len(asked) == calls
         single = model.transport(z.float(), cond, solver=solver, steps=steps)[0]
         assert single.dtype == torch.float32
         torch.testing.assert_close(single.double(), sample[0], atol=2e-3, rtol=0)

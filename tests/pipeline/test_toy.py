@@ -17,7 +17,8 @@ from distill.data.rng import sample_noise
 from distill.evaluation.energy import energy_distance
 from distill.evaluation.sliced import sliced_wasserstein
 from distill.models.analytic import exact_denoiser, ring_means
-from distill.models.native import load_model, read_description
+from distill.models.description import read_description
+from distill.models.native import load_model
 from distill.pipeline.display import Display
 from distill.pipeline.exact import Exact
 from distill.pipeline.expand import expand
@@ -66,7 +67,11 @@ class TestExact:
         z, t = sample_noise(0, "s", torch.arange(50), (2,)).double(), torch.linspace(0.01, 1, 50).double()
         cond = Cond.nothing(50)
         assert torch.equal(generator.denoiser.velocity(z, t, cond), exact.velocity(z, t, cond))
-        assert (generator.spec.any_steps, generator.spec.solver, generator.spec.kind) == (True, "euler", "x0")
+        assert (generator.spec.any_steps, generator.spec.solver, generator.denoiser.kind) == (
+            True,
+            "euler",
+            "x0",
+        )
         assert read_description(folder)["value_range"] is None
         same = made(Exact(process=FLOW, means=ring_means(), std=0.2), tmp_path / "same")
         for name in ("model.json", "model.safetensors"):

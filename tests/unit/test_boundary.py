@@ -13,8 +13,9 @@ from torch import Tensor
 from distill.data.cond import Cond
 from distill.methods.losses.trajectory import boundary_at, level_grid, noise_level
 from distill.models.boundary import Boundary
+from distill.models.build import build_net
 from distill.models.denoiser import Denoiser
-from distill.models.native import build, describe, load_model, save_model
+from distill.models.native import describe, load_model, save_model
 from distill.models.spec import SamplerSpec
 from distill.process.base import Process, expand
 from distill.process.edm import EDM
@@ -161,8 +162,8 @@ def test_a_denoiser_applies_it_to_its_predicted_data_and_all_that_follows() -> N
 def test_it_survives_model_json(boundary: Boundary | None, tmp_path: Path) -> None:
     net = {"_target_": "distill.nets.mlp.MLP", "shape": [2], "width": 8, "features": 8}
     torch.manual_seed(0)
-    model = Denoiser(build(net), VPScaledLinear(), "v", (2,), coupling="few_step", boundary=boundary)
-    spec = SamplerSpec(steps=1, times={1: (999.0, 0.0)}, mode="sde", kind="v")
+    model = Denoiser(build_net(net), VPScaledLinear(), "v", (2,), coupling="few_step", boundary=boundary)
+    spec = SamplerSpec(steps=1, times={1: (999.0, 0.0)}, mode="sde")
     save_model(tmp_path, model.net.state_dict(), describe(model, net, spec))
     told = json.loads((tmp_path / "model.json").read_text())["boundary"]
     again = load_model(tmp_path).denoiser
@@ -172,7 +173,7 @@ def test_it_survives_model_json(boundary: Boundary | None, tmp_path: Path) -> No
         assert told is None
         return
     assert told == boundary.to_dict()
-    assert Boundary.from_dict(told) == boundary
+    assert Boundary(**told) == boundary
     t = torch.full((5,), 3.0, dtype=torch.float64)
     x, cond = noise(5, dtype=torch.float32), Cond.nothing(5)
     assert torch.equal(again.x0(x, t, cond), model.x0(x, t, cond))
@@ -181,10 +182,10 @@ def test_it_survives_model_json(boundary: Boundary | None, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"form": "ect"}, r"boundary.form: found 'ect', expected one of \['cm', 'lcm'\]"),
-        ({"form": "cm", "sigma_min": 0.0}, "boundary.sigma_min: found 0.0, expected a positive number"),
-        ({"form": "cm", "sigma_data": -1.0}, "boundary.sigma_data: found -1.0"),
-        ({"form": "lcm", "timestep_scaling": 0.0}, "boundary.timestep_scaling: found 0.0"),
+        ({"form": "ect"}, r"form: found 'ect', expected one of \['cm', 'lcm'\]"),
+        ({"form": "cm", "sigma_min": 0.0}, "sigma_min: found 0.0, expected a positive number"),
+        ({"form": "cm", "sigma_data": -1.0}, "sigma_data: found -1.0"),
+        ({"form": "lcm", "timestep_scaling": 0.0}, "timestep_scaling: found 0.0"),
     ],
 )
 def test_wrong_boundaries(options: dict[str, object], message: str) -> None:

@@ -53,7 +53,7 @@ def write(folder: Path, shard: int = 4, **changes) -> Path:
 def test_pairs_are_the_teachers_endpoints_of_the_noise_of_their_ids(tmp_path):
     pairs = Pairs(write(tmp_path))
     assert len(pairs) == 10
-    assert [shard["count"] for shard in pairs.shards] == [4, 4, 2]
+    assert [shard.count for shard in pairs.shards] == [4, 4, 2]
     rows = torch.tensor([9, 0, 5, 5])
     batch = pairs.fetch(rows, torch.arange(4))
     assert torch.equal(batch.ids, rows)
@@ -123,10 +123,10 @@ def break_manifest(folder: Path, **changes) -> None:
         ({"noise_checksum": "0" * 64}, "noise_checksum: this torch .* draws another noise stream"),
         ({"schema": 99}, "schema: found 99, this version reads 1"),
         ({"count": 11}, "count: the shards hold 10 pairs, the header expects 11"),
-        ({"dtype": "float16"}, "dtype: found 'float16', expected 'float32'"),
-        ({"noise": "lost"}, "noise: found 'lost', expected 'seed' or 'stored'"),
+        ({"dtype": "float16"}, "dtype: found 'float16', expected one of 'float32'"),
+        ({"noise": "lost"}, "noise: found 'lost', expected one of 'seed', 'stored'"),
         ({"num_classes": 5}, r"label: found 0 .. 9, expected 0 .. 4"),
-        ({"colour": "blue"}, "not a pair cache header"),
+        ({"colour": "blue"}, "header.colour: no such key"),
     ],
 )
 def test_a_manifest_that_lies_is_refused(tmp_path, changes, message):

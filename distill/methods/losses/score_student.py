@@ -23,7 +23,7 @@ from distill.engine.networks import check_apart
 from distill.engine.update import Diagnostics
 from distill.methods.losses.score import FAKE_SCORE_KINDS, fake_score_loss
 from distill.methods.losses.score_times import Times, times_of
-from distill.models.denoiser import Denoiser, check_same_samples
+from distill.models.denoiser import Denoiser, check_same_samples, check_sigma_data
 from distill.models.result import Result
 from distill.models.spec import SamplerSpec
 from distill.process.base import Process
@@ -70,13 +70,12 @@ class StudentInput:
         """N."""
         return len(self.times)
 
-    def spec(self, kind: str, guidance_baked: float, noise_scale: float) -> SamplerSpec:
+    def spec(self, guidance_baked: float, noise_scale: float) -> SamplerSpec:
         """Exactly N steps, each from fresh noise."""
         return SamplerSpec(
             steps=self.steps,
             times={self.steps: (*self.times, self.process.t_min)},
             mode="sde",
-            kind=kind,
             start_scale=self.scale,
             guidance_baked=guidance_baked,
             noise_scale=noise_scale,
@@ -164,13 +163,15 @@ def check_ratio(updates: int) -> None:
 
 
 def check_score_options(
-    process: Process, kind: str, *, weighting: str, sigma_data: float, reduction: str, labels: str
+    model: Denoiser, *, weighting: str, sigma_data: float, reduction: str, labels: str
 ) -> str:
-    """The weighting of a score model's loss: `weighting`, or for "auto" what goes with its `kind` of prediction.
+    """The weighting of a score model's loss: `weighting`, or for "auto" what goes with its kind of prediction.
 
     Raises:
-        ValueError: names the option that is unknown, outside its range or not defined under the process.
+        ValueError: names the option that is unknown, outside its range, not defined under the model's process, or a
+            `sigma_data` of "edm" that is not the one that the model assumes.
     """
+    process, kind = model.process, model.kind
     if labels not in ("data", "uniform"):
         raise ValueError(f"labels: found {labels!r}, expected 'data' or 'uniform'")
     if reduction not in ("sum", "mean"):
@@ -190,6 +191,8 @@ def check_score_options(
         process.check_kind(FAKE_SCORE_KINDS[found])
     except ValueError as error:
         raise ValueError(f"weighting: found {weighting!r}: {error}") from error
+    if found == "edm":
+        check_sigma_data(model, sigma_data)
     return found
 
 
@@ -249,8 +252,7 @@ class ScoreDistillation(DistillModule):
         )
         process = student.process
         self.weighting = check_score_options(
-            process,
-            teacher.kind,
+            teacher,
             weighting=weighting,
             sigma_data=sigma_data,
             reduction=reduction,
@@ -314,7 +316,7 @@ class ScoreDistillation(DistillModule):
     def result(self) -> Result:
         """Exactly the steps that it was trained for: "endpoint" for one step from t_max, else "few_step". Never guidable: the
         student is only asked with a condition; the teacher's guidance is baked in."""
-        sampler = self.input.spec(self.student.kind, self.guidance_teacher, self.noise_scale)
+        sampler = self.input.spec(self.guidance_teacher, self.noise_scale)
         whole = self.input.times == [self.student.process.t_max]
         return Result(sampler, "endpoint" if whole else "few_step", boundary=self.student.boundary)
 

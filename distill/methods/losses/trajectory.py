@@ -73,16 +73,20 @@ def noise_level(process: Process, t: Tensor) -> Tensor:
     return (process.sigma(t) / process.alpha(t)).clamp(max=SIGMA_MAX)
 
 
-def boundary_at(process: Process, levels: Tensor, kind: str) -> Boundary | None:
+def boundary_at(
+    process: Process, levels: Tensor, kind: str, sigma_data: float | None = None
+) -> Boundary | None:
     """What makes a prediction of `kind` the identity at the cleanest level of a grid; None where it is that by itself: where
-    no noise is left (a flow's t = 0), unless the net predicts the data. For use while a method is built.
+    no noise is left (a flow's t = 0), unless the net predicts the data. For use while a method is built. `sigma_data` is what
+    the model assumes of the data; None: nothing, and the boundary's default is taken.
 
     Raises:
         ValueError: names `grid`: it ends on clean data, of which a net that predicts x0 could say anything.
     """
     level = float(noise_level(process, levels[-1:].double()))
     if level > 0:
-        return Boundary("cm", sigma_min=level)
+        own = Boundary.sigma_data if sigma_data is None else sigma_data
+        return Boundary("cm", sigma_min=level, sigma_data=own)
     if kind == "x0":
         raise ValueError(
             f"grid: ends at t = {float(levels[-1]):g} of {process!r}, where no noise is left and nothing makes a predicted "
