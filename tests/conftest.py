@@ -1,5 +1,42 @@
-"""Shared by all tests: one thread, so that results do not depend on the machine and processes do not crowd each other."""
+"""Shared by all tests: one thread, so that results do not depend on the machine and processes do not crowd each other; finished
+runs; refusals; and what the suite costs."""
 
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
 import torch
+from tests_support import copied_run, refusal, shared_run
 
 torch.set_num_threads(1)
+pytest_plugins = ["budget"]
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory) -> Callable[[str], Path]:
+    """`shared(recipe)`: a folder with a finished smoke run `runs/run` of the recipe, one for all tests, which only read it."""
+    base = tmp_path_factory.getbasetemp()
+    place = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "shared"
+    place.mkdir(exist_ok=True)
+    return lambda recipe: shared_run(place, recipe)
+
+
+@pytest.fixture(scope="module")
+def finished(shared, tmp_path_factory) -> Path:
+    """A folder with a finished smoke run `runs/run` of recipe=instaflow that the tests of this file share and may change."""
+    return copied_run(shared("instaflow"), tmp_path_factory.mktemp("finished"))
+
+
+@pytest.fixture
+def refuse(tmp_path) -> Callable[..., str]:
+    """`refuse(*arguments)`: the message that `distill.train` ends with in an empty folder, before anything is exported."""
+
+    def call(*arguments: str, verb: str = "train") -> str:
+        message = refusal(tmp_path, verb, *arguments)
+        assert not list(tmp_path.rglob("export/artifact.json"))
+        return message
+
+    return call
