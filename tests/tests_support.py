@@ -41,10 +41,12 @@ def environment() -> dict[str, str]:
 # Runs `python -m distill.<verb>` in forks of a process that has imported everything, since that takes longer than most runs of
 # the tests. One line of JSON a call; answers with the number of the fork, then with its exit code and its seconds of CPU.
 SERVER = """
-import json, os, runpy, sys
+import gc, json, os, runpy, sys, traceback
 import distill.compare, distill.evaluate, distill.sample, distill.train
 import distill.methods.disback, distill.pipeline.stages, scipy.linalg, sklearn.datasets
 
+gc.collect()
+gc.freeze()  # else the forks' collector would copy all pages
 for line in sys.stdin:
     call = json.loads(line)
     pid = os.fork()
@@ -56,8 +58,19 @@ for line in sys.stdin:
             os.dup2(os.open(name, os.O_WRONLY if number else os.O_RDONLY), number)
         sys.argv = [call["module"], *call["arguments"]]
         sys.modules.pop(call["module"])
-        runpy.run_module(call["module"], run_name="__main__", alter_sys=True)
-        sys.exit(0)
+        code = 0
+        try:
+            runpy.run_module(call["module"], run_name="__main__", alter_sys=True)
+        except SystemExit as ended:
+            code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+            if isinstance(ended.code, str):
+                print(ended.code, file=sys.stderr)
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # taking the interpreter apart takes longer than many a run
     print(pid, flush=True)
     _, status, used = os.wait4(pid, 0)
     print(os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime, flush=True)
