@@ -11,6 +11,7 @@ from typing import Any
 from distill.evaluation.protocol import Protocol
 from distill.evaluation.report import COLUMNS, SCALE, legend
 from distill.files import read_json
+from distill.typed import parse
 
 SCHEMA = 1
 METRICS = "metrics.json"
@@ -92,15 +93,22 @@ def _read(file: Path, name: str) -> Run:
             )
     if not content["rows"]:
         raise ValueError(f"{file}: rows: empty, expected at least one")
-    for row in content["rows"]:
+    for number, row in enumerate(parse(list[dict[str, Any]], content["rows"], f"{file}: rows")):
         if missing := [key for key in ("model", "steps") if key not in row]:
             raise ValueError(f"{file}: rows: {missing[0]}: missing in {row}")
+        for key, value in row.items():
+            parse(_ROW.get(key, float | str | bool | None), value, f"{file}: rows[{number}].{key}")
     try:
         protocol = Protocol.from_dict(content["protocol"])
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-    real, note = content.get("real") or {}, content.get("note") or ""
+    real = parse(dict[str, float | None] | None, content.get("real"), f"{file}: real") or {}
+    note = parse(str | None, content.get("note"), f"{file}: note") or ""
     return Run(name, file, protocol, tuple(content["rows"]), real, note)
+
+
+# The types of the entries of a row that are no numbers.
+_ROW: dict[str, Any] = {"model": str, "steps": int | None, "nfe": int | None}
 
 
 def check_protocols(runs: Sequence[Run]) -> None:

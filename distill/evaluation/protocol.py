@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
 
@@ -16,6 +16,7 @@ from distill.evaluation.cmmd import cmmd, unit_rows
 from distill.evaluation.frechet import frechet_distance, moments
 from distill.evaluation.kid import kid
 from distill.evaluation.sliced import sliced_wasserstein
+from distill.typed import parse
 
 # Metrics of a feature space: in another space they are other numbers, so they carry its name.
 OF_FEATURES = ("fd", "kid", "precision", "recall", "density", "coverage", "class_accuracy")
@@ -96,16 +97,11 @@ class Protocol:
     def from_dict(cls, plain: Mapping[str, Any]) -> Protocol:
         """The inverse of `to_dict`; reads the entries of older files, which have no `names` or `full_count`.
 
-        Raises ValueError naming an entry that is missing or unknown.
+        Raises ValueError naming an entry that is missing, unknown or of another type.
         """
-        known = {f.name for f in fields(cls)}
-        given = {key: value for key, value in plain.items() if key != "names"}
-        if unknown := sorted(given.keys() - known):
-            raise ValueError(f"protocol: found {unknown[0]!r}, expected entries of {sorted(known)}")
-        try:
-            return cls(**given | {"resolution": tuple(given.get("resolution", ()))})
-        except TypeError as error:
-            raise ValueError(f"protocol: {error}") from error
+        if not isinstance(plain, Mapping):
+            raise ValueError(f"protocol: found {plain!r}, expected a mapping")
+        return parse(cls, {key: value for key, value in plain.items() if key != "names"}, "protocol")
 
     def describe(self) -> str:
         """One line to print beside the numbers."""

@@ -3,17 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distill.files import read_json, sha256_file, write_json
 from distill.models.description import DESCRIPTION, WEIGHTS, read_description
 from distill.pipeline.ownership import ARTIFACT
+from distill.typed import parse
 
 SCHEMA = 1
 FOLDER, MANIFEST = "nodes", "nodes.json"
 # What a node's weights mean: without all of it in common with the start, they are another model's.
 MEANING = ("net", "process", "kind", "sample_shape", "num_classes")
+
+
+@dataclass(frozen=True)
+class Node:
+    """An entry of the manifest: its place on the way from 1, the optimizer step, and its weights' sha256."""
+
+    number: int
+    step: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Way:
+    """The manifest: the sha256 of the weights that the way began with, and its nodes."""
+
+    schema: int
+    start: str
+    nodes: list[Node]
+
+    def __post_init__(self) -> None:
+        if (found := [node.number for node in self.nodes]) != list(range(1, len(found) + 1)):
+            raise ValueError(f"nodes: found the numbers {found}, expected 1 .. {len(found)} in turn")
+
+
+def _manifest(path: Path) -> Way:
+    value = read_json(path)
+    found = value.get("schema") if isinstance(value, dict) else type(value).__name__
+    if found != SCHEMA or isinstance(found, bool):
+        raise ValueError(f"{path}: schema: found {found!r}, this version reads {SCHEMA}")
+    return parse(Way, value, f"{path}: ")
 
 
 def node_folder(stage: Path, number: int) -> Path:
@@ -47,25 +79,20 @@ def read_nodes(stage: Path, start: Path) -> list[Path]:
         raise FileNotFoundError(
             f"{path}: missing; expected a stage that stores nodes (method `degrade`), finished"
         )
-    manifest = read_json(path)
-    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
-        found = manifest.get("schema") if isinstance(manifest, dict) else type(manifest).__name__
-        raise ValueError(f"{path}: schema: found {found!r}, this version reads {SCHEMA}")
-    if missing := [key for key in ("start", "nodes") if key not in manifest]:
-        raise ValueError(f"{path}: {missing[0]}: missing")
+    manifest = _manifest(path)
     teacher = read_description(start)
-    if manifest["start"] != (found := sha256_file(start / WEIGHTS)):
+    if manifest.start != (found := sha256_file(start / WEIGHTS)):
         raise ValueError(
-            f"{path}: start: the way began with weights {manifest['start'][:12]}, the teacher's are {found[:12]}"
+            f"{path}: start: the way began with weights {manifest.start[:12]}, the teacher's are {found[:12]}"
         )
     folders = [start]
-    for node in manifest["nodes"]:
-        folder = node_folder(stage, node["number"])
+    for node in manifest.nodes:
+        folder = node_folder(stage, node.number)
         if not (folder / WEIGHTS).is_file():
-            raise FileNotFoundError(f"{folder / WEIGHTS}: missing; {path} names it as node {node['number']}")
-        if (found := sha256_file(folder / WEIGHTS)) != node["sha256"]:
+            raise FileNotFoundError(f"{folder / WEIGHTS}: missing; {path} names it as node {node.number}")
+        if (found := sha256_file(folder / WEIGHTS)) != node.sha256:
             raise ValueError(
-                f"{folder / WEIGHTS}: sha256: found {found[:12]}, {path} expects {node['sha256'][:12]}"
+                f"{folder / WEIGHTS}: sha256: found {found[:12]}, {path} expects {node.sha256[:12]}"
             )
         told = read_description(folder)
         for key in MEANING:

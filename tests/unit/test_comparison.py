@@ -305,7 +305,7 @@ def test_refusals(make, compare, tmp_path):
         ({"rows": None}, "metrics.json: rows: found NoneType, expected list"),
         ({"rows": [{"steps": 1}]}, "metrics.json: rows: model: missing"),
         ({"protocol": {"features": "x"}}, "metrics.json: protocol"),
-        ({"protocol": PROTOCOL | {"colour": 1}}, "metrics.json: protocol: found 'colour'"),
+        ({"protocol": PROTOCOL | {"colour": 1}}, "metrics.json: protocol.colour: no such key"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named_and_never_skipped(make, compare, change, expected):

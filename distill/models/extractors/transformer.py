@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from distill.data.plain import plain_torch
 from distill.files import canonical_json, read_json, sha256_file, sha256_text
 from distill.models.extractors.images import ImageExtractor, import_extra
+from distill.names import inside
+from distill.typed import parse
 
 EXTRA = "features"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
@@ -138,7 +140,7 @@ def _weights(folder: Path) -> Path:
 
 
 def _check_type(kind: str, folder: Path, types: Sequence[str]) -> None:
-    found = read_json(folder / "config.json").get("model_type")
+    found = _mapping(folder / "config.json").get("model_type")
     if found not in types:
         raise ValueError(
             f"features {kind}: {folder / 'config.json'}: model_type: found {found!r}, expected one of {types}"
@@ -182,8 +184,14 @@ def _normalisation(
 ) -> tuple[Sequence[float], Sequence[float]]:
     """Mean and deviation that the folder names, else the given ones."""
     file = folder / "preprocessor_config.json"
-    named = read_json(file) if file.is_file() else {}
-    return named.get("image_mean", mean), named.get("image_std", std)
+    named = _mapping(file) if file.is_file() else {}
+    own = []
+    for key, default in (("image_mean", mean), ("image_std", std)):
+        values = parse(tuple[float, float, float], named.get(key, list(default)), f"{file}: {key}")
+        if key == "image_std" and min(values) <= 0:
+            raise ValueError(f"{file}: {key}: found {list(values)}, expected positive numbers")
+        own.append(values)
+    return own[0], own[1]
 
 
 def _sha256(folder: Path) -> str:
@@ -191,5 +199,11 @@ def _sha256(folder: Path) -> str:
     file = _weights(folder)
     if file.suffix != ".json":
         return sha256_file(file)
-    shards = sorted(set(read_json(file)["weight_map"].values()))
-    return sha256_text(canonical_json({shard: sha256_file(folder / shard) for shard in shards}))
+    where = f"{file}: weight_map"
+    shards = sorted(set(parse(dict[str, str], _mapping(file).get("weight_map"), where).values()))
+    return sha256_text(canonical_json({shard: sha256_file(inside(folder, shard, where)) for shard in shards}))
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    """A JSON file of transformers, which holds more than is read here."""
+    return parse(dict[str, Any], read_json(path), str(path))
