@@ -5,10 +5,12 @@ not wait."""
 from __future__ import annotations
 
 import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # A terminal sends Ctrl-C to all processes of a group, and the launcher passes it on: one press, two signals.
@@ -27,7 +29,9 @@ class _State:
     signum: int | None = None
     since: float = 0.0
     deferred: bool = False
-    watching: bool = False
+    handlers: Mapping[int, Any] | None = (
+        None  # those that we have put in place; None outside `watch` and `taken`
+    )
 
 
 def _handle(signum: int, frame: FrameType | None) -> None:
@@ -42,27 +46,60 @@ def _handle(signum: int, frame: FrameType | None) -> None:
 @contextmanager
 def watch() -> Iterator[None]:
     """Handle the signals inside the block; the previous handlers come back after it."""
-    previous = {number: signal.signal(number, _handle) for number in SIGNALS}
-    _State.signum, _State.deferred, _State.watching = None, False, True
+    with _handlers(dict.fromkeys(SIGNALS, _handle)):
+        yield
+
+
+@contextmanager
+def taken() -> Iterator[None]:
+    """`watch` for a library that is called from a user's program, where nobody watches yet.
+
+    A signal that is ignored stays ignored. Another one ends the block as `Interrupted` does, and means afterwards what it
+    means to the program: SIGINT raises KeyboardInterrupt; SIGTERM goes to the handler that was there before, which by
+    default ends the process. In another thread than the main one Python handles no signals, and nothing is changed."""
+    if _State.handlers is not None or not _main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    # None: a handler from outside Python, which could not be put back.
+    kept = (signal.SIG_IGN, None)
+    ours = {n: h if h in kept else _handle for n, h in before.items() if h is not None}
+    try:
+        with _handlers(ours):
+            yield
+    except Interrupted as error:
+        if before[error.signum] is signal.default_int_handler:
+            raise KeyboardInterrupt from None
+        signal.raise_signal(error.signum)
+        raise  # a handler that returns: training is over all the same
+
+
+@contextmanager
+def _handlers(handlers: Mapping[int, Any]) -> Iterator[None]:
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    _State.signum, _State.deferred, _State.handlers = None, False, handlers
     try:
         yield
     finally:
-        _State.watching = False
+        _State.signum, _State.handlers = None, None
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 def reinstall() -> None:
     """Take the signals back from a library that has put handlers of its own before ours; nothing outside `watch`."""
-    if _State.watching:
-        for number in SIGNALS:
-            signal.signal(number, _handle)
+    if _State.handlers is not None and _main_thread():
+        for number, handler in _State.handlers.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
 def deferred() -> Iterator[None]:
     """Only note a first signal inside the block; whoever runs there asks `requested` and stops where it
-    can."""
+    can. Signals interrupt the main thread, so in another one nothing is deferred."""
+    if not _main_thread():
+        yield
+        return
     _State.deferred = True
     try:
         yield
@@ -73,3 +110,7 @@ def deferred() -> Iterator[None]:
 def requested() -> int | None:
     """The signal that was noted, or None."""
     return _State.signum
+
+
+def _main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()

@@ -86,7 +86,7 @@ def fit(
 ) -> Denoiser:
     """Train a method with the engine; the student's average, where one is kept, else its weights. Each of the method's
     optimizers gets the settings `optim`; `hooks` are those of `engine.fit.train`."""
-    keys = {update.optim_key for update in method.updates()}
+    keys = {update.name for update in method.updates()}
     method.prepare(dict.fromkeys(keys, optim), seed=seed)
     length = Fit(steps=steps, batch_size=batch, checkpoint_every=steps)
     with tempfile.TemporaryDirectory() as folder:

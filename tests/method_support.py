@@ -125,7 +125,7 @@ def optim(lr: float = 0.01, kind: type[torch.optim.Optimizer] = torch.optim.Adam
 
 def prepared(method: DistillModule, **settings: Any) -> DistillModule:
     """With the same settings for each of its optimizers."""
-    method.prepare({update.optim_key: optim(**settings) for update in method.updates()}, seed=5)
+    method.prepare({update.name: optim(**settings) for update in method.updates()}, seed=5)
     return method
 
 

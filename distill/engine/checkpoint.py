@@ -1,29 +1,40 @@
 """Training checkpoints: one file with everything that training needs and nothing that is frozen (contract *Checkpoint*).
 
 Tensors are whole and named, so a checkpoint of two processes continues on one and the reverse. `torch.load`
-runs with `weights_only=True`: tensors and plain containers, no code.
+runs with `weights_only=True`: tensors and plain containers, no code. A sha256 over all of it stands in the file, so
+that an edited one, or one put together from two, is refused.
 """
 
 from __future__ import annotations
 
-import zipfile
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from distill.engine.made import feed
 from distill.engine.module import DistillModule
 from distill.engine.parallel import full_state, load_optimizer_state, optimizer_state
 from distill.engine.progress import Progress
 from distill.files import write_atomic
+from distill.typed import parse
 
-SCHEMA = 1
+SCHEMA = 2
 NAME = "last.ckpt"
+PARTS = ("networks", "ema", "optimizers", "progress", "nonfinite", "sampler", "method", "record")
 
 
-def state_of(module: DistillModule, config: dict[str, Any]) -> dict[str, Any]:
-    """The declared keys: networks and their averages by role, optimizers by key, progress, counters, sampler,
-    the method's own state, config, versions. Collective: every process calls it."""
+class Refused(ValueError):
+    """A checkpoint that training does not go on from."""
+
+
+def state_of(module: DistillModule, record: Mapping[str, Any]) -> dict[str, Any]:
+    """The declared keys: networks and their averages by role, optimizers by update, progress, counters, sampler,
+    the method's own state, the record of what is trained, versions. Collective: every process calls it."""
     names = module.parameter_names()
     return {
         "schema": SCHEMA,
@@ -34,43 +45,95 @@ def state_of(module: DistillModule, config: dict[str, Any]) -> dict[str, Any]:
         "nonfinite": module.nonfinite.to_dict(),
         "sampler": module.result().sampler.to_dict(),
         "method": module.state(),
-        "config": config,
+        "record": dict(record),
         "torch": str(torch.__version__),
     }
 
 
-def save(path: Path, module: DistillModule, config: dict[str, Any]) -> None:
+def save(path: Path, module: DistillModule, record: Mapping[str, Any]) -> None:
     """Write a checkpoint atomically: a killed writer leaves the previous one. Collective; the main process
-    writes."""
-    state = state_of(module, config)
+    writes. Raises FloatingPointError, on every process, where a number in it is not finite."""
+    state = state_of(module, record)
+    wrong = next(not_finite(state), None) if module.world.main else None
+    if module.world.any(wrong is not None):
+        kept = f"{path} stays as it was" if path.is_file() else "none was saved yet"
+        raise FloatingPointError(f"{wrong or 'a number is not finite'}; last good checkpoint: {kept}")
     if module.world.main:
-        for role, network in state["networks"].items():
-            if not all(bool(value.isfinite().all()) for value in network.values()):
-                kept = f"{path} stays as it was" if path.is_file() else "none was saved yet"
-                raise FloatingPointError(
-                    f"network {role!r}: weights are not finite; last good checkpoint: {kept}"
-                )
+        state["sha256"] = content_digest(state)
         write_atomic(path, lambda temporary: torch.save(state, temporary))
     module.world.barrier()
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU; the error names the file."""
+    """Read a checkpoint onto the CPU. Raises FileNotFoundError, or `Refused` where it cannot be read, was written by an
+    earlier version, was changed afterwards, or holds numbers that are not finite; the error names the file."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
-        with zipfile.ZipFile(path) as archive:
-            if (damaged := archive.testzip()) is not None:
-                raise ValueError(f"damaged at {damaged}")
+        if not path.is_file():
+            raise ValueError("not a regular file")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such checkpoint") from None
     except Exception as error:
-        raise ValueError(
-            f"{path}: not a readable checkpoint ({error}); redo=<stage> trains from the start"
-        ) from error
-    if not isinstance(state, dict) or state.get("schema") != SCHEMA:
-        found = state.get("schema") if isinstance(state, dict) else type(state).__name__
-        raise ValueError(f"{path}: schema: found {found!r}, this version reads {SCHEMA}")
+        raise Refused(f"{path}: not a readable checkpoint ({error})") from error
+    found = state.get("schema") if isinstance(state, dict) else type(state).__name__
+    if found == 1:
+        raise Refused(
+            f"{path}: schema: found 1, expected {SCHEMA}: an earlier version wrote it, which did not note what was trained"
+        )
+    if found != SCHEMA:
+        raise Refused(f"{path}: schema: found {found!r}, this version reads {SCHEMA}")
+    digest = state.pop("sha256", None)
+    if missing := [key for key in PARTS if not isinstance(state.get(key), dict)]:
+        raise Refused(f"{path}: not a readable checkpoint ({missing[0]}: missing)")
+    if digest != content_digest(state):
+        raise Refused(
+            f"{path}: not a readable checkpoint (its content does not fit its sha256: it was changed)"
+        )
+    if (wrong := next(not_finite(state), None)) is not None:
+        raise Refused(f"{path}: {wrong}; expected a state to go on from")
     return state
+
+
+def content_digest(state: Any) -> str:
+    """sha256 over nested plain containers and tensors."""
+    digest = hashlib.sha256()
+    _feed(digest, state)
+    return digest.hexdigest()
+
+
+def _feed(digest: Any, value: Any) -> None:
+    if isinstance(value, Tensor):
+        feed(digest, value)
+    elif isinstance(value, Mapping):
+        digest.update(f"{{{len(value)} ".encode())
+        for key in sorted(value, key=repr):
+            _feed(digest, key)
+            _feed(digest, value[key])
+    elif isinstance(value, list | tuple):
+        digest.update(f"[{len(value)} ".encode())
+        for entry in value:
+            _feed(digest, entry)
+    else:
+        digest.update(f"{type(value).__name__} {value!r} ".encode())
+
+
+def not_finite(state: Mapping[str, Any]) -> Iterator[str]:
+    """A sentence for each network, average and optimizer state that holds a number that is not finite."""
+    for part, word in (("networks", "network"), ("ema", "average")):
+        for role, tensors in state[part].items():
+            if not all(_finite(value) for value in tensors.values()):
+                yield f"{word} {role!r}: weights are not finite"
+    for key, parameters in state["optimizers"].items():
+        for name, values in parameters.items():
+            for entry in values:
+                if not _finite(values[entry]):
+                    yield f"optimizer {key!r}: {entry} of {name} is not finite"
+
+
+def _finite(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return bool(value.isfinite().all())
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def restore(state: dict[str, Any], module: DistillModule, *, where: Path) -> None:
@@ -78,17 +141,48 @@ def restore(state: dict[str, Any], module: DistillModule, *, where: Path) -> Non
     Optimizers: `restore_optimizers`, once they exist."""
     for part, modules in (("networks", module.networks), ("ema", dict(module.ema.items()))):
         if set(state[part]) != set(modules):
-            raise ValueError(
-                f"{where}: {part}: found {sorted(state[part])}, this method has {sorted(modules)}"
-            )
+            raise Refused(f"{where}: {part}: found {sorted(state[part])}, this method has {sorted(modules)}")
         for role, network in modules.items():
             try:
                 network.load_state_dict(state[part][role])
             except RuntimeError as error:
-                raise ValueError(f"{where}: {part}.{role}: does not fit the network: {error}") from error
-    module.progress = Progress(**state["progress"])
+                raise Refused(f"{where}: {part}.{role}: does not fit the network: {error}") from error
+    progress = checked_progress(state, module, where)
     module.nonfinite.load(state["nonfinite"])
-    module.load_state(state.get("method", {}))
+    module.load_state(state["method"])
+    module.progress = progress
+
+
+def checked_progress(state: Mapping[str, Any], module: DistillModule, where: Path) -> Progress:
+    """How far the checkpoint is, where its counts agree with each other; else raises `Refused`."""
+    try:
+        progress = parse(Progress, state["progress"], f"{where}: progress")
+        counts = parse(dict[str, list[int]], state["nonfinite"], f"{where}: nonfinite")
+    except ValueError as error:
+        raise Refused(str(error)) from error
+    runs = {update.name: update.runs_before(progress.iteration) for update in module.plan}
+    expected = {"step": runs[module.student_update.name]}
+    if batch_size := state["record"].get("made", {}).get("batch_size"):
+        expected["images"] = expected["step"] * batch_size
+    for name, value in expected.items():
+        if getattr(progress, name) != value:
+            raise Refused(
+                f"{where}: progress.{name}: found {getattr(progress, name)}, expected {value} after "
+                f"{progress.iteration} iterations"
+            )
+    if progress.iteration < 0 or progress.seconds < 0:
+        raise Refused(f"{where}: progress: found {state['progress']}, expected counts of at least 0")
+    for name, skipped in counts.items():
+        if name not in runs or len(skipped) != 3 or not 0 <= max(skipped) == skipped[0] <= runs[name]:
+            raise Refused(
+                f"{where}: nonfinite.{name}: found {skipped}, expected counts of {runs.get(name)} steps"
+            )
+    for name, parameters in state["optimizers"].items():
+        steps = [float(v["step"]) for v in parameters.values() if "step" in v]
+        taken = runs.get(name, 0) - counts.get(name, [0])[0]
+        if steps and max(steps) != taken:
+            raise Refused(f"{where}: optimizers.{name}: found {max(steps):g} steps, expected {taken}")
+    return progress
 
 
 def restore_optimizers(state: dict[str, Any], module: DistillModule, *, where: Path) -> None:
@@ -96,6 +190,6 @@ def restore_optimizers(state: dict[str, Any], module: DistillModule, *, where: P
     found, names = state["optimizers"], module.parameter_names()
     if set(found) != set(module.optimizers_by_key):
         wanted = sorted(module.optimizers_by_key)
-        raise ValueError(f"{where}: optimizers: found {sorted(found)}, this method has {wanted}")
+        raise Refused(f"{where}: optimizers: found {sorted(found)}, this method has {wanted}")
     for key, optimizer in module.optimizers_by_key.items():
         load_optimizer_state(optimizer, found[key], names)

@@ -19,10 +19,12 @@ from torch import Tensor
 from distill.data.source import Source, StepLoader
 from distill.engine import checkpoint
 from distill.engine.logging import Logger
+from distill.engine.made import made_of
 from distill.engine.module import DistillModule
 from distill.engine.networks import modes_kept
 from distill.engine.nonfinite import WINDOW
-from distill.interrupt import Interrupted, deferred, reinstall, requested
+from distill.engine.record import Record, Seam, continued
+from distill.interrupt import Interrupted, deferred, reinstall, requested, taken
 
 # What a first-time user would read as an error and cannot act on.
 for _name in (
@@ -89,23 +91,24 @@ class Evaluation(Protocol):
 
 
 class _Watch(Callback):
-    """Logs, evaluates, saves, stops and reports after iterations."""
+    """Logs, evaluates, saves, stops and reports between iterations."""
 
     def __init__(
         self,
         fit: Fit,
         path: Path,
-        config: dict[str, Any],
+        record: Record,
         loggers: Sequence[Logger],
         on_progress: Callable[[int, str], None],
         resumed: dict[str, Any] | None,
         evaluation: Evaluation | None,
         snapshot: Callable[[int], None],
     ) -> None:
-        self.fit, self.path, self.config, self.loggers = fit, path, config, loggers
+        self.fit, self.path, self.record, self.loggers = fit, path, record.to_dict(), loggers
         self.evaluation, self.snapshot = evaluation, snapshot
         self.on_progress, self.resumed = on_progress, resumed
-        self.seen = self.saved = self.images = 0
+        self.seen = self.images = 0
+        self.saved: int | None = None  # the step of the checkpoint on disk
         self.logs: dict[str, Tensor] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -116,7 +119,13 @@ class _Watch(Callback):
         if self.resumed is not None:
             checkpoint.restore_optimizers(self.resumed, pl_module, where=self.path)
             self.resumed, self.saved = None, self.seen
-        pl_module.on_step = self.after
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Outside the precision that the step was computed in: what is measured here is what is saved."""
+        assert isinstance(pl_module, DistillModule)
+        self.after(pl_module, pl_module.latest)
 
     def after(self, module: DistillModule, logs: Mapping[str, Tensor]) -> None:
         """After an iteration. Nothing reads the device except when an entry is written."""
@@ -135,11 +144,11 @@ class _Watch(Callback):
             self.seen = step
             self.on_progress(step, "")
             if step % self.fit.checkpoint_every == 0 and step < self.fit.steps:
-                checkpoint.save(self.path, module, self.config)
+                checkpoint.save(self.path, module, self.record)
                 self.saved = step
         signum = requested()
         if module.world.any(signum is not None):
-            checkpoint.save(self.path, module, self.config)
+            checkpoint.save(self.path, module, self.record)
             raise Interrupted(signum or signal.SIGTERM)
 
     def _evaluate(self, module: DistillModule) -> Mapping[str, float] | None:
@@ -169,7 +178,7 @@ class _Watch(Callback):
         for name, (total, streak, recent) in module.nonfinite.to_dict().items():
             often = recent > self.fit.max_nonfinite_share * WINDOW
             if streak >= self.fit.max_nonfinite or often:
-                last = f"{self.path} at step {self.saved}" if self.path.is_file() else "none was saved yet"
+                last = "none was saved yet" if self.saved is None else f"{self.path} at step {self.saved}"
                 count = f"{recent} of at most {WINDOW} steps" if often else f"{streak} steps in a row"
                 raise FloatingPointError(
                     f"update {name!r}: loss or gradient was not finite in {count} ({total} in "
@@ -183,7 +192,8 @@ def train(
     fit: Fit,
     *,
     folder: Path,
-    config: dict[str, Any],
+    config: dict[str, Any] | None = None,
+    seams: Sequence[Seam] | None = None,
     loggers: Sequence[Logger] = (),
     on_progress: Callable[[int, str], None] = lambda step, text: None,
     evaluation: Evaluation | None = None,
@@ -192,16 +202,45 @@ def train(
     """Train a prepared method to `fit.steps` student steps, from the checkpoint in `folder` where there is one.
 
     `evaluation` measures the student whenever it is due, and at the end; `snapshot` is called after each of the method's
-    `snapshots`. `config` (plain containers) says what is trained: a checkpoint with another one is refused.
+    `snapshots`. A checkpoint knows its method with all options, optimizers, seed, stream, data, batch size and precision:
+    one of another training is refused. `config` (plain containers) is compared with them. A training may be made longer;
+    `seams` says where it was, if the caller knows.
 
     Afterwards `folder/last.ckpt` holds the end of training. Raises ValueError where the batch cannot be split,
-    FloatingPointError after too many non-finite steps, `Interrupted` after SIGINT or SIGTERM (with a checkpoint
-    saved)."""
-    path, world = folder / checkpoint.NAME, method.world
-    state = checkpoint.read(path) if path.is_file() else None
+    `checkpoint.Refused` (a ValueError) for a checkpoint that training cannot go on from, FloatingPointError after too
+    many non-finite steps. SIGINT and SIGTERM stop after the iteration that is running, with a checkpoint saved:
+    `Interrupted` inside `interrupt.watch`, else KeyboardInterrupt or what SIGTERM does in this program."""
+    # What is computed does not depend on an autocast around the call.
+    with taken(), torch.autocast(fit.device, enabled=False):
+        _train(
+            method,
+            source,
+            fit,
+            folder / checkpoint.NAME,
+            config or {},
+            seams,
+            loggers,
+            on_progress,
+            evaluation,
+            snapshot,
+        )
+
+
+def _train(
+    method: DistillModule,
+    source: Source,
+    fit: Fit,
+    path: Path,
+    config: dict[str, Any],
+    seams: Sequence[Seam] | None,
+    loggers: Sequence[Logger],
+    on_progress: Callable[[int, str], None],
+    evaluation: Evaluation | None,
+    snapshot: Callable[[int], None],
+) -> None:
+    world = method.world
+    state, record = _begin(method, source, fit, path, config, seams)
     if state is not None:
-        _check_same(state["config"], config, path)
-        checkpoint.restore(state, method, where=path)
         on_progress(method.progress.step, f"continues from step {method.progress.step}")
     for logger in loggers:
         logger.resume(method.progress.step)
@@ -223,29 +262,52 @@ def train(
         rank=world.rank,
         world=world.size,
     )
-    watch = _Watch(fit, path, config, loggers, on_progress, state, evaluation, snapshot)
+    watch = _Watch(fit, path, record, loggers, on_progress, state, evaluation, snapshot)
     with deferred(), modes_kept(method.networks.values()):
-        _trainer(fit, device, watch, folder).fit(method, train_dataloaders=loader)
-    if method.progress.iteration < stop:
-        raise RuntimeError(f"training stopped at iteration {method.progress.iteration} of {stop}")
-    checkpoint.save(path, method, config)
+        _run(_trainer(fit, device, watch, path.parent), method, loader)
+        if method.progress.iteration < stop:
+            raise RuntimeError(f"training stopped at iteration {method.progress.iteration} of {stop}")
+        checkpoint.save(path, method, record.to_dict())
     if world.any(requested() is not None):  # it came after the last iteration
         raise Interrupted(requested() or signal.SIGTERM)
 
 
-def _check_same(found: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
-    """Refuse to go on from a checkpoint of another training; its length and its threads may differ."""
-    free = {"steps", "threads"}
-    changed = [
-        key
-        for key in sorted({*found, *wanted} - free)
-        if found.get(key, "(absent)") != wanted.get(key, "(absent)")
-    ]
-    if changed:
-        told = ", ".join(
-            f"{k}: found {found.get(k, '(absent)')}, expected {wanted.get(k, '(absent)')}" for k in changed
+def _begin(
+    method: DistillModule,
+    source: Source,
+    fit: Fit,
+    path: Path,
+    config: dict[str, Any],
+    seams: Sequence[Seam] | None,
+) -> tuple[dict[str, Any] | None, Record]:
+    """The checkpoint to go on from, loaded into the method, or None; and what the next checkpoints record."""
+    settings = {"accumulate": fit.accumulate, "precision": fit.precision}
+    record = Record(made_of(method, source, fit.batch_size, **settings), config, fit.steps)
+    if path.exists():
+        state = checkpoint.read(path)
+        record = continued(state, record, method, path, seams)
+        checkpoint.restore(state, method, where=path)
+        return state, record
+    if seams:
+        raise checkpoint.Refused(
+            f"{path}: missing, but training was to go on from its step {seams[-1].reached}"
         )
-        raise ValueError(f"{path}: is the checkpoint of another training: {told}; use another folder")
+    if method.progress.iteration:
+        raise checkpoint.Refused(
+            f"{path}: missing, but this method was trained for {method.progress.step} steps; give the folder of that "
+            "training, or call `prepare` again to start another one from these weights"
+        )
+    return None, record
+
+
+def _run(trainer: L.Trainer, method: DistillModule, loader: StepLoader) -> None:
+    """Lightning's loop; a KeyboardInterrupt that something else raises in it stays one."""
+    try:
+        trainer.fit(method, train_dataloaders=loader)
+    except (SystemExit, ValueError) as error:  # Lightning exits, and off the main thread fails to
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
 
 
 def _trainer(fit: Fit, device: torch.device, watch: _Watch, folder: Path) -> L.Trainer:

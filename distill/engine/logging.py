@@ -5,13 +5,24 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 from distill.files import write_text
+from distill.typed import parse
+
+
+def lines_of(entries: Iterable[Mapping[str, float | None]]) -> str:
+    """Entries as one JSON object a line; null for what is not finite."""
+    finite = [
+        {name: v if v is not None and math.isfinite(v) else None for name, v in entry.items()}
+        for entry in entries
+    ]
+    return "".join(json.dumps(entry, allow_nan=False) + "\n" for entry in finite)
 
 
 class Logger(Protocol):
@@ -34,6 +45,45 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(f"{path}: could not be written: {error}") from error
 
 
+def read_entries(path: Path) -> list[dict[str, Any]]:
+    """The entries of a file of one JSON object a line, each with a whole number "step" and beside it numbers or null; none
+    where there is no file. A last line that a kill cut off is dropped.
+
+    Raises ValueError naming the file and the line of anything else."""
+    if not path.exists():
+        return []
+    if not path.is_file():
+        raise ValueError(f"{path}: not a regular file, expected one JSON object a line")
+    *lines, last = path.read_bytes().split(b"\n")
+    entries = [_entry(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+    try:
+        return [*entries, _entry(last, f"{path}, line {len(lines) + 1}")]
+    except ValueError:  # empty, or cut off: nothing that was written whole ends without a newline
+        return entries
+
+
+def _entry(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        found = json.loads(line.decode(), object_pairs_hook=_unique, parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not valid JSON ({error})") from error
+    entry = parse(dict[str, float | None], found, where)
+    step = entry.get("step")
+    if not isinstance(step, int) or step < 0:
+        raise ValueError(f"{where}: step: found {step!r}, expected a whole number of at least 0")
+    return entry
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) != len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return found
+
+
+def _refuse(text: str) -> Any:
+    raise ValueError(f"found {text}, expected a finite number or null")
+
+
 class Jsonl:
     """One JSON object a line in `folder/metrics.jsonl` (null for what is not finite); on resume, entries
     after the checkpoint are dropped, so no step is twice."""
@@ -42,23 +92,14 @@ class Jsonl:
         self.path = folder / "metrics.jsonl"
 
     def resume(self, step: int) -> None:
-        """Keep the entries up to `step`. A last line cut off by a kill is dropped."""
-        kept = []
-        if self.path.is_file():
-            for line in self.path.read_text().splitlines():
-                try:
-                    entry = json.loads(line)
-                except json.JSONDecodeError:
-                    continue
-                if entry["step"] <= step:
-                    kept.append(line + "\n")
-        write_text(self.path, "".join(kept))
+        """Keep the entries up to `step`. Raises ValueError where the file holds something else, see `read_entries`."""
+        kept = [entry for entry in read_entries(self.path) if entry["step"] <= step]
+        write_text(self.path, lines_of(kept))
 
     def log(self, entry: Mapping[str, float]) -> None:
         """Append one entry."""
         with naming(self.path), self.path.open("a") as handle:
-            finite = {name: value if math.isfinite(value) else None for name, value in entry.items()}
-            handle.write(json.dumps(finite, allow_nan=False) + "\n")
+            handle.write(lines_of([entry]))
 
     def close(self) -> None:
         """Nothing is held open."""
@@ -81,9 +122,12 @@ class Wandb:
         if not identity.is_file():
             write_text(identity, secrets.token_hex(4))
         online = "WANDB_API_KEY" in os.environ or "WANDB_MODE" in os.environ
+        number = identity.read_bytes().strip()
+        if re.fullmatch(rb"[0-9a-f]{8}", number) is None:
+            raise ValueError(f"{identity}: found {number[:20]!r}, expected 8 hexadecimal digits")
         self.run = wandb.init(
             project=project,
-            id=identity.read_text().strip(),
+            id=number.decode(),
             resume="allow",
             dir=str(folder),
             mode=None if online else "offline",

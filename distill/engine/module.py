@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import lightning as L
 import torch
@@ -51,6 +51,15 @@ class DistillModule(L.LightningModule):
     Nothing that a method was given is changed but the weights of the student's net: a method that reads the student in
     another way trains `student.with_(...)`."""
 
+    # Options of the constructor that name model folders: they are known by their weights, not by where they lie.
+    FOLDERS: ClassVar[tuple[str, ...]] = ()
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        """Keep what the constructor is called with: a checkpoint says how its method was made."""
+        made = super().__new__(cls)
+        made.__dict__["given"] = (args, options)
+        return made
+
     def __init__(self, student: Denoiser) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -60,7 +69,8 @@ class DistillModule(L.LightningModule):
         self.nonfinite = NonFinite()
         self._turns: dict[str, _Turn] = {}
         self.world, self.seed, self.stream = World(), 0, "train"
-        self.on_step: Callable[[DistillModule, Mapping[str, Tensor]], None] | None = None
+        self.begun: dict[str, Any] = {}  # what training began with, once it has: see `engine.made`
+        self.latest: Mapping[str, Tensor] = {}  # what the last iteration logs, on the device
 
     def __setattr__(self, name: str, value: Any) -> None:
         """A frozen network may be kept under any attribute without becoming a submodule (and part of checkpoints)."""
@@ -129,8 +139,8 @@ class DistillModule(L.LightningModule):
         stream: str = "train",
         world: World | None = None,
     ) -> None:
-        """Derive everything from the updates: what is trained, averages, counters. `optim` has one entry (an
-        `Optim` or its fields) for each optimizer that the updates name."""
+        """Derive everything from the updates: what is trained, averages, counters from zero. `optim` has one entry (an
+        `Optim` or its fields) for each update, by its name."""
         self.seed, self.stream, self.world = seed, stream, world or World()
         self._turns.clear()
         self.plan = list(self.updates())
@@ -139,18 +149,18 @@ class DistillModule(L.LightningModule):
             raise ValueError(f"updates: names must differ, found {names}")
         if not any(STUDENT in update.trains for update in self.plan):
             raise ValueError(f"updates: none of {names} trains the network {STUDENT!r}")
-        wanted = sorted({update.optim_key for update in self.plan})
-        if wanted != sorted(optim):
+        if sorted(names) != sorted(optim):
             raise ValueError(
-                f"optim: found settings for {sorted(optim)}, this method's updates need {wanted}"
+                f"optim: found settings for {sorted(optim)}, this method's updates need {sorted(names)}"
             )
         self.optim = {key: v if isinstance(v, Optim) else Optim(**v) for key, v in optim.items()}
+        self.progress, self.nonfinite, self.begun = Progress(), NonFinite(), {}
         self.networks: dict[str, nn.Module] = {}
         self.ema = nn.ModuleDict()
         for update in self.plan:
             for role, network in update.trains.items():
                 self.networks[role] = network
-                if self.optim[update.optim_key].averaged and role not in self.ema:
+                if self.optim[update.name].averaged and role not in self.ema:
                     self.ema[role] = shadow(network)
         self.further = dict(self.averages())
         for name, average in self.further.items():
@@ -185,7 +195,7 @@ class DistillModule(L.LightningModule):
     def _turn_of(self, update: Update) -> _Turn:
         """What the update touches; for steps, once the networks lie where they are trained."""
         if (turn := self._turns.get(update.name)) is None:
-            settings = self.optim[update.optim_key]
+            settings = self.optim[update.name]
             followers: list[tuple[Callable[[int], float], Follower]] = []
             if settings.averaged:
                 decay = partial(settings.decay_at, images=self._images)
@@ -201,19 +211,23 @@ class DistillModule(L.LightningModule):
         return turn
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        """One optimizer an optim key, in sorted order, over the networks of the updates that share it."""
-        self.optimizers_by_key: dict[str, torch.optim.Optimizer] = {}
-        for key, settings in sorted(self.optim.items()):
-            parameters: dict[int, nn.Parameter] = {}
-            for update in self.plan:
-                if update.optim_key == key:
-                    parameters |= {id(p): p for p in self.parameters_of(update)}
-            self.optimizers_by_key[key] = settings.optimizer(list(parameters.values()))
+        """One optimizer an update, in the order of their names."""
+        self.optimizers_by_key = self.new_optimizers()
         self.base_lr = {
             key: [group["lr"] for group in optimizer.param_groups]
             for key, optimizer in self.optimizers_by_key.items()
         }
         return list(self.optimizers_by_key.values())
+
+    def new_optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """update -> an optimizer of its networks' parameters as they are now."""
+        updates = sorted(self.plan, key=lambda update: update.name)
+        return {
+            update.name: self.optim[update.name].optimizer(
+                list({id(p): p for p in self.parameters_of(update)}.values())
+            )
+            for update in updates
+        }
 
     def parameter_names(self) -> dict[int, str]:
         """id(parameter) -> "role.name", the same however the network is sharded."""
@@ -257,8 +271,7 @@ class DistillModule(L.LightningModule):
         self.progress.iteration += 1
         now = time.perf_counter()
         self.progress.seconds, self._clock = self.progress.seconds + now - self._clock, now
-        if self.on_step is not None:
-            self.on_step(self, logs)
+        self.latest = logs
 
     def _run(
         self, update: Update, batch: list[Batch], shared: list[dict[str, Tensor]], iteration: int
@@ -268,7 +281,7 @@ class DistillModule(L.LightningModule):
 
         A step whose loss or gradient is not finite anywhere changes no weight, on any process; it is counted,
         and it keeps its place in schedules and averages."""
-        settings, optimizer = self.optim[update.optim_key], self.optimizers_by_key[update.optim_key]
+        settings, optimizer = self.optim[update.name], self.optimizers_by_key[update.name]
         turn = self._turn_of(update)
         parameters = turn.parameters
         for role, network in self.networks.items():
@@ -285,14 +298,14 @@ class DistillModule(L.LightningModule):
         together = True if self.world.size == 1 else None
         gradients = [p.grad for p in parameters if p.grad is not None]
         norm = full_norm(torch.nn.utils.get_total_norm(gradients, foreach=together))
-        step = self._step_of(update, iteration)
+        step = update.runs_before(iteration)
         bad = self.world.maximum(nonfinite(norm, logs[f"{update.name}/loss"]))
         self.nonfinite.count(update.name, step, bad)
         if settings.clip is not None:
             logs[f"{update.name}/clipped"] = (norm > settings.clip).float()
             torch.nn.utils.clip_grads_with_norm_(parameters, settings.clip, norm, foreach=together)
         factor = settings.schedule(step)
-        for group, base in zip(optimizer.param_groups, self.base_lr[update.optim_key], strict=True):
+        for group, base in zip(optimizer.param_groups, self.base_lr[update.name], strict=True):
             group["lr"] = base * factor
         step_unless(optimizer, bad)
         for parameter in parameters:
@@ -321,16 +334,11 @@ class DistillModule(L.LightningModule):
             with step.same_dropout("loss"):
                 loss = update.loss(micro, step)
             # Not Lightning's manual_backward: it adds hooks that nothing here uses (and scaling, for fp16 alone).
-            (update.backward or torch.Tensor.backward)(loss.total if whole else loss.total / len(batch))
+            (loss.total if whole else loss.total / len(batch)).backward()
             for name, value in {"loss": loss.total, **loss.logs}.items():
                 key = f"{update.name}/{name}"
                 logs[key] = value.detach() if whole else logs.get(key, 0.0) + value.detach() / len(batch)
         return logs
-
-    @staticmethod
-    def _step_of(update: Update, iteration: int) -> int:
-        """How often this update has run before `iteration`."""
-        return (iteration - update.start) // update.every
 
     # --- results
     # ----------------------------------------------------------------------------------------------------

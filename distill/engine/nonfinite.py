@@ -43,9 +43,7 @@ class NonFinite:
     def load(self, value: dict[str, list[int]]) -> None:
         """Inverse of `to_dict`."""
         self.total, self.streak, self.recent = (
-            # Checkpoints of before the third count hold two.
-            {name: torch.tensor(float([*counts, 0][i])) for name, counts in value.items()}
-            for i in range(3)
+            {name: torch.tensor(float(counts[i])) for name, counts in value.items()} for i in range(3)
         )
 
 

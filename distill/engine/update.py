@@ -53,14 +53,11 @@ class Update:
     """One optimizer's turn.
 
     Attributes:
-        name: names the update in logs and, unless `optim` says otherwise, its entry in the `optim` config.
+        name: names the update in logs, and its entry in the `optim` config.
         trains: the networks that receive gradients, by role name; every other network is frozen during this
             update.
         loss: (micro batch, step) -> Loss.
         every, start: the update runs at iterations start, start + every, start + 2 every, ...
-        optim: key of the optimizer settings.
-        backward: replaces `loss.total.backward()` where a method needs its own (two-pass gradients); it gets
-            the loss's total, already divided by the number of micro batches.
     """
 
     name: str
@@ -68,8 +65,6 @@ class Update:
     loss: LossFunction
     every: int = 1
     start: int = 0
-    optim: str = ""
-    backward: Callable[[Tensor], None] | None = None
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.start < 0:
@@ -79,14 +74,13 @@ class Update:
         if not self.trains:
             raise ValueError(f"update {self.name!r}: trains no network")
 
-    @property
-    def optim_key(self) -> str:
-        """Entry of the optim config that this update uses."""
-        return self.optim or self.name
-
     def runs_at(self, iteration: int) -> bool:
         """Whether the update runs at this iteration."""
         return iteration >= self.start and (iteration - self.start) % self.every == 0
+
+    def runs_before(self, iteration: int) -> int:
+        """How often the update has run when `iteration` begins."""
+        return max(0, -(-(iteration - self.start) // self.every))
 
     def iterations_for(self, steps: int) -> int:
         """Iterations after which this update has run `steps` times."""

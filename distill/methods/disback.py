@@ -45,6 +45,7 @@ class DisBack(DistributionMatching):
     """
 
     replaces_teacher = True
+    FOLDERS = ("nodes",)
 
     def __init__(
         self,

@@ -3,7 +3,6 @@ one is kept."""
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -17,14 +16,18 @@ from torch import Tensor
 
 from distill.data.rng import Draws
 from distill.data.source import Source
+from distill.engine.logging import lines_of, read_entries
 from distill.engine.module import STUDENT, DistillModule
 from distill.evaluation.grid import image_grid, save_png, tile
 from distill.evaluation.measure import Reference, measure
-from distill.files import read_json, write_json, write_text
+from distill.files import read_json, sha256_file, write_json, write_text
 from distill.models.features import FeatureExtractor
+from distill.models.native import DESCRIPTION, WEIGHTS
 from distill.pipeline.stage import Room, check_types
+from distill.typed import parse
 
 WHICH = ("last", "best")
+MODEL_FILES = (WEIGHTS, DESCRIPTION)
 FOLDER, BEST, RECORD, SUMMARY = "monitor", "best", "evaluations.jsonl", "best.json"
 # Metrics that a best model can be chosen by: all of them are distances.
 METRICS = ("fd", "kid", "sliced_wasserstein")
@@ -83,22 +86,59 @@ class Monitor:
         self.folder = room.folder / FOLDER
         self._reference: Reference | None = None
         self._extractor: FeatureExtractor | None = None
+        self._best: tuple[int, float] | None = None  # step and value of the model in `best/`
+        # The step of a best model that a killed run kept after its last checkpoint, in the place of an earlier one: it comes
+        # again at that step.
+        self._ahead: int | None = None
 
     def due(self, before: int, now: int) -> bool:
         """Whether an evaluation falls between two image counts."""
         return before // self.options.every_images != now // self.options.every_images
 
     def resume(self, step: int) -> None:
-        """Forget evaluations after the checkpoint at `step`: they come again."""
+        """Forget evaluations after the checkpoint at `step`: they come again. Raises ValueError where what was noted cannot
+        be read, or the best model is not the one that was noted."""
         path = self.folder / RECORD
+        kept = [e for e in _entries(path, self.options.metric) if e["step"] <= step]
+        self._check_best(kept, step)
+        self.room.world.barrier()  # all have read it
         if not self.room.world.main:
             return
-        kept = [e for e in _entries(path) if e["step"] <= step]
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_text(path, "".join(json.dumps(e) + "\n" for e in kept))
+        write_text(path, lines_of(kept))
         for picture in self.folder.glob("*_*.png"):
-            if int(picture.stem.rpartition("_")[2]) > step:
+            number = picture.stem.rpartition("_")[2]
+            if number.isdecimal() and int(number) > step:
                 picture.unlink()
+
+    def _check_best(self, kept: list[dict[str, Any]], step: int) -> None:
+        """What lies in `best/` is what `best.json` says, and no evaluation since then was better."""
+        path, values = self.room.folder / SUMMARY, self._values(kept)
+        self._best, self._ahead = min(values.items(), key=lambda pair: pair[1], default=None), None
+        again = f"redo={self.room.name} trains from the start"
+        if not path.exists():
+            if self._best is not None:
+                raise ValueError(f"{path}: missing, but {self.folder / RECORD} has evaluations; {again}")
+            return
+        summary = parse(Summary, read_json(path), f"{path}: ")
+        if summary.step > step:
+            self._ahead = summary.step
+            return
+        better = [at for at, value in values.items() if at > summary.step and value < summary.value]
+        if values.get(summary.step) != summary.value or summary.metric != self.options.metric or better:
+            raise ValueError(
+                f"{path}: found {summary.metric} {summary.value} of step {summary.step}, which does not fit "
+                f"{self.folder / RECORD}; {again}"
+            )
+        for name in MODEL_FILES:
+            file = self.room.folder / BEST / name
+            if not file.is_file() or sha256_file(file) != (summary.files or {}).get(name):
+                raise ValueError(f"{file}: is not the file that {path} was written for; {again}")
+        self._best = (summary.step, summary.value)
+
+    def _values(self, entries: list[dict[str, Any]]) -> dict[int, float]:
+        """step -> the metric, where it is finite."""
+        return {e["step"]: e[self.options.metric] for e in entries if e[self.options.metric] is not None}
 
     def __call__(self, module: DistillModule) -> dict[str, float]:
         """Evaluate now; returns what to log (on the main process)."""
@@ -113,6 +153,8 @@ class Monitor:
             save_png(tile(samples[: columns * columns], columns), self._picture("step", module.progress.step))
         if self.room.world.any(better):
             self.save(self.room.folder / BEST)
+            if self.room.world.main:
+                self._summarize(module, found[self.options.metric], done=True)
         told = self._diagnose(module)
         return {f"eval/{name}": value for name, value in found.items()} | told if samples is not None else {}
 
@@ -178,40 +220,50 @@ class Monitor:
     def _record(self, module: DistillModule, found: Mapping[str, float]) -> bool:
         """Note an evaluation; whether it is the best so far (the first of equals; never one that is not finite)."""
         path, step, value = self.folder / RECORD, module.progress.step, found[self.options.metric]
-        earlier = [e for e in _entries(path) if e["step"] < step]
+        earlier = [e for e in _entries(path, self.options.metric) if e["step"] < step]
         entry = {"step": step, "images": module.progress.images, "count": self.options.count, **found}
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_text(path, "".join(json.dumps(e) + "\n" for e in [*earlier, entry]))
-        best = min((e[self.options.metric] for e in earlier), default=math.inf)
-        if not value < best:
+        write_text(path, lines_of([*earlier, entry]))
+        again = self._ahead is not None and step >= self._ahead
+        if not math.isfinite(value) or not (again or self._best is None or value < self._best[1]):
             return False
-        summary = {
-            "metric": self.options.metric,
-            "value": value,
-            "step": step,
-            "options": asdict(self.options),
-        }
-        write_json(self.room.folder / SUMMARY, summary)
+        self._best, self._ahead = (step, value), None
+        self._summarize(module, value, done=False)
         return True
+
+    def _summarize(self, module: DistillModule, value: float, *, done: bool) -> None:
+        """`best.json`: before the model is replaced without its files, so that a kill in between shows; then with them."""
+        files = {name: sha256_file(self.room.folder / BEST / name) for name in MODEL_FILES} if done else None
+        options = asdict(self.options)
+        summary = Summary(self.options.metric, value, module.progress.step, options, files)
+        write_json(self.room.folder / SUMMARY, asdict(summary))
 
     def facts(self) -> dict[str, Any]:
         """What the artifact records: where the best model was found."""
         path = self.room.folder / SUMMARY
-        return (
-            {key: value for key, value in read_json(path).items() if key != "options"}
-            if path.is_file()
-            else {}
-        )
+        if not path.is_file():
+            return {}
+        summary = parse(Summary, read_json(path), f"{path}: ")
+        return {"metric": summary.metric, "value": summary.value, "step": summary.step}
 
 
-def _entries(path: Path) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Summary:
+    """`best.json`: the best evaluation, and the sha256 of the model's files; null while they are written."""
+
+    metric: str
+    value: float
+    step: int
+    options: dict[str, Any]
+    files: dict[str, str] | None = None
+
+
+def _entries(path: Path, metric: str) -> list[dict[str, Any]]:
     """The evaluations noted so far; a line cut off by a kill is dropped."""
-    entries = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
+    entries = read_entries(path)
+    for entry in entries:
+        if metric not in entry:
+            raise ValueError(f"{path}: step {entry['step']}: {metric}: missing")
     return entries
 
 

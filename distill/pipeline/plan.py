@@ -21,6 +21,7 @@ from distill.pipeline.ownership import (
     recorded_identity,
 )
 from distill.pipeline.stage import (
+    EXTENDED,
     INPUT_FILES,
     Identity,
     NewerSchema,
@@ -30,6 +31,7 @@ from distill.pipeline.stage import (
     digest_of,
     files_digest,
     identity,
+    lasting_identity,
     read_artifact,
 )
 from distill.typed import parse
@@ -109,8 +111,8 @@ def plan(recipe: Mapping[str, Any], run_folder: Path, seed: int) -> list[Planned
         except (ValueError, OSError) as error:
             raise ValueError(f"stages.{name}: {error}") from error
         entry = Planned(name, stage, config, folder, content)
-        digests[name] = entry.digest
         _state(entry, {other.name: other for other in planned})
+        digests[name] = entry.digest
         planned.append(entry)
     return planned
 
@@ -136,37 +138,58 @@ def _state(entry: Planned, before: Mapping[str, Planned]) -> None:
         inputs, finished = found.pop(INPUT_FILES, None), False
     else:
         return
-    changes = tuple(differences(found, entry.identity))
     swapped = tuple(
         f"inputs.{role}: {inputs.get(role)} -> {other}"
         for role, target in entry.stage.inputs().items()
         # None: the input is made first, and compared then
         if inputs is not None and (other := before[target].made) not in (None, inputs.get(role))
     )
-    if not changes and not swapped:
-        entry.state = "finished" if finished else "interrupted"
-    elif not swapped and _only_longer(entry.stage, found, entry.identity):
-        entry.state = "extend" if finished else "interrupted"
-        if not entry.stage.begun(entry.folder):
-            raise FileNotFoundError(
-                f"stages.{entry.name}: {entry.folder} cannot be trained further: its last checkpoint is gone; "
-                f"redo={entry.name} trains it from the start"
-            )
-    else:
-        entry.state, entry.changes = "changed", changes or swapped
+    _compare(entry, found, "finished" if finished else "interrupted", swapped)
 
 
-def _only_longer(stage: Stage, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Whether the one difference is that the stage's length grew."""
+def _compare(entry: Planned, found: Mapping[str, Any], same: str, swapped: tuple[str, ...]) -> None:
+    """The state of a stage whose folder holds work of the identity `found`; `same` if it is today's. A stage that was made
+    longer keeps that in its identity: it is not what training to the same length at once makes. `swapped`: inputs whose
+    files are others."""
+    stage, kept = entry.stage, {EXTENDED: found[EXTENDED]} if EXTENDED in found else {}
+    if not differences(found, entry.identity | kept):
+        entry.state, entry.changes = "changed" if swapped else same, swapped
+        entry.identity = entry.identity | kept
+        return
+    old, new = found["config"].get(stage.LENGTH), entry.identity["config"].get(stage.LENGTH)
+    if swapped or not (isinstance(old, int) and isinstance(new, int) and new > old):
+        wanted = entry.identity if old == new else entry.identity | kept
+        entry.state, entry.changes = "changed", tuple(differences(found, wanted))
+        return
+    if changes := differences(lasting_identity(stage, found), lasting_identity(stage, entry.identity)):
+        raw = differences(_plain(found), entry.identity)
+        told = [line if line in raw else f"{line} ({_STRETCHED})" for line in changes]
+        entry.state, entry.changes = "changed", tuple(told)
+        return
+    if not stage.begun(entry.folder):
+        raise FileNotFoundError(
+            f"stages.{entry.name}: {entry.folder} cannot be trained further: its last checkpoint is gone; "
+            f"redo={entry.name} trains it from the start"
+        )
+    try:
+        seams = stage.seams(entry.folder, found)
+    except ValueError as error:
+        raise ValueError(
+            f"stages.{entry.name}: cannot be trained further: {error}; redo={entry.name} trains it from the start"
+        ) from error
+    entry.state = "extend" if same == "finished" else same
+    entry.changes = (f"{stage.LENGTH}: {old} -> {new}, trained further from {seams[-1]['reached']}",)
+    entry.identity = entry.identity | {EXTENDED: seams}
 
-    def without(content: Mapping[str, Any]) -> dict[str, Any]:
-        return dict(content) | {
-            "config": {k: v for k, v in content["config"].items() if k not in stage.LENGTH}
-        }
 
-    if not stage.LENGTH or differences(without(old), without(new)):
-        return False
-    return all(new["config"][key] >= old["config"].get(key, 0) for key in stage.LENGTH)
+_STRETCHED = (
+    "taken from the stage's steps: give this option its old value to train further, or redo the stage"
+)
+
+
+def _plain(content: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity as of a stage that is trained at once."""
+    return {key: value for key, value in content.items() if key != EXTENDED}
 
 
 def redo(planned: Sequence[Planned], named: str | Sequence[str] | None) -> list[Planned]:
@@ -182,10 +205,15 @@ def redo(planned: Sequence[Planned], named: str | Sequence[str] | None) -> list[
     if wrong := [name for name in names if name not in known]:
         raise ValueError(f"redo: found {wrong}, expected stages of this recipe: {known}")
     gone = set(names)
+    digests: dict[str, str] = {}
     for entry in planned:
         if entry.name in gone or gone & set(entry.stage.inputs().values()):
             gone.add(entry.name)
             entry.state, entry.changes, entry.broken = "new", (), ""
+            inputs = {role: digests[target] for role, target in entry.stage.inputs().items()}
+            # Made at once, from inputs that are.
+            entry.identity = _plain(entry.identity) | {"inputs": inputs}
+        digests[entry.name] = entry.digest
     return [entry for entry in planned if entry.name in gone]
 
 

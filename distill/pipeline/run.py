@@ -82,6 +82,7 @@ def run(recipe: Mapping[str, Any], *, name: str, recipe_name: str) -> Path:
                 recipe=recipe_name,
                 digest=entry.digest,
                 world=world,
+                identity=entry.identity,
             )
             _advance(entry, room, held)
         if world.main:

@@ -33,6 +33,8 @@ TRAINED_FILES = (
     *(rf"nodes/\d{{3,}}/{name}" for name in MODEL_FILES),
     *patterns("nodes.json", "nodes/stored.json"),
 )
+# Entry of an identity: where training was made longer, [{steps: planned until then, reached: step}]. Absent where it was not.
+EXTENDED = "extended"
 
 # Options of a stage that change how it runs and not what it makes: they never enter a digest. (Those of the
 # group `trainer` are no part of a stage's config at all.) What lies at a `path` enters by its fingerprint,
@@ -110,6 +112,7 @@ class Room:
     recipe: str
     digest: str
     world: World = field(default_factory=World)
+    identity: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -123,8 +126,8 @@ class Stage(ABC):
     """One step of a recipe. Its dataclass fields are its config schema; nested configs stay plain
     containers."""
 
-    # Fields by which a finished stage may be extended.
-    LENGTH: ClassVar[tuple[str, ...]] = ()
+    # The field by which a stage may be made longer, if there is one.
+    LENGTH: ClassVar[str] = ""
     # Fields whose value is the name of another stage.
     REFERENCES: ClassVar[tuple[str, ...]] = ()
     # Files that the stage makes, relative to its folder, as regular expressions of whole names (`/` divides folders). Only
@@ -157,6 +160,16 @@ class Stage(ABC):
     def begun(self, folder: Path) -> bool:
         """Whether an interrupted run of the stage left work in `folder` that would be continued."""
         return False
+
+    def lasting(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The part of its hashed config that stays when the stage is made longer. What a method stretches over the length
+        is part of it, with the value that it takes from there."""
+        return {key: value for key, value in config.items() if key != self.LENGTH}
+
+    def seams(self, folder: Path, content: Mapping[str, Any]) -> list[dict[str, int]]:
+        """Where the stage in `folder`, begun with the identity `content`, has been made longer once it is made longer
+        now; for stages with a `LENGTH`. Raises where it cannot be."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be made longer")
 
     def publish(self, room: Room) -> None:
         """Put copies of a finished stage's files where people look for them."""
@@ -200,6 +213,12 @@ def identity(
     }
 
 
+def lasting_identity(stage: Stage, content: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of an identity that stays when the stage is made longer."""
+    kept = {key: value for key, value in content.items() if key != EXTENDED}
+    return kept | {"config": stage.lasting(content["config"])}
+
+
 def digest_of(content: Mapping[str, Any]) -> str:
     """sha256 of canonical JSON."""
     return sha256_text(canonical_json(content))
@@ -207,13 +226,14 @@ def digest_of(content: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Identity:
-    """identity.json of a stage that was begun: see `identity`. `input_files` as in `Record`."""
+    """identity.json of a stage that was begun: see `identity`. `input_files` as in `Record`, `extended` see `EXTENDED`."""
 
     config: dict[str, Any]
     inputs: dict[str, str]
     seed: int
     fingerprint: str
     input_files: dict[str, str] | None = None
+    extended: list[dict[str, int]] | None = None
 
 
 @dataclass(frozen=True)

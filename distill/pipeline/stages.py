@@ -27,13 +27,22 @@ from distill.models.build import build_net, build_process
 from distill.models.denoiser import Denoiser
 from distill.models.description import DESCRIPTION, WEIGHTS, read_description
 from distill.models.native import describe, load_model, save_model
-from distill.pipeline.adapt import adapted
-from distill.pipeline.execution import peak_memory_bytes, use_threads
+from distill.pipeline.adapt import adapted, check_fits
+from distill.pipeline.execution import PeakMemory, use_threads
+from distill.pipeline.extension import seams_after, seams_of
 from distill.pipeline.generate import Generate
 from distill.pipeline.monitor import WHICH, Monitor, Options
 from distill.pipeline.nodes import check_way, keeper, read_nodes, write_manifest
 from distill.pipeline.ownership import needed
-from distill.pipeline.stage import TRAINED_FILES, ModelStage, Room, Stage, check_types
+from distill.pipeline.stage import (
+    TRAINED_FILES,
+    ModelStage,
+    Room,
+    Stage,
+    check_types,
+    digest_of,
+    lasting_identity,
+)
 from distill.process.base import KINDS
 
 CHECKPOINTS = "checkpoints"
@@ -62,7 +71,7 @@ class Train(ModelStage):
         adapt: changes to the model of `init`, see `adapted`: {kind: v, net: {guidance_embedding: 64}}.
     """
 
-    LENGTH: ClassVar[tuple[str, ...]] = ("steps",)
+    LENGTH: ClassVar[str] = "steps"
     REFERENCES: ClassVar[tuple[str, ...]] = ("init", "teacher", "data", "nodes")
     FILES: ClassVar[tuple[str, ...]] = TRAINED_FILES
 
@@ -177,9 +186,28 @@ class Train(ModelStage):
         """A checkpoint is there."""
         return (folder / CHECKPOINTS / checkpoint.NAME).is_file()
 
+    def lasting(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """All but `steps`, which only a schedule without a total may follow."""
+        return super().lasting(config) | {"method": self._method_options(config["method"], config["steps"])}
+
+    def _method_options(self, method: Mapping[str, Any], steps: int) -> dict[str, Any]:
+        """The method's config; its `total_steps`, where it is null, is the stage's."""
+        if "total_steps" not in self._takes or method.get("total_steps") is not None:
+            return dict(method)
+        return {**method, "total_steps": steps}
+
+    def seams(self, folder: Path, content: Mapping[str, Any]) -> list[dict[str, int]]:
+        """Those of the checkpoint, and the step that it is at."""
+        return seams_after(folder / CHECKPOINTS / checkpoint.NAME, content, self._compared(content))
+
+    def _compared(self, content: Mapping[str, Any]) -> dict[str, Any]:
+        """What checkpoints hold of the stage's identity."""
+        return {"stage": digest_of(lasting_identity(self, content))} if content else {}
+
     def run(self, room: Room) -> dict[str, Any]:
         """Train to `steps`, continuing from the last checkpoint, and save the student (its average where
         there is one)."""
+        memory = PeakMemory(room.device)
         source: Source = Pairs(room.inputs["data"]) if isinstance(self.data, str) else instantiate(self.data)
         student, net = self._student(room, source)
         threads = use_threads(room, sum(p.numel() for p in student.parameters()))
@@ -192,22 +220,13 @@ class Train(ModelStage):
                 found = read_nodes(room.inputs["nodes"], room.inputs["teacher"])
                 check_way(room.inputs["nodes"], room.inputs.get("init"), self.method)
             given["nodes"] = [str(folder) for folder in found]
-        options = dict(self.method)
-        if "total_steps" in self._takes and options.get("total_steps") is None:
-            options["total_steps"] = self.steps
+        options = self._method_options(self.method, self.steps)
         method: DistillModule = instantiate(options, **given, _convert_="all")
         if (last := max(method.snapshots(), default=0)) > self.steps:
             raise ValueError(
                 f"method: stores a node after step {last}, but the stage has steps: {self.steps}"
             )
         method.prepare(self._optim(), seed=room.seed, stream=self.stream, world=room.world)
-        config = {
-            "method": self.method,
-            "net": net,
-            "steps": self.steps,
-            "batch_size": self.batch_size,
-            "threads": threads,
-        }
 
         def save(folder: Path) -> None:
             """The student as it is now, as a model folder. Collective."""
@@ -219,7 +238,9 @@ class Train(ModelStage):
                 save_model(folder, weights, describe(made.denoiser, net, spec))
 
         monitor = None if self._monitor is None else Monitor(self._monitor, room, save, source)
-        self._fit(room, method, source, config, monitor, keeper(room.folder, method.snapshots(), save))
+        settings = {"method": self.method, "net": net, "steps": self.steps, "batch_size": self.batch_size}
+        settings["threads"] = threads
+        self._fit(room, method, source, settings, monitor, keeper(room.folder, method.snapshots(), save))
         save(room.folder)
         if method.snapshots() and room.world.main:
             write_manifest(room.folder, method.snapshots(), room.inputs["init"])
@@ -229,7 +250,7 @@ class Train(ModelStage):
             "steps": method.progress.step,
             "skipped": {name: pair[0] for name, pair in method.nonfinite.to_dict().items()},
             "parameters": sum(p.numel() for p in student.parameters()),
-            "peak_memory_bytes": peak_memory_bytes(room.device),
+            "peak_memory_bytes": memory.bytes(),
             "threads": threads,
             "processes": room.world.size,
             "best": monitor.facts() if monitor is not None else {},
@@ -240,7 +261,7 @@ class Train(ModelStage):
         room: Room,
         method: DistillModule,
         source: Source,
-        config: dict[str, Any],
+        settings: dict[str, Any],
         monitor: Monitor | None,
         snapshot: Callable[[int], None],
     ) -> None:
@@ -251,7 +272,7 @@ class Train(ModelStage):
             make_folder(logs)
             loggers.append(Jsonl(logs))
             loggers += [
-                instantiate(dict(logger), folder=logs, settings=config, _recursive_=False)
+                instantiate(dict(logger), folder=logs, settings=settings, _recursive_=False)
                 for logger in room.loggers
             ]
         fit = Fit(
@@ -280,12 +301,15 @@ class Train(ModelStage):
                     source,
                     fit,
                     folder=checkpoints,
-                    config=config,
+                    config=self._compared(room.identity),
+                    seams=seams_of(room.identity) if room.identity else None,
                     loggers=loggers,
                     on_progress=show,
                     evaluation=monitor,
                     snapshot=snapshot,
                 )
+            except checkpoint.Refused as error:
+                raise ValueError(f"{error}; redo={room.name} trains from the start") from error
             finally:  # also where the run is stopped: a half-open W&B run would swallow the next stage's
                 for logger in loggers:
                     logger.close()
@@ -311,21 +335,7 @@ class Train(ModelStage):
                 source.sample_shape,
                 num_classes=getattr(built, "num_classes", 0),
             )
-        if student.sample_shape != tuple(source.sample_shape):
-            raise ValueError(
-                f"data: samples of shape {source.sample_shape}, but the student makes {student.sample_shape}"
-            )
-        if student.num_classes and source.num_classes > student.num_classes:
-            raise ValueError(
-                f"net.num_classes: found {student.num_classes}, but the data have {source.num_classes} classes"
-            )
-        probe = source.fetch(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
-        cond = probe.cond.with_guidance(0.0 if student.embeds_guidance else None)
-        try:
-            with torch.no_grad():
-                student(torch.zeros(1, *source.sample_shape), torch.full((1,), student.process.t_max), cond)
-        except RuntimeError as error:
-            raise ValueError(f"net: does not take samples of shape {source.sample_shape}: {error}") from error
+        check_fits(student, source)
         return student, net
 
     def _optim(self) -> dict[str, dict[str, Any]]:

@@ -100,7 +100,7 @@ def build(path: Path) -> DistillModule:
         for parameter in method.fake.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
     optim = Optim(partial(torch.optim.AdamW, lr=1e-3), Constant())
-    method.prepare({update.optim_key: optim for update in method.updates()}, seed=0)
+    method.prepare({update.name: optim for update in method.updates()}, seed=0)
     return method
 
 

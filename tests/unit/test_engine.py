@@ -144,13 +144,13 @@ def test_frozen_networks_are_neither_registered_nor_saved(tmp_path):
     assert not any("teacher" in name for name, _ in method.named_parameters())
     state = checkpoint.read(tmp_path / checkpoint.NAME)
     assert sorted(state) == [
-        "config",
         "ema",
         "method",
         "networks",
         "nonfinite",
         "optimizers",
         "progress",
+        "record",
         "sampler",
         "schema",
         "torch",

@@ -942,7 +942,7 @@ def test_the_head_s_first_weights_follow_from_the_seed() -> None:
         torch.manual_seed(before)
         method, _ = gan()
         torch.manual_seed(before)
-        method.prepare({update.optim_key: optim() for update in method.updates()}, seed=seed)
+        method.prepare({update.name: optim() for update in method.updates()}, seed=seed)
         assert torch.rand(()) == torch.rand((), generator=torch.Generator().manual_seed(before))
         found.append(flat([p.detach() for p in method.head.parameters()]))
     assert torch.equal(found[0], found[1])

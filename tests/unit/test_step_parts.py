@@ -102,8 +102,8 @@ def test_networks_are_walked_once_a_run_not_once_a_step(tmp_path, monkeypatch):
     )
     fit(method, tmp_path, steps=6)
     assert method.progress.iteration == 11
-    # Once for the optimizers and once for the steps.
-    assert sorted(walks) == ["fake", "fake", "student", "student"]
+    # Once for the record, once for the optimizers and once for the steps.
+    assert sorted(walks) == [*3 * ["fake"], *3 * ["student"]]
 
 
 class Entries(list):

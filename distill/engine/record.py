@@ -1,0 +1,115 @@
+"""What a checkpoint records of its training, and whether another call of `train` goes on with the same one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distill.engine.checkpoint import Refused
+from distill.engine.made import differences, over_length
+from distill.engine.module import DistillModule
+from distill.typed import parse
+
+SHOWN = 6  # differences that a message names
+
+
+@dataclass(frozen=True)
+class Seam:
+    """Training was planned to `steps` and made longer at step `reached`."""
+
+    steps: int
+    reached: int
+
+
+@dataclass(frozen=True)
+class Record:
+    """Of one training.
+
+    Attributes:
+        made: what it is known by, see `engine.made.made_of`.
+        config: what the caller wants compared as well, as plain containers.
+        steps: the length that it is planned to. seams: where it was made longer.
+    """
+
+    made: dict[str, Any]
+    config: dict[str, Any]
+    steps: int
+    seams: list[Seam] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers."""
+        return asdict(self)
+
+
+def record_in(state: Mapping[str, Any], where: Path) -> Record:
+    """The record of a checkpoint. Raises `Refused` where it has none."""
+    try:
+        return parse(Record, state["record"], f"{where}: record")
+    except ValueError as error:
+        raise Refused(str(error)) from error
+
+
+def continued(
+    state: Mapping[str, Any], wanted: Record, module: DistillModule, where: Path, seams: Sequence[Seam] | None
+) -> Record:
+    """The record of a training that goes on from a checkpoint with what is `wanted` now; its seams, if the caller knows
+    them, must be `seams`. Raises `Refused` naming every difference."""
+    found = record_in(state, where)
+    reached = state["progress"]["step"]
+    if wanted.steps < found.steps:
+        raise Refused(
+            f"{where}: steps: found {wanted.steps}, but the training was planned to {found.steps}; expected at least that"
+        )
+    ours, theirs = dict(wanted.made), dict(found.made)
+    for role, weights in (theirs.get("start") or {}).items():
+        # The method of an earlier call, given again, holds what it was trained to.
+        if role in module.networks and _holds(module.networks[role], state["networks"].get(role, {})):
+            ours["start"] = {**ours["start"], role: weights}
+    pairs = [({"config": found.config, **theirs}, {"config": wanted.config, **ours})]
+    if found.steps != wanted.steps and "optim" in theirs:
+        pairs.append(
+            (
+                {"config": found.config, **over_length(theirs, found.steps)},
+                {"config": wanted.config, **over_length(ours, wanted.steps)},
+            )
+        )
+    changes = min((list(differences(*pair)) for pair in pairs), key=len)
+    if changes:
+        raise Refused(f"{where}: is the checkpoint of another training: {told(changes)}")
+    joined = found.seams
+    if wanted.steps > found.steps:
+        joined = [*joined, Seam(found.steps, reached)]
+    if seams is not None and list(seams) != joined:
+        raise Refused(
+            f"{where}: seams: found {[asdict(s) for s in joined]}, the stage was begun with {[asdict(s) for s in seams]}"
+        )
+    return Record(found.made | {"optim": wanted.made["optim"]}, found.config, wanted.steps, joined)
+
+
+def _holds(network: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> bool:
+    own = network.state_dict()
+    return own.keys() == state.keys() and all(torch.equal(own[name].cpu(), state[name]) for name in own)
+
+
+def told(changes: Iterable[tuple[str, Any, Any]]) -> str:
+    """Differences in words."""
+    lines = [_line(*change) for change in changes]
+    return "; ".join([*lines[:SHOWN], *([f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else [])])
+
+
+def _line(place: str, found: Any, wanted: Any) -> str:
+    if place.startswith(("start.", "frozen.")):
+        kind, _, role = place.partition(".")
+        return f"{role}: began with other {'weights' if kind == 'start' else 'frozen weights'}"
+    if place == "data":
+        return "data: are not those that it was trained on"
+    return f"{place}: found {_short(found)}, expected {_short(wanted)}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
