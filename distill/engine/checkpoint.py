@@ -170,6 +170,10 @@ def checked_progress(state: Mapping[str, Any], module: DistillModule, where: Pat
                 f"{where}: progress.{name}: found {getattr(progress, name)}, expected {value} after "
                 f"{progress.iteration} iterations"
             )
+    if progress.step > (planned := state["record"].get("steps", progress.step)):
+        raise Refused(
+            f"{where}: progress.step: found {progress.step}, expected at most the planned {planned}"
+        )
     if progress.iteration < 0 or progress.seconds < 0:
         raise Refused(f"{where}: progress: found {state['progress']}, expected counts of at least 0")
     for name, skipped in counts.items():

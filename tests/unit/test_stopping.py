@@ -1,0 +1,171 @@
+"""Ctrl-C and SIGTERM where `train` is called from a program of the user's: a checkpoint, and then what Python does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from test_engine import Points, fit, make, weights
+from tests_support import ROOT, environment
+
+from distill import interrupt
+from distill.engine import checkpoint
+from distill.engine.fit import Fit, train
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """The test's handlers are those of a plain Python program, and are back afterwards whatever happened."""
+    before = {number: signal.getsignal(number) for number in interrupt.SIGNALS}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def stopping(folder: Path, act: Callable[[], object], at: int = 4, steps: int = 12) -> None:
+    """Train, and `act` when a step has been logged."""
+    method = make()
+
+    def on_progress(step: int, text: str) -> None:
+        if step == at and not text:
+            act()
+
+    train(method, Points(), Fit(steps, 8), folder=folder, config={"a": 1}, on_progress=on_progress)
+
+
+def saved(folder: Path) -> int:
+    return int(checkpoint.read(folder / checkpoint.NAME)["progress"]["step"])
+
+
+def test_ctrl_c_raises_keyboard_interrupt_and_the_next_call_goes_on(tmp_path: Path) -> None:
+    whole = weights(fit(make(), tmp_path / "whole", steps=12))
+    with pytest.raises(KeyboardInterrupt):
+        stopping(tmp_path / "parts", lambda: signal.raise_signal(signal.SIGINT))
+    assert saved(tmp_path / "parts") == 4
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert interrupt.requested() is None, "a later training would stop at once"
+    parts = weights(fit(make(), tmp_path / "parts", steps=12))
+    assert all(torch.equal(parts[name], whole[name]) for name in whole)
+
+
+def test_a_keyboard_interrupt_of_a_callback_stays_one(tmp_path: Path) -> None:
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopping(tmp_path, stop)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_handler_of_the_program_is_called_after_the_checkpoint(tmp_path: Path) -> None:
+    seen: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: seen.append(saved(tmp_path)))
+    with pytest.raises(interrupt.Interrupted):
+        stopping(tmp_path, lambda: signal.raise_signal(signal.SIGTERM))
+    assert seen == [4]
+
+
+@pytest.mark.parametrize("number", interrupt.SIGNALS)
+def test_an_ignored_signal_stays_ignored(tmp_path: Path, number: signal.Signals) -> None:
+    signal.signal(number, signal.SIG_IGN)
+    stopping(tmp_path, lambda: os.kill(os.getpid(), number))
+    assert saved(tmp_path) == 12
+    assert signal.getsignal(number) is signal.SIG_IGN
+
+
+def test_training_in_a_thread(tmp_path: Path) -> None:
+    """A notebook's or a server's thread: Python gives it no signals, and it must not ask for them."""
+    ended: list[BaseException | None] = []
+
+    def work() -> None:
+        try:
+            stopping(tmp_path / "plain", lambda: None)
+            ended.append(None)
+        except BaseException as error:  # noqa: BLE001
+            ended.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(60)
+    assert ended == [None]
+    assert saved(tmp_path / "plain") == 12
+
+    def interrupted() -> None:
+        try:
+            stopping(tmp_path / "stopped", stop)
+        except BaseException as error:  # noqa: BLE001
+            ended.append(error)
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    thread = threading.Thread(target=interrupted)
+    thread.start()
+    thread.join(60)
+    assert isinstance(ended[1], KeyboardInterrupt)
+
+
+def test_a_thread_under_a_watch_stops_with_a_checkpoint(tmp_path: Path) -> None:
+    """The main thread is stopped at once; the training sees the signal after its iteration."""
+    ended: list[BaseException] = []
+    ready, go = threading.Event(), threading.Event()
+
+    def act() -> None:
+        ready.set()
+        go.wait(30)
+
+    def work() -> None:
+        try:
+            stopping(tmp_path, act)
+        except BaseException as error:  # noqa: BLE001
+            ended.append(error)
+
+    thread = threading.Thread(target=work)
+    with interrupt.watch():
+        thread.start()
+        ready.wait(30)
+        with pytest.raises(interrupt.Interrupted):
+            signal.raise_signal(signal.SIGINT)
+        go.set()
+        thread.join(60)
+    assert isinstance(ended[0], interrupt.Interrupted)
+    assert saved(tmp_path) == 4
+
+
+SCRIPT = """
+import os, signal, sys
+sys.path[:0] = [{tests!r}, {root!r}]
+from pathlib import Path
+from test_engine import Points, make
+from distill.engine.fit import Fit, train
+
+def on_progress(step, text):
+    if step == 4 and not text:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+train(make(), Points(), Fit(12, 8), folder=Path(sys.argv[1]), on_progress=on_progress)
+"""
+
+
+def test_sigterm_ends_the_program_as_it_would_have_with_a_checkpoint(tmp_path: Path) -> None:
+    script = SCRIPT.format(tests=str(ROOT / "tests" / "unit"), root=str(ROOT))
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == -signal.SIGTERM, result.stderr[-2000:]
+    assert saved(tmp_path) == 4
