@@ -91,7 +91,7 @@ def test_training_in_a_thread(tmp_path: Path) -> None:
         try:
             stopping(tmp_path / "plain", lambda: None)
             ended.append(None)
-        except BaseException as error:  # noqa: BLE001
+        except BaseException as error:
             ended.append(error)
 
     thread = threading.Thread(target=work)
@@ -103,7 +103,7 @@ def test_training_in_a_thread(tmp_path: Path) -> None:
     def interrupted() -> None:
         try:
             stopping(tmp_path / "stopped", stop)
-        except BaseException as error:  # noqa: BLE001
+        except BaseException as error:
             ended.append(error)
 
     def stop() -> None:
@@ -127,7 +127,7 @@ def test_a_thread_under_a_watch_stops_with_a_checkpoint(tmp_path: Path) -> None:
     def work() -> None:
         try:
             stopping(tmp_path, act)
-        except BaseException as error:  # noqa: BLE001
+        except BaseException as error:
             ended.append(error)
 
     thread = threading.Thread(target=work)
