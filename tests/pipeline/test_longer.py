@@ -192,7 +192,7 @@ def test_an_interrupted_training_made_longer_has_a_seam_at_its_step(
 
 def test_a_curriculum_over_the_steps_does_not_go_back(copied: Path) -> None:
     """It would start again at its wide levels; with its old length given it stays at its last ones."""
-    refused = [e for e in plan(recipe(copied, 4, 8), copied / "r", 0) if e.name == "tuned"][0]
+    refused = next(e for e in plan(recipe(copied, 4, 8), copied / "r", 0) if e.name == "tuned")
     assert refused.state == "changed"
     assert refused.changes[0].startswith(
         "config.method.total_steps: 4 -> 8 (taken from the stage's steps: give"
@@ -217,12 +217,12 @@ def test_a_checkpoint_that_cannot_be_trained_on_leaves_the_finished_stage_alone(
     kept = recipe(copied, 4, 8)
     kept["stages"]["tuned"]["method"]["total_steps"] = 4
     with pytest.raises(
-        ValueError, match="stages.tuned: cannot be trained further: .*earlier version.*redo=tuned"
+        ValueError, match=r"stages.tuned: cannot be trained further: .*earlier version.*redo=tuned"
     ):
         run(kept, name="r", recipe_name="toy")
     assert set(states(copied, 4, 4).values()) == {"finished"}
     shutil.copyfile(copied / "r/teacher/checkpoints" / checkpoint.NAME, last)
-    with pytest.raises(ValueError, match="stages.tuned: cannot be trained further: .*of another training"):
+    with pytest.raises(ValueError, match=r"stages.tuned: cannot be trained further: .*of another training"):
         run(kept, name="r", recipe_name="toy")
     assert set(states(copied, 4, 4).values()) == {"finished"}
 

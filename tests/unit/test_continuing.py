@@ -166,7 +166,7 @@ def test_data_without_a_fingerprint_are_known_by_their_samples(tmp_path: Path) -
 def test_a_network_given_as_an_option_is_known_by_its_weights(tmp_path: Path) -> None:
     call(tmp_path, options={"extra": nets(3)[0]})
     call(tmp_path, options={"extra": nets(3)[0]})
-    with pytest.raises(checkpoint.Refused, match="options.extra.weights"):
+    with pytest.raises(checkpoint.Refused, match=r"options.extra.weights"):
         call(tmp_path, options={"extra": nets(4)[0]})
 
 
@@ -325,12 +325,12 @@ def test_model_folders_are_known_by_their_weights_and_not_by_their_place(tmp_pat
         (tmp_path / name / "model.safetensors").write_bytes(content)
     noded(tmp_path / "a")
     noded(tmp_path / "b")
-    with pytest.raises(checkpoint.Refused, match="options.nodes: found"):
+    with pytest.raises(checkpoint.Refused, match=r"options.nodes: found"):
         noded(tmp_path / "c")
 
 
 def test_an_update_has_the_settings_of_its_name() -> None:
-    assert [field for field in Update.__dataclass_fields__] == ["name", "trains", "loss", "every", "start"]
+    assert list(Update.__dataclass_fields__) == ["name", "trains", "loss", "every", "start"]
     update = Update(
         "student", {"student": nets()[0]}, lambda batch, step: Loss(torch.zeros(())), every=3, start=2
     )
