@@ -238,8 +238,8 @@ class Train(ModelStage):
                 save_model(folder, weights, describe(made.denoiser, net, spec))
 
         monitor = None if self._monitor is None else Monitor(self._monitor, room, save, source)
-        settings = {"method": self.method, "net": net, "steps": self.steps, "batch_size": self.batch_size}
-        settings["threads"] = threads
+        settings = {"method": self.method, "net": net, "steps": self.steps}
+        settings |= {"batch_size": self.batch_size, "threads": threads}
         self._fit(room, method, source, settings, monitor, keeper(room.folder, method.snapshots(), save))
         save(room.folder)
         if method.snapshots() and room.world.main:
@@ -294,13 +294,12 @@ class Train(ModelStage):
                     bar.set_postfix_str(text, refresh=False)
                 bar.update(step - bar.n)
 
-            checkpoints = room.folder / CHECKPOINTS
             try:
                 train(
                     method,
                     source,
                     fit,
-                    folder=checkpoints,
+                    folder=room.folder / CHECKPOINTS,
                     config=self._compared(room.identity),
                     seams=seams_of(room.identity) if room.identity else None,
                     loggers=loggers,
