@@ -21,7 +21,7 @@ from distill.data.source import Source
 from distill.engine.module import DistillModule
 from distill.files import sha256_file, sha256_text
 from distill.models.denoiser import Denoiser
-from distill.models.native import WEIGHTS
+from distill.models.description import WEIGHTS
 from distill.process.base import Process
 
 DEPTH = 8  # of nested objects that are looked into

@@ -21,8 +21,8 @@ from distill.engine.module import STUDENT, DistillModule
 from distill.evaluation.grid import image_grid, save_png, tile
 from distill.evaluation.measure import Reference, measure
 from distill.files import read_json, sha256_file, write_json, write_text
+from distill.models.description import DESCRIPTION, WEIGHTS
 from distill.models.features import FeatureExtractor
-from distill.models.native import DESCRIPTION, WEIGHTS
 from distill.pipeline.stage import Room, check_types
 from distill.typed import parse
 
