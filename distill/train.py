@@ -6,10 +6,10 @@ import sys
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from distill import interrupt, launch, terminal, world
-from distill.pipeline import config
+from distill.pipeline import config, schema
 from distill.pipeline.run import check, run, summary
 
 config.register_recipes()
@@ -20,10 +20,9 @@ def main(cfg: DictConfig) -> None:
     """Compose, run, say where everything lies. Wrong input ends in one message, not a traceback."""
     hydra_config = HydraConfig.get()
     try:
-        with terminal.told(config.explain):
+        with terminal.told(config.explain), schema.typed_places(cfg):
             recipe_name = config.chosen_recipe(hydra_config.runtime.choices)
-            plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-            assert isinstance(plain, dict)
+            plain = schema.read(cfg)
             name = config.run_name(plain["name"], recipe_name, hydra_config, sys.argv[1:])
             devices = plain["trainer"]["devices"]
             if launch.needed(devices) and not plain["plan"]:

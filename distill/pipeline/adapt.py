@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,19 @@ from distill.data.source import Source
 from distill.models.build import build_net
 from distill.models.denoiser import Denoiser
 from distill.pipeline.halving import merged
+from distill.process.base import KINDS
+
+
+@dataclass(frozen=True)
+class Adapt:
+    """What `adapt` of a training stage says: the kind that the model is read as, and options of its net."""
+
+    kind: str | None = None
+    net: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind is not None and self.kind not in KINDS:
+            raise ValueError(f"kind: found {self.kind!r}, expected one of {list(KINDS)}")
 
 
 def adapted(

@@ -22,6 +22,7 @@ from omegaconf.errors import (
 )
 
 from distill.pipeline.commandline import arguments, quoted, slug, swept, typed_again
+from distill.pipeline.sources import register_sources
 from distill.terminal import told
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -44,6 +45,7 @@ def recipes() -> dict[str, Path]:
 def register_recipes() -> None:
     """Register every file of `recipes/` as an option of the group `recipe`, merged at the top of the config.
     A user's own recipes are `recipe/*.yaml` under `--config-dir` or a search path."""
+    register_sources()
     store = ConfigStore.instance()
     for name, path in recipes().items():
         store.store(
@@ -99,6 +101,7 @@ def run_verb(main: Callable[[], None]) -> None:
     valid one."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print and exit; its exception says more
     with told(explain):
+        register_sources()
         sys.argv[1:] = arguments(sys.argv[1:])
         main()
 
@@ -121,7 +124,10 @@ def explain(error: BaseException) -> str | None:
         return (
             f"{group}: found no option {option!r}; {group} is one of: {listed}{_near(option, error.options)}"
         )
-    return str(error)
+    told = str(error)
+    if told.startswith("Error merging override") and error.__cause__ is not None:
+        told = f"{told.removeprefix('Error merging override ')}: {str(error.__cause__).splitlines()[0]}"
+    return told
 
 
 def _unknown_key(error: Any) -> str:

@@ -5,29 +5,38 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from distill.pipeline.halving import halve
-from distill.pipeline.references import redirect, references
+from distill.pipeline.references import redirect, references, stage_class, stage_fields
+from distill.typed import check_keys, parse
 
+SIZES = ("steps", "count", "batch_size")
 LOAD, TRAIN = "distill.pipeline.stages.Load", "distill.pipeline.stages.Train"
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """The block `repeat`, see `repeat`."""
+
+    stages: list[str]
+    times: Any  # often the key `rounds` of a recipe
+    carry: dict[str, str] | None = None
+    then: dict[str, dict[str, Any]] | None = None
 
 
 def expand(recipe: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Stage configs by name, in order, from a composed config's `stages`, `repeat`, `halve` and `profile` (plain
     containers)."""
-    stages = {
-        name: copy.deepcopy(dict(config)) for name, config in recipe["stages"].items() if config is not None
-    }
+    stages: dict[str, dict[str, Any]] = {}
+    for name, config in parse(dict[str, dict[str, Any] | None], recipe["stages"], "stages").items():
+        if config is not None:  # null takes a stage out
+            stage_class(config, f"stages.{name}")
+            stages[name] = copy.deepcopy(config)
     if not stages:
-        raise ValueError(
-            "stages: found none; a recipe of your own starts with the line `# @package _global_` and has a `stages` block"
-        )
+        raise ValueError("stages: found none; expected a recipe's: a mapping of names to stages")
     for name, config in stages.items():
-        if "_target_" not in config:
-            raise ValueError(
-                f"stages.{name}: has no _target_; expected a stage such as distill.pipeline.stages.Train"
-            )
         if config["_target_"] == TRAIN and config.get("path") is not None:
             stages[name] = {"_target_": LOAD, "path": config["path"]}
     stages = in_order(stages)
@@ -35,10 +44,21 @@ def expand(recipe: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         stages = repeat(stages, recipe["repeat"])
     if recipe.get("halve"):
         stages = halve(stages, recipe["halve"])
-    limits = {key: value for key, value in (recipe.get("profile") or {}).items() if value is not None}
-    if wrong := [key for key, value in limits.items() if not isinstance(value, int) or value < 1]:
-        raise ValueError(f"profile.{wrong[0]}: found {limits[wrong[0]]!r}, expected an integer of at least 1")
+    limits = _limits(recipe.get("profile"), stages)
     return {name: limit(config, limits) for name, config in stages.items()}
+
+
+def _limits(profile: Any, stages: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    """Upper limits by field: those that every profile may set, and whatever whole number a stage of the recipe has."""
+    found = parse(dict[str, int | None], profile or {}, "profile")
+    fields = [part for config in stages.values() for part in (config, config.get("monitor"))]
+    numbers = {
+        key for part in fields if isinstance(part, Mapping) for key, v in part.items() if type(v) is int
+    }
+    check_keys(found, [*SIZES, *sorted(numbers - set(SIZES))], "profile")
+    if wrong := [key for key, value in found.items() if value is not None and value < 1]:
+        raise ValueError(f"profile.{wrong[0]}: found {found[wrong[0]]!r}, expected an integer of at least 1")
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def in_order(stages: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -71,12 +91,9 @@ def repeat(stages: dict[str, dict[str, Any]], block: Mapping[str, Any]) -> dict[
     on; a stage of the block named there means the previous round's. Stages after the block refer to the last round;
     evaluated models of the block get a row set a round.
     """
-    names, times, carry = list(block["stages"]), block["times"], dict(block.get("carry") or {})
-    if not isinstance(times, int) or times < 1:
-        raise ValueError(f"rounds: expected an integer of at least 1, found {times!r}")
-    then = dict(block.get("then") or {})
-    if missing := [name for name in [*names, *carry, *carry.values(), *then] if name not in stages]:
-        raise ValueError(f"repeat: names the stages {missing}, found only {list(stages)}")
+    told = parse(Repeat, block, "repeat")
+    names, times, carry, then = told.stages, told.times, told.carry or {}, told.then or {}
+    _check_repeat(told, stages)
     result: dict[str, dict[str, Any]] = {}
     order = list(stages)
     last = max(order.index(name) for name in names)
@@ -103,13 +120,43 @@ def repeat(stages: dict[str, dict[str, Any]], block: Mapping[str, Any]) -> dict[
     return result
 
 
+def _check_repeat(told: Repeat, stages: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse a `repeat` block that means nothing, in part or as a whole, or whose copies would take names that are there."""
+    names, carry, then = told.stages, told.carry or {}, told.then or {}
+    if isinstance(told.times, bool) or not isinstance(told.times, int) or told.times < 1:
+        raise ValueError(f"repeat.times, rounds: expected an integer of at least 1, found {told.times!r}")
+    if missing := [name for name in [*names, *carry, *carry.values(), *then] if name not in stages]:
+        raise ValueError(f"repeat: names the stages {missing}, found only {list(stages)}")
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"repeat.stages: found {names}, expected the names of stages, each once")
+    for key, inner in (("carry", carry.values()), ("then", then)):
+        if outside := [name for name in inner if name not in names]:
+            raise ValueError(
+                f"repeat.{key}: found {outside[0]!r}, expected a stage of repeat.stages: {names}"
+            )
+    for old in carry:
+        if not any(old in references(stages[name]) for name in names):
+            raise ValueError(
+                f"repeat.carry.{old}: no stage of {names} refers to it, so nothing would be carried"
+            )
+    for name, options in then.items():
+        check_keys(options, stage_fields(stages[name]), f"repeat.then.{name}")
+    copies = [f"{name}_round{number}" for name in names for number in range(2, told.times + 1)]
+    if taken := [name for name in copies if name in stages]:
+        raise ValueError(f"repeat.stages: the rounds need the names {taken}, which stages have")
+
+
 def _rounds_of_models(models: Mapping[str, Any], names: list[str], times: int) -> dict[str, Any]:
     """Evaluated models, with one entry a round for those of the repeated block: reflow, reflow2, ..."""
     rows: dict[str, Any] = {}
     for label, model in models.items():
-        rows[label] = dict(model)
-        if model["stage"] in names:
+        rows[label] = copy.deepcopy(model)
+        if isinstance(model, Mapping) and model.get("stage") in names:
             for number in range(2, times + 1):
+                if f"{label}{number}" in models:
+                    raise ValueError(
+                        f"models.{label}{number}: is the row of round {number} of {label!r}; expected another label"
+                    )
                 rows[f"{label}{number}"] = dict(model) | {"stage": f"{model['stage']}_round{number}"}
     return rows
 

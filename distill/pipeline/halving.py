@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from distill.pipeline.references import redirect
+from distill.typed import parse
 
 
 def step_counts(start: int, end: int) -> list[int]:
@@ -65,15 +67,19 @@ def halve(stages: Mapping[str, dict[str, Any]], block: Mapping[str, Any]) -> dic
     return result
 
 
+@dataclass(frozen=True)
+class Halve:
+    """The block `halve`, see `halve`; `start`, `end` and `rounds` are checked by name there."""
+
+    stage: str
+    start: Any
+    end: Any
+    rounds: Any = None
+
+
 def check_block(block: Mapping[str, Any], stages: Mapping[str, Mapping[str, Any]]) -> None:
     """Refuse a `halve` block with other keys than it has, or whose stage is none that a method trains."""
-    if not isinstance(block, Mapping):
-        raise ValueError(f"halve: found {block!r}, expected {{stage, start, end, rounds}}")
-    if unknown := sorted(set(block) - {"stage", "start", "end", "rounds"}):
-        raise ValueError(f"halve.{unknown[0]}: no such key; expected stage, start, end, rounds")
-    if missing := [key for key in ("stage", "start", "end") if block.get(key) is None]:
-        raise ValueError(f"halve.{missing[0]}: missing")
-    name = block["stage"]
+    name = parse(Halve, block, "halve").stage
     if name not in stages:
         raise ValueError(f"halve.stage: found {name!r}, expected one of {list(stages)}")
     if not isinstance(stages[name].get("method"), Mapping):
@@ -108,10 +114,14 @@ def _models(models: Mapping[str, Any], name: str, counts: list[int]) -> dict[str
     """Evaluated models with one entry a round for those of the template."""
     rows: dict[str, Any] = {}
     for label, model in models.items():
-        if model["stage"] != name:
-            rows[label] = dict(model)
+        if not isinstance(model, Mapping) or model.get("stage") != name:
+            rows[label] = model
             continue
         for count in counts:
             label_here = label if count == counts[-1] else f"{label}_{count}"
+            if label_here != label and label_here in models:
+                raise ValueError(
+                    f"models.{label_here}: is the row of a round of {label!r}; expected another label"
+                )
             rows[label_here] = dict(model) | {"stage": f"{name}_{count}", "steps": [count]}
     return rows

@@ -58,14 +58,14 @@ class Options:
     k: int = 5
 
     def __post_init__(self) -> None:
-        check_types(self, "monitor.")
+        check_types(self)
         for name in ("every_images", "batch_size", "columns", "k"):
             if getattr(self, name) < 1:
-                raise ValueError(f"monitor.{name}: expected at least 1, found {getattr(self, name)}")
+                raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
         if self.count < self.k + 2:
-            raise ValueError(f"monitor.count: expected at least k + 2 = {self.k + 2}, found {self.count}")
+            raise ValueError(f"count: expected at least k + 2 = {self.k + 2}, found {self.count}")
         if self.metric not in METRICS:
-            raise ValueError(f"monitor.metric: found {self.metric!r}, expected one of {list(METRICS)}")
+            raise ValueError(f"metric: found {self.metric!r}, expected one of {list(METRICS)}")
 
     def fingerprint(self) -> str:
         """The real data and the feature extractor."""

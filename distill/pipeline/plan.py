@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.errors import InstantiationException
-from hydra.utils import get_class, instantiate
+from hydra.utils import get_class
 
 from distill.files import read_json
 from distill.pipeline.expand import expand
@@ -20,13 +20,13 @@ from distill.pipeline.ownership import (
     check_stage_folder,
     recorded_identity,
 )
+from distill.pipeline.references import stage_class
 from distill.pipeline.stage import (
     EXTENDED,
     INPUT_FILES,
     Identity,
     NewerSchema,
     Stage,
-    check_types,
     differences,
     digest_of,
     files_digest,
@@ -34,6 +34,7 @@ from distill.pipeline.stage import (
     lasting_identity,
     read_artifact,
 )
+from distill.pipeline.targets import check_targets
 from distill.typed import parse
 
 
@@ -76,14 +77,22 @@ def build_stages(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Stage]:
     """Make and check every stage before anything runs; errors name the stage and the field."""
     stages: dict[str, Stage] = {}
     for name, config in configs.items():
+        where = f"stages.{name}"
+        kind = stage_class(config, where)
+        fields = {key: value for key, value in config.items() if key != "_target_"}
+        later = ("method", "optim")  # the stage itself says more of them
         try:
-            stage: Stage = instantiate(dict(config), _recursive_=False, _convert_="all")
-            check_types(stage)
+            for key, value in fields.items():
+                if key not in later:
+                    check_targets(value, f"{where}.{key}")
+            stage = parse(kind, fields, where)
+        except (InstantiationException, KeyError, OSError, ImportError) as error:
+            raise ValueError(f"{where}.{error.__cause__ or error}") from error
+        try:
             stage.check(stages)
-        except InstantiationException as error:
-            raise ValueError(f"stages.{name}.{error.__cause__ or error}") from error
+            check_targets(config.get("method"), "method")
         except (ValueError, TypeError, KeyError, OSError, ImportError) as error:
-            raise ValueError(f"stages.{name}.{error}") from error
+            raise ValueError(f"{where}.{error}") from error
         stages[name] = stage
     return stages
 

@@ -40,6 +40,7 @@ from distill.pipeline.stage import (
     verify_files,
     write_artifact,
 )
+from distill.typed import parse
 from distill.world import join
 
 
@@ -47,7 +48,7 @@ def run(recipe: Mapping[str, Any], *, name: str, recipe_name: str) -> Path:
     """Run (or continue) a composed recipe in `runs_dir/name`; returns the run folder. Several processes call it
     together: all run every stage, the main one writes."""
     run_folder, seed = run_place(recipe, name)
-    settings = Settings(**recipe["trainer"])
+    settings = parse(Settings, recipe["trainer"], "trainer")
     check_run_folder(run_folder)
     if recipe.get("plan"):
         planned = plan(recipe, run_folder, seed)
@@ -112,7 +113,7 @@ def run_place(recipe: Mapping[str, Any], name: str) -> tuple[Path, int]:
 
 def check(recipe: Mapping[str, Any], *, name: str, processes: int) -> None:
     """Raise what `run` would raise before its first stage; changes nothing."""
-    Settings(**recipe["trainer"])
+    parse(Settings, recipe["trainer"], "trainer")
     run_folder, seed = run_place(recipe, name)
     check_run_folder(run_folder)
     planned = plan(recipe, run_folder, seed)

@@ -70,16 +70,16 @@ class Settings:
     max_nonfinite_share: float = 0.05
 
     def __post_init__(self) -> None:
-        check_types(self, "trainer.")
+        check_types(self)
         for name in ("devices", "checkpoint_every", "log_every", "max_nonfinite", "threads"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"trainer.{name}: expected at least 1, found {getattr(self, name)}")
+                raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
         if not 0 <= self.max_nonfinite_share <= 1:
             raise ValueError(
-                f"trainer.max_nonfinite_share: expected a share in [0, 1], found {self.max_nonfinite_share}"
+                f"max_nonfinite_share: expected a share in [0, 1], found {self.max_nonfinite_share}"
             )
         if self.shard not in SHARD:
-            raise ValueError(f"trainer.shard: found {self.shard!r}, expected one of {list(SHARD)}")
+            raise ValueError(f"shard: found {self.shard!r}, expected one of {list(SHARD)}")
 
     @property
     def device(self) -> torch.device:

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from hydra.errors import InstantiationException
-from hydra.utils import get_class, instantiate
+from hydra.utils import instantiate
 
 from distill.cache.pairs import Pairs
 from distill.data.rng import stream_key
@@ -21,18 +20,18 @@ from distill.engine.fit import PRECISIONS, Fit, train
 from distill.engine.logging import Jsonl, Logger
 from distill.engine.module import DistillModule
 from distill.engine.parallel import full_state
-from distill.engine.update import Optim
 from distill.files import copy, make_folder, sha256_file
 from distill.models.build import build_net, build_process
 from distill.models.denoiser import Denoiser
 from distill.models.description import DESCRIPTION, WEIGHTS, read_description
 from distill.models.native import describe, load_model, save_model
-from distill.pipeline.adapt import adapted, check_fits
+from distill.pipeline.adapt import Adapt, adapted, check_fits
 from distill.pipeline.execution import PeakMemory, use_threads
 from distill.pipeline.extension import seams_after, seams_of
 from distill.pipeline.generate import Generate
 from distill.pipeline.monitor import WHICH, Monitor, Options
 from distill.pipeline.nodes import check_way, keeper, read_nodes, write_manifest
+from distill.pipeline.optim import build_optim, check_optim
 from distill.pipeline.ownership import needed
 from distill.pipeline.stage import (
     TRAINED_FILES,
@@ -43,7 +42,8 @@ from distill.pipeline.stage import (
     digest_of,
     lasting_identity,
 )
-from distill.process.base import KINDS
+from distill.pipeline.targets import resolve
+from distill.typed import parse
 
 CHECKPOINTS = "checkpoints"
 ROLES = ("student", "teacher")
@@ -101,29 +101,17 @@ class Train(ModelStage):
                 raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision: found {self.precision!r}, expected one of {list(PRECISIONS)}")
-        if self.adapt is not None and (self.init is None or set(self.adapt) - {"kind", "net"}):
-            raise ValueError(
-                f"adapt: found {self.adapt}, expected `kind` and `net` options, and an `init` to change"
-            )
         if self.adapt is not None:
-            kind, net = self.adapt.get("kind"), self.adapt.get("net")
-            if kind is not None and kind not in KINDS:
-                raise ValueError(f"adapt.kind: found {kind!r}, expected one of {list(KINDS)}")
-            if net is not None and not isinstance(net, dict):
-                raise ValueError(f"adapt.net: found {net!r}, expected options of the net")
-        self._monitor = None if self.monitor is None else Options(**self.monitor)
+            if self.init is None:
+                raise ValueError(f"adapt: found {self.adapt}, but no `init`; expected a model to change")
+            parse(Adapt, self.adapt, "adapt")
+        self._monitor = None if self.monitor is None else parse(Options, self.monitor, "monitor")
         if self.init is None and (self.net is None or self.process is None):
             raise ValueError("init: without a stage to start from, both `net` and `process` are needed")
         if self.init is None and self.process is not None:
             build_process(self.process).check_kind(self.kind)
-        for key, settings in self._optim().items():
-            try:  # a wrong option is told now, not when the stages before this one have run
-                probe = Optim(**settings)
-                probe.optimizer([torch.zeros(1, requires_grad=True)])
-                probe.schedule(0)
-            except (TypeError, ValueError, RuntimeError, InstantiationException) as error:
-                raise ValueError(f"optim.{key}: {error.__cause__ or error}") from error
-        self._takes = inspect.signature(get_class(self.method["_target_"])).parameters
+        check_optim(self.optim, self.steps)
+        self._takes = inspect.signature(resolve(self.method, "method")).parameters
 
     def inputs(self) -> dict[str, str]:
         """The references, and the further networks by their role."""
@@ -226,7 +214,8 @@ class Train(ModelStage):
             raise ValueError(
                 f"method: stores a node after step {last}, but the stage has steps: {self.steps}"
             )
-        method.prepare(self._optim(), seed=room.seed, stream=self.stream, world=room.world)
+        optim = build_optim(self.optim, self.steps)
+        method.prepare(optim, seed=room.seed, stream=self.stream, world=room.world)
 
         def save(folder: Path) -> None:
             """The student as it is now, as a model folder. Collective."""
@@ -336,20 +325,6 @@ class Train(ModelStage):
             )
         check_fits(student, source)
         return student, net
-
-    def _optim(self) -> dict[str, dict[str, Any]]:
-        """Optimizer settings with their objects built; schedules that have a `total` and were given none get
-        `steps`."""
-        built: dict[str, dict[str, Any]] = {}
-        for key, settings in self.optim.items():
-            schedule = dict(settings["schedule"])
-            if "total" in schedule and schedule["total"] is None:
-                schedule["total"] = self.steps
-            built[key] = dict(settings) | {
-                "optimizer": instantiate(settings["optimizer"], _partial_=True, _convert_="all"),
-                "schedule": instantiate(schedule),
-            }
-        return built
 
 
 @dataclass
