@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distill.evaluation.protocol import Protocol
-from distill.evaluation.report import COLUMNS, SCALE, legend
+from distill.evaluation.report import COLUMNS, SCALE, legend, prose
 from distill.files import read_json
 from distill.typed import parse
 
@@ -173,7 +174,7 @@ def table(runs: Sequence[Run], mark: str = "**{}**") -> str:
     best = {key: _cell(key, _best(key, [row for _, row in rows])) for key in keys}
     lines = [
         f"| run | model | steps |{' guidance |' * guided} "
-        + " | ".join(printed(key, names) + COLUMNS[key][1] for key in keys)
+        + " | ".join(prose(printed(key, names)) + COLUMNS[key][1] for key in keys)
         + " |",
         "|---|---|---|" + "---|" * (len(keys) + guided),
     ]
@@ -185,12 +186,12 @@ def table(runs: Sequence[Run], mark: str = "**{}**") -> str:
         ]
         scale = NOTHING if row.get("guidance_scale") is None else f"{row['guidance_scale']:g}"
         head = [
-            name,
-            row["model"],
+            prose(name),
+            prose(row["model"]),
             NOTHING if row["steps"] is None else row["steps"],
             *([scale] if guided else []),
         ]
-        lines.append("| " + " | ".join(str(cell).replace("|", "_") for cell in [*head, *cells]) + " |")
+        lines.append("| " + " | ".join(str(cell) for cell in [*head, *cells]) + " |")
     return "\n".join(lines)
 
 
@@ -220,7 +221,7 @@ def _best(key: str, rows: Sequence[Mapping[str, Any]]) -> float | None:
 
 def aligned(text: str) -> str:
     """A Markdown table with its columns padded to equal width, for a terminal; numbers to the right."""
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    cells = [[_unescaped(cell) for cell in row.split("|")[1:-1]] for row in text.splitlines()]
     head, body = cells[0], cells[2:]
     widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
     words = [not any(_numeric(row[i]) for row in body) for i in range(len(head))]
@@ -230,6 +231,14 @@ def aligned(text: str) -> str:
         return "  ".join(padded).rstrip()
 
     return "\n".join([line(head), "  ".join("-" * w for w in widths), *map(line, body)])
+
+
+def _unescaped(cell: str) -> str:
+    """A cell of a Markdown table without what `prose` put before markup."""
+    plain = (
+        cell.strip().replace("&lt;", "<").replace("&gt;", ">").replace("&#124;", "|").replace("&amp;", "&")
+    )
+    return re.sub(r"\\([\\`*\[\]~_])", r"\1", plain)
 
 
 def _numeric(cell: str) -> bool:
@@ -250,11 +259,11 @@ def remarks(runs: Sequence[Run], without: Sequence[str], metric: str, missing: S
 def page(runs: Sequence[Run], picture: str, metric: str, told: Sequence[str]) -> str:
     """The Markdown page: plot, table, protocol, remarks."""
     parts = [
-        "# Comparison of " + ", ".join(run.name for run in runs),
+        "# Comparison of " + ", ".join(prose(run.name) for run in runs),
         f"![{metric} against network calls]({picture})",
         table(runs),
-        f"Protocol of all rows: {protocol(runs).describe()}.",
-        "\n".join(f"- **{line}**" for line in told),
+        f"Protocol of all rows: {prose(protocol(runs).describe())}.",
+        "\n".join(f"- **{prose(remark)}**" for remark in told),
         MARKING,
         legend(protocol(runs)) if any(_has(run, "fd") for run in runs) else "",
     ]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distill.evaluation.gates import GateResult
 from distill.evaluation.protocol import Protocol
+from distill.terminal import line
 
 # metric -> (heading where the protocol has no name for it, unit and direction, format)
 COLUMNS = {
@@ -31,6 +33,12 @@ COLUMNS = {
     "images_per_second": ("images/s", " ↑", ".0f"),
 }
 SCALE = {"kid": 1000.0}
+
+
+def prose(text: object) -> str:
+    """A name or a sentence for Markdown: on one line, without markup, HTML or control characters of its own."""
+    told = line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("|", "&#124;")
+    return re.sub(r"([\\`*\[\]~]|(?<!\w)_|_(?!\w))", r"\\\1", told)
 
 
 def legend(protocol: Protocol) -> str:
@@ -68,7 +76,7 @@ def table(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
     """Markdown table of rows of metrics.json under the names of `Protocol.names`; columns that are null everywhere are
     left out."""
     keys = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
-    headings = [names.get(key, COLUMNS[key][0]) + COLUMNS[key][1] for key in keys]
+    headings = [prose(names.get(key, COLUMNS[key][0])) + COLUMNS[key][1] for key in keys]
     lines = [
         "| model | steps | " + " | ".join(headings) + " |",
         "|---|---|" + "---|" * len(keys),
@@ -78,7 +86,7 @@ def table(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
             f"{row[key] * SCALE.get(key, 1):{COLUMNS[key][2]}}" if row.get(key) is not None else "-"
             for key in keys
         ]
-        lines.append(f"| {row['model']} | {row['steps']} | " + " | ".join(cells) + " |")
+        lines.append(f"| {prose(row['model'])} | {row['steps']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -90,7 +98,7 @@ def gate_table(gates: Sequence[GateResult]) -> str:
             "[{:.4g}, {:.4g}]".format(*gate.bound) if isinstance(gate.bound, tuple) else f"{gate.bound:.4g}"
         )
         lines.append(
-            f"| {gate.name} | {gate.value:.4g} | {gate.relation} {bound} | "
+            f"| {prose(gate.name)} | {gate.value:.4g} | {gate.relation} {bound} | "
             f"{'passed' if gate.passed else '**missed**'} |"
         )
     return "\n".join(lines)
@@ -108,11 +116,11 @@ def report(
 ) -> str:
     """The page `report.md`."""
     parts = [
-        f"# {title}",
-        f"**{note}**" if note else "",
+        f"# {prose(title)}",
+        f"**{prose(note)}**" if note else "",
         "![one noise a column](grid.png)" if grid else "",
         table(rows, protocol.names()),
-        f"Protocol: {protocol.describe()}.",
+        f"Protocol: {prose(protocol.describe())}.",
     ]
     parts.append(legend(protocol))
     if real:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distill.evaluation.protocol import Protocol
-from distill.evaluation.report import table
+from distill.evaluation.report import prose, table
 
 
 def card(
@@ -57,8 +57,8 @@ def card(
         "```\npython -m distill.sample model=path/to/this/folder count=64 out=grid.png\n```"
     )
     parts = [
-        f"# {recipe}: distilled student",
-        f"**{note}**" if note else "",
+        f"# {prose(recipe)}: distilled student",
+        f"**{prose(note)}**" if note else "",
         f"![{'paths from noise to points' if points else 'one noise a column'}](grid.png)" if grid else "",
         "\n".join(facts),
         use,
@@ -66,5 +66,5 @@ def card(
     if rows:
         if protocol is None:
             raise ValueError("protocol: found None, expected how the rows were measured")
-        parts += ["## Measured", table(rows, protocol.names()), f"Protocol: {protocol.describe()}."]
+        parts += ["## Measured", table(rows, protocol.names()), f"Protocol: {prose(protocol.describe())}."]
     return "\n\n".join(part for part in parts if part) + "\n"

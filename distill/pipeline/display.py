@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
+from distill.terminal import line, printable
+
 
 @dataclass(frozen=True)
 class Display:
@@ -29,7 +31,7 @@ class Display:
             total=total,
             initial=initial,
             unit=unit,
-            desc=f"[{self.number}/{self.total}] {self.name}",
+            desc=f"[{self.number}/{self.total}] {line(self.name)}",
             ncols=None if interactive and shutil.get_terminal_size((0, 0)).columns else 80,
             mininterval=0.2 if interactive else 10.0,
             ascii=not interactive,
@@ -43,4 +45,4 @@ class Display:
         """One line that does not break a bar."""
         if self.silent:
             return
-        tqdm.write(f"[{self.number}/{self.total}] {self.name}: {text}", file=sys.stderr)
+        tqdm.write(printable(f"[{self.number}/{self.total}] {self.name}: {text}"), file=sys.stderr)

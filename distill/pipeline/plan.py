@@ -35,6 +35,7 @@ from distill.pipeline.stage import (
     read_artifact,
 )
 from distill.pipeline.targets import check_targets
+from distill.terminal import printable
 from distill.typed import parse
 
 
@@ -284,4 +285,4 @@ def describe_plan(planned: Sequence[Planned], run_folder: Path) -> str:
         )
         lines += [f"       {readable(line)}" for line in entry.changes[:5]]
         lines += [f"       {entry.broken}"] if entry.broken else []
-    return "\n".join(lines)
+    return printable("\n".join(lines))

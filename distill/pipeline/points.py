@@ -16,7 +16,7 @@ from distill.data.rng import sample_noise
 from distill.evaluation.energy import energy_distance, spread
 from distill.evaluation.gates import GateResult
 from distill.evaluation.protocol import Protocol
-from distill.evaluation.report import gate_table, table
+from distill.evaluation.report import gate_table, prose, table
 from distill.evaluation.sliced import quantile_distance, sorted_projections
 from distill.evaluation.trajectories import Panel, save_trajectories
 from distill.models.generator import Generator
@@ -196,11 +196,11 @@ class EvaluatePoints(Evaluate):
         gates: Sequence[GateResult],
     ) -> str:
         parts = [
-            f"# {room.recipe}",
-            f"**{self.note}**" if self.note else "",
+            f"# {prose(room.recipe)}",
+            f"**{prose(self.note)}**" if self.note else "",
             "![paths from noise to samples](grid.png)",
             table(rows, protocol.names()),
-            f"Protocol: {protocol.describe()}.",
+            f"Protocol: {prose(protocol.describe())}.",
             LEGEND,
             "The real points themselves: " + ", ".join(f"{name} {v:.4g}" for name, v in real.items()) + ".",
         ]

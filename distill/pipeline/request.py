@@ -20,6 +20,7 @@ from distill.files import read_json
 from distill.models.description import DESCRIPTION
 from distill.pipeline.ownership import ARTIFACT, PUBLISHED
 from distill.pipeline.stage import check_types
+from distill.terminal import check_utf8
 
 FOLDER = "distill.data.folder.ImageFolder"
 DEVICES = {"auto": "auto", "cpu": "cpu", "cuda": "gpu", "gpu": "gpu"}
@@ -131,9 +132,7 @@ def is_model(path: Path) -> bool:
 def label_of(request: Request, path: Path) -> str:
     """What the rows are called: the option, or the folder's name; an export is the student of its run."""
     name = utf8_path(path.resolve().name)
-    return (request.name or ("student" if name == "export" else name)).replace(
-        "|", "_"
-    )  # tables divide by it
+    return check_utf8(request.name or ("student" if name == "export" else name), "name")
 
 
 def recipe_of(model: Path) -> str | None:

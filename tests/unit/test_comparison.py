@@ -95,7 +95,7 @@ def test_guidance_is_shown_where_there_is_some(make):
     guided = row("teacher", 1, 0.1, guidance_scale=1.5)
     text = comparison.table(load(make("a|b", [row("teacher", 1, 0.2, guidance_scale=1.0), guided])))
     assert text.splitlines()[0].startswith("| run | model | steps | guidance | nfe |")
-    assert text.splitlines()[3].startswith("| a_b | teacher | 1 | 1.5 | 1 | **0.100** |")
+    assert text.splitlines()[3].startswith("| a&#124;b | teacher | 1 | 1.5 | 1 | **0.100** |")
     assert len({line.count("|") for line in text.splitlines()}) == 1
     assert "guidance" not in comparison.table(load(make("plain", TEACHER)))
 
