@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from distill.data.arguments import finite, labels
 
 NULL_LABEL = -1
 
@@ -23,13 +26,15 @@ class Cond:
     guidance_w: Tensor | None = None
 
     @classmethod
-    def of_labels(cls, label: Tensor) -> Cond:
-        """Conditions from class labels [B] (integers; -1 is the null condition)."""
-        if label.ndim != 1 or label.dtype.is_floating_point:
+    def of_labels(cls, label: Tensor | Sequence[int], num_classes: int | None = None) -> Cond:
+        """Conditions from class labels [B] (integers; -1 is the null condition). With `num_classes`, classes at or above it
+        are refused here, and else by the net, which knows how many it has."""
+        found = labels("label", label, num_classes, null=True)
+        if found.ndim != 1:
             raise ValueError(
-                f"label: expected integers of shape [B], found {label.dtype} {tuple(label.shape)}"
+                f"label: expected integers of shape [B], found {found.dtype} {tuple(found.shape)}"
             )
-        return cls(len(label), label.to(torch.int64))
+        return cls(len(found), found)
 
     @classmethod
     def nothing(cls, size: int) -> Cond:
@@ -41,7 +46,8 @@ class Cond:
 
     def with_guidance(self, w: Tensor | float | None) -> Cond:
         """The same conditions with the guidance w [B] (or one number for all) as an input; None takes it away."""
-        if isinstance(w, float | int):
+        if w is not None and not isinstance(w, Tensor):
+            w = finite("guidance_w", w)
             device = None if self.label is None else self.label.device
             w = torch.full((self.size,), float(w), dtype=torch.float32, device=device)
         if w is not None and w.shape != (self.size,):

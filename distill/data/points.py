@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill.data.arguments import finite, integer
 from distill.data.batch import Batch
 from distill.data.cond import Cond
 from distill.data.plain import plain_torch
@@ -80,6 +81,7 @@ class Points:
         seed: int = 0,
         stream: str = "points",
     ) -> None:
+        count, seed, std = integer("count", count), integer("seed", seed), finite("std", std)
         if count < 1:
             raise ValueError(f"count: expected at least 1 point, found {count}")
         if std < 0:

@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distill.data.arguments import integer
+
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -29,8 +31,9 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 def stream_key(seed: int, *parts: str | int) -> int:
     """The documented 64-bit hash of a stream: the first 8 bytes, little-endian, of
-    sha256("seed/part/part...")."""
-    text = "/".join(str(part) for part in (seed, *parts))
+    sha256("seed/part/part..."). Integers of numpy and of torch are integers; raises ValueError for floats and the rest."""
+    numbered = [part if isinstance(part, str) else integer("part", part) for part in parts]
+    text = "/".join(str(part) for part in (integer("seed", seed), *numbered))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
 
@@ -115,6 +118,8 @@ def sample_noise(seed: int, stream: str, ids: Tensor, shape: Sequence[int]) -> T
     Independent of which ids are asked for together. Torch promises no equal streams between versions: stores
     keep `noise_checksum` and readers compare it.
     """
+    if not isinstance(ids, Tensor) or ids.ndim != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ValueError(f"ids: found {ids!r}, expected integers of shape [n]")
     generator = torch.Generator(device="cpu")
     out = torch.empty(len(ids), *shape, dtype=torch.float32, device="cpu")
     for row, i in zip(out, ids.tolist(), strict=True):

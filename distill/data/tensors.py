@@ -7,6 +7,7 @@ import hashlib
 import torch
 from torch import Tensor
 
+from distill.data.arguments import check_span, warn_of_span
 from distill.data.batch import Batch
 from distill.data.cond import Cond
 
@@ -15,21 +16,35 @@ class Tensors:
     """Samples x0 [n,*S] (images in [-1, 1]), with the noise z [n,*S] that a teacher mapped to them and class labels [n], where
     there are any.
 
-    Raises ValueError where the lengths or shapes differ, or labels are no integers of at least 0."""
+    Raises ValueError where the lengths or shapes differ, labels are no integers of at least 0, values are no finite floats, or
+    those of images (rank 4) are of another range than [-1, 1], such as [0, 255]."""
 
     name = "tensors"
 
     def __init__(self, x0: Tensor, z: Tensor | None = None, labels: Tensor | None = None) -> None:
+        for name, values in (("x0", x0), ("z", z), ("labels", labels)):
+            if values is not None and not isinstance(values, Tensor):
+                raise ValueError(f"{name}: found {type(values).__name__}, expected a tensor")
+            if values is not None and name != "labels" and not values.is_floating_point():
+                raise ValueError(f"{name}: found values of {values.dtype}, expected floats")
+            if values is not None and not bool(torch.isfinite(values).all()):
+                raise ValueError(f"{name}: found values that are not finite")
         if x0.ndim < 2 or len(x0) < 1:
             raise ValueError(f"x0: expected [n, *S] with n >= 1, found shape {list(x0.shape)}")
         if z is not None and z.shape != x0.shape:
             raise ValueError(f"z: expected the shape of x0, {list(x0.shape)}, found {list(z.shape)}")
-        if labels is not None and (labels.shape != x0.shape[:1] or labels.is_floating_point()):
+        if labels is not None and (
+            labels.shape != x0.shape[:1] or labels.is_floating_point() or labels.dtype == torch.bool
+        ):
             raise ValueError(
                 f"labels: expected {len(x0)} integers, found {labels.dtype} {list(labels.shape)}"
             )
         if labels is not None and int(labels.min()) < 0:
             raise ValueError(f"labels: expected classes of at least 0, found {int(labels.min())}")
+        if x0.ndim == 4:
+            check_span("x0", x0)
+        if x0.ndim == 4 and z is None:  # what a teacher makes of noise is not clamped
+            warn_of_span("x0", x0, stacklevel=2)
         self.images, self.z, self.labels = x0, z, labels
         self.sample_shape = tuple(x0.shape[1:])
         self.num_classes = 0 if labels is None else int(labels.max()) + 1

@@ -36,7 +36,9 @@ def as_pair(names: tuple[str, str], x: Tensor, y: Tensor, at_least: int = 1) -> 
 
 def check_labels(name: str, labels: Tensor, count: int) -> None:
     """Raise ValueError unless `labels` is an integer tensor of shape [count]."""
-    if labels.shape != (count,) or labels.is_floating_point():
+    if not isinstance(labels, Tensor):
+        raise ValueError(f"{name}: expected a tensor of {count} integer labels, got {type(labels).__name__}")
+    if labels.shape != (count,) or labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(
             f"{name}: expected {count} integer labels, got {list(labels.shape)} of {labels.dtype}"
         )

@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from distill.data.arguments import pixels as checked
 from distill.files import write_atomic
 from distill.terminal import line
 
@@ -27,10 +28,18 @@ def to_tiles(name: str, images: Tensor, scale: int | None = None) -> list[Image.
     """RGB tiles of images [N, C, H, W] in [-1, 1] (clamped), C 1 or 3, `scale` times as large.
 
     Without a scale the smallest whole factor is taken that makes a tile 48 pixels high. Raises ValueError for
-    other shapes, an empty set, a scale below 1 or non-finite pixels.
+    other shapes, an empty set, a scale below 1, non-finite pixels or values in another range.
     """
-    if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
-        raise ValueError(f"{name}: expected [N, 1 or 3, H, W] with N > 0, got {list(images.shape)}")
+    if (
+        not isinstance(images, Tensor)
+        or images.ndim != 4
+        or images.shape[1] not in (1, 3)
+        or len(images) == 0
+    ):
+        raise ValueError(
+            f"{name}: expected [N, 1 or 3, H, W] with N > 0, got {list(getattr(images, 'shape', []))}"
+        )
+    images = checked(name, images)
     if not torch.isfinite(images).all():
         raise ValueError(f"{name} has non-finite pixels")
     height, width = images.shape[2:]
@@ -86,6 +95,10 @@ def tile(images: Tensor, columns: int, scale: int | None = None, border: int = 2
 
 def save_png(image: Image.Image, path: Path | str) -> None:
     """Write a PNG under a temporary name and rename it, so that `path` never holds half a picture."""
+    if not isinstance(image, Image.Image):
+        raise ValueError(
+            f"image: found {type(image).__name__}, expected a picture, such as that of tile(images, 8)"
+        )
     write_atomic(Path(path), lambda temporary: image.save(temporary, format="PNG"))
 
 

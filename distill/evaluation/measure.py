@@ -10,6 +10,7 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
+from distill.data.arguments import integer, pixels, warn_of_span
 from distill.data.names import class_names
 from distill.data.plain import plain_torch
 from distill.evaluation.checks import as_rows, check_labels
@@ -24,6 +25,14 @@ from distill.models.extractors.images import rounded
 from distill.models.features import FeatureExtractor
 
 HELDOUT_SPLITS = 5
+
+
+def checked(name: str, images: Tensor) -> Tensor:
+    """Images [N, C, H, W] as float32. Raises ValueError where they are no floats of the range [-1, 1]; warns where they
+    leave it a little, or seem to lie in [0, 1]."""
+    images = pixels(name, images).detach().to(torch.float32)
+    warn_of_span(name, images, stacklevel=4)
+    return images
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,8 @@ class Reference:
     `classes` names the labels, in their order: there is a `class_accuracy` only where the extractor's `classes` hold all of
     these names. Without it, labels are taken as the numbers of the extractor's classes.
     The statistics and all later distances live on `device` (float64 is needed, so not on MPS).
-    Raises ValueError for fewer than k + 1 images, labels of another length or non-finite pixels.
+    Raises ValueError for fewer than k + 1 images, labels of another length, non-finite pixels or
+    values that are no floats of the range [-1, 1] (images in [0, 255], say).
     """
 
     @plain_torch()
@@ -77,6 +87,9 @@ class Reference:
         device: torch.device | str = "cpu",
         classes: Sequence[str] | None = None,
     ) -> None:
+        k, projections = integer("k", k, at_least=1), integer("projections", projections, at_least=1)
+        seed, heldout = integer("seed", seed), integer("heldout", heldout, at_least=1)
+        images = checked("reference images", images)
         rows = as_rows("reference images", images, at_least=max(k + 1, 4))
         if labels is not None:
             check_labels("reference", labels, len(images))
@@ -189,12 +202,13 @@ def measure(
     sample only (a smoke run), `class_accuracy` (a fraction) without labels, without logits, or
     where the reference's class names are not the extractor's, `cmmd` for
     features of no CLIP. Raises ValueError for fewer than k + 1 samples, another resolution or extractor
-    than the reference's, or non-finite pixels.
+    than the reference's, non-finite pixels, or values that are no floats of the range [-1, 1] (images in [0, 255], say).
     """
     if (extractor.name, extractor.sha256) != reference.extractor_id:
         raise ValueError(
             f"the reference was made with {reference.extractor_id[0]}, not with {extractor.name}"
         )
+    images = checked("generated images", images)
     if tuple(images.shape[1:]) != reference.resolution:
         expected, found = list(reference.resolution), list(images.shape[1:])
         raise ValueError(f"generated images are {found}, the reference images are {expected}")

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distill.data.arguments import check_range
 from distill.data.cond import Cond
 from distill.data.points import mixture_sample, ring_means
 from distill.models.denoiser import Denoiser
@@ -80,6 +81,7 @@ class GaussianMixture(nn.Module):
         from_mean = x - alpha * self.means
         logits = -from_mean.square().sum(2) / (2 * variance[:, :, 0])
         if self.num_classes and cond.label is not None:
+            check_range("label", cond.label, self.num_classes)
             component = torch.arange(self.num_classes, device=x.device)
             others = (cond.label[:, None] >= 0) & (component != cond.label[:, None])
             logits = logits.masked_fill(others, -math.inf)

@@ -8,6 +8,9 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from distill.data.arguments import check_range, finite, flag, integer
+from distill.data.arguments import device as torch_device
+from distill.data.arguments import labels as class_labels
 from distill.data.cond import Cond
 from distill.data.plain import plain_torch
 from distill.data.rng import sample_noise
@@ -40,7 +43,7 @@ class Generator:
 
     def to(self, device: torch.device | str) -> Generator:
         """Move the weights to `device` (in place) and return self."""
-        self.denoiser.to(device)
+        self.denoiser.to(torch_device("device", device))
         return self
 
     def one_step(self, z: Tensor, cond: Cond) -> Tensor:
@@ -87,7 +90,7 @@ class Generator:
         model, spec = self.denoiser, self.spec.with_noise_scale(noise_scale)
         grid = spec.grid(model.process, steps, force=force)
         cond = cond.with_guidance(spec.embedded(guidance_w)).to(z.device)
-        scale = spec.guidance_scale if guidance_scale is None else guidance_scale
+        scale = spec.guidance_scale if guidance_scale is None else finite("guidance_scale", guidance_scale)
         if spec.mode == "ode":
             states = model.transport(
                 spec.start_scale * z,
@@ -133,8 +136,7 @@ class Generator:
         i) and its label alone.
 
         label: one class for all, one a sample, or None: classes 0, 1, 2, ... in turn."""
-        if count < 1:
-            raise ValueError(f"count: expected at least 1, found {count}")
+        count, batch_size = integer("count", count, at_least=1), integer("batch_size", batch_size, at_least=1)
         labels = self.labels(count, label)
         parts = [
             self.sample_ids(
@@ -168,6 +170,7 @@ class Generator:
         noise_scale: float | None = None,
     ) -> Tensor:
         """The samples `ids` [n] of `sample`, in one batch; `labels` holds those of all samples."""
+        seed, force = integer("seed", seed), flag("force", force)
         z, fresh = self.noises(seed, stream, ids)
         cond = (Cond.nothing(len(ids)) if labels is None else Cond.of_labels(labels[ids])).to(self.device)
         samples = self.generate(
@@ -200,12 +203,9 @@ class Generator:
             return None
         if label is None:
             return torch.arange(count, device="cpu") % self.num_classes
-        labels = torch.as_tensor(label, dtype=torch.int64)
+        labels = class_labels("label", label, self.num_classes).cpu()
         labels = labels.expand(count) if labels.ndim == 0 else labels
         if labels.shape != (count,):
             raise ValueError(f"label: expected one label or {count} of them, found {len(labels)}")
-        if int(labels.min()) < 0 or int(labels.max()) >= self.num_classes:
-            raise ValueError(
-                f"label: expected classes 0 .. {self.num_classes - 1}, found {sorted(set(labels.tolist()))}"
-            )
+        check_range("label", labels, self.num_classes, null=False)  # also those that came from an accelerator
         return labels

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from distill.data.arguments import finite, integer
 from distill.models.time_grid import TimeGrid
 from distill.process.base import Process
 from distill.process.edm import EDM
@@ -102,7 +103,7 @@ class SamplerSpec:
     def grid(self, process: Process, steps: int | None = None, *, force: bool = False) -> Tensor:
         """[steps + 1] float64 times to sample at; `force` allows the default grid where the model is not
         valid."""
-        steps = self.steps if steps is None else steps
+        steps = self.steps if steps is None else integer("steps", steps)
         if not 1 <= steps <= MAX_STEPS:
             raise ValueError(f"steps: expected 1 .. {MAX_STEPS}, found {steps}")
         if steps in self.times:
@@ -151,7 +152,7 @@ class SamplerSpec:
                     f"guidance_w: found {w}, but this model does not take the guidance as an input"
                 )
             return None
-        w, (low, high) = self.guidance_w if w is None else w, self.guidance_w_range
+        w, (low, high) = self.guidance_w if w is None else finite("guidance_w", w), self.guidance_w_range
         if not low <= w <= high:
             raise ValueError(
                 f"guidance_w: found {w}, expected {low} .. {high}, what the model was trained for "
@@ -167,7 +168,7 @@ class SamplerSpec:
             raise ValueError(
                 f"noise_scale: found {scale}, but this model's sampler draws no fresh noise between steps; expected none"
             )
-        return replace(self, noise_scale=float(scale))
+        return replace(self, noise_scale=finite("noise_scale", scale))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""

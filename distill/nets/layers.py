@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distill.data.arguments import check_range
+from distill.data.cond import NULL_LABEL
 from distill.process.guidance_w import w_embedding
 
 
@@ -98,7 +100,10 @@ class ClassEmbedding(nn.Module):
         self.table = nn.Embedding(num_classes + 1, dim)
 
     def forward(self, label: Tensor) -> Tensor:
-        return self.table(torch.where(label < 0, self.num_classes, label))
+        check_range("label", label, self.num_classes)
+        # On an accelerator, where the values are not looked at, a class that does not exist must not be the null one.
+        past = (label >= self.num_classes).to(label.dtype)
+        return self.table(torch.where(label == NULL_LABEL, self.num_classes, label + past))
 
 
 class GuidanceEmbedding(nn.Module):
