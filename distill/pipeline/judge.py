@@ -303,8 +303,10 @@ def plan_images(
     samples = ImageFolder(path, request.resolution)
     if len(real.sample_shape) == 3:
         config = {"_target_": FOLDER, "path": str(path), "resolution": request.resolution}
-        _, samples = fitted(config, samples, real.sample_shape[0])
-        reference, real = fitted(reference, real, samples.sample_shape[0])
+        for channels in sorted({samples.sample_shape[0], real.sample_shape[0]}):  # grey where both can be
+            if samples.sample_shape[0] != real.sample_shape[0]:
+                _, samples = fitted(config, samples, channels)
+                reference, real = fitted(reference, real, channels)
     if request.count not in (None, len(samples)):
         raise ValueError(
             f"count: found {request.count}, but {path} holds {len(samples)} images; expected that"
