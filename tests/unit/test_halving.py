@@ -227,9 +227,9 @@ BLOCK = {"stage": "distill", "start": 8, "end": 1}
             BLOCK | {"stage": "evaluate"},
             "halve.stage: 'evaluate' is a EvaluatePoints stage, expected one that trains",
         ),
-        (BLOCK | {"step": 8}, "halve.step: no such key; expected stage, start, end, rounds"),
+        (BLOCK | {"step": 8}, "halve.step: no such key, did you mean halve.st"),
         ({"stage": "distill", "end": 1}, "halve.start: missing"),
-        ({"stage": "distill", "start": 8, "end": None}, "halve.end: missing"),
+        ({"stage": "distill", "start": 8, "end": None}, "halve.end: expected an integer of at least 1, found None"),
         (
             BLOCK | {"rounds": {8: {"steps": 5}}},
             r"halve.rounds: found \[8\], expected step counts among \[4, 2, 1\]",
@@ -315,10 +315,10 @@ def test_a_method_gets_a_teacher_exactly_if_it_wants_one() -> None:
 @pytest.mark.parametrize(
     ("adapt", "init", "message"),
     [
-        ({"kind": "v"}, None, "adapt: found .* and an `init` to change"),
-        ({"nett": {}}, "teacher", "adapt: found {'nett': {}}, expected `kind` and `net` options"),
+        ({"kind": "v"}, None, "adapt: found .* but no `init`; expected a model to change"),
+        ({"nett": {}}, "teacher", "adapt.nett: no such key, did you mean adapt.net\\?"),
         ({"kind": "noise"}, "teacher", "adapt.kind: found 'noise', expected one of"),
-        ({"net": 64}, "teacher", "adapt.net: found 64, expected options of the net"),
+        ({"net": 64}, "teacher", "adapt.net: found 64, expected a mapping or null"),
     ],
 )
 def test_wrong_adaptations(adapt: dict[str, Any], init: str | None, message: str) -> None:
