@@ -7,12 +7,11 @@ import math
 import os
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from distill.files import write_text
+from distill.files import append_text, write_text
 from distill.typed import parse
 
 
@@ -34,15 +33,6 @@ class Logger(Protocol):
     def log(self, entry: Mapping[str, float]) -> None: ...
 
     def close(self) -> None: ...
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """An OSError inside the block says which file it was."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(f"{path}: could not be written: {error}") from error
 
 
 def read_entries(path: Path) -> list[dict[str, Any]]:
@@ -98,8 +88,7 @@ class Jsonl:
 
     def log(self, entry: Mapping[str, float]) -> None:
         """Append one entry."""
-        with naming(self.path), self.path.open("a") as handle:
-            handle.write(lines_of([entry]))
+        append_text(self.path, lines_of([entry]))
 
     def close(self) -> None:
         """Nothing is held open."""

@@ -69,19 +69,20 @@ def lock(run_folder: Path) -> Iterator[Held]:
                 yield held
         except BaseException:
             if fresh:
-                _withdraw(run_folder, there)
+                _withdraw(held, there)
             raise
 
 
-def _withdraw(run_folder: Path, there: bool) -> None:
+def _withdraw(held: Held, there: bool) -> None:
     """Leave no trace of a run that was refused before it did anything; the folder stays where it was `there` before."""
-    with suppress(OSError):
-        if set(os.listdir(run_folder)) > {MARK, LOCK}:
-            return
-        (run_folder / MARK).unlink()
-        (run_folder / LOCK).unlink()
-        if not there:
-            run_folder.rmdir()
+    run_folder = held.lock.parent
+    with suppress(OSError, Lost):
+        held.check()
+        if set(os.listdir(run_folder)) == {MARK, LOCK}:
+            (run_folder / MARK).unlink()
+            held.lock.unlink()
+            if not there:
+                run_folder.rmdir()
 
 
 def _locked(path: Path) -> BinaryIO:

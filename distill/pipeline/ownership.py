@@ -70,6 +70,12 @@ def is_run(folder: Path) -> bool:
 def check_run_folder(folder: Path) -> None:
     """Raise ValueError unless `folder` is a run's, or new or empty, and lies in no other run. Writes nothing."""
     ways = "use another name= or runs_dir="
+    try:
+        folder.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise OSError(f"{folder}: cannot be a run folder: {error.strerror}; {ways}") from error
     if folder.is_symlink():
         there = folder.resolve()
         raise ValueError(

@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from distill.cache.pairs import HEADER, MANIFEST, Header, Pairs
-from distill.cache.writer import shard_rows, write_pairs
+from distill.cache.writer import WRITTEN, shard_rows, write_pairs
 from distill.data.rng import noise_checksum, sample_noise
 from distill.files import sha256_file, write_json, write_safetensors
 from distill.models.denoiser import Denoiser
@@ -214,3 +215,72 @@ def test_stored_noise_is_read_as_it_stands(tmp_path):
 def test_values_that_no_pairs_have_are_refused(tmp_path, columns, message):
     with pytest.raises(ValueError, match=message):
         Pairs(foreign(tmp_path, **columns))
+
+
+# ---- what a killed writer left is verified before a manifest certifies it ----
+
+
+class _Killed(BaseException):
+    pass
+
+
+def killed_before_the_manifest(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kill(path: Path, value: object) -> None:
+        if path.name == MANIFEST:
+            raise _Killed
+        write_json(path, value)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("distill.cache.writer.write_json", kill)
+        with pytest.raises(_Killed):
+            write(folder)
+
+
+def zeroed(path: Path) -> None:
+    table = safetensors.torch.load_file(path)
+    safetensors.torch.save_file(table | {"x0": torch.zeros_like(table["x0"])}, path)
+
+
+def swapped(path: Path) -> None:
+    path.write_bytes(path.with_name("pairs-00001.safetensors").read_bytes())
+
+
+DAMAGE = {
+    "zeros": zeroed,
+    "another shard": swapped,
+    "a flipped bit": lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\x01"),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-9]),
+    "empty": lambda path: path.write_bytes(b""),
+    "no record": lambda path: (path.parent / WRITTEN).unlink(),
+    "a record that is no JSON": lambda path: (path.parent / WRITTEN).write_text("{"),
+    "a record of other pairs": lambda path: (path.parent / WRITTEN).write_text(
+        '{"header": {}, "sha256": {}}'
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_bad_shard_of_an_unfinished_cache_is_made_again(tmp_path, monkeypatch, damage):
+    whole, folder = write(tmp_path / "whole"), tmp_path / "parts"
+    killed_before_the_manifest(folder, monkeypatch)
+    DAMAGE[damage](folder / "pairs-00000.safetensors")
+    told: list[str] = []
+    write_pairs(folder, teacher(), header(), batch_size=3, shard_bytes=4 * 268, tell=told.append)
+    assert any("pairs-00000.safetensors: " in line and line.endswith("; made again") for line in told)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == {
+        p.name: p.read_bytes() for p in whole.iterdir()
+    }
+
+
+def test_whole_shards_are_kept_also_where_the_manifest_was_written(tmp_path):
+    """A kill between the manifest and the stage's record: nothing is made again, what was changed is."""
+    folder = write(tmp_path)
+    told: list[str] = []
+    before = {p.name: p.stat().st_mtime_ns for p in folder.glob("pairs-*")}
+    write_pairs(folder, teacher(), header(), batch_size=3, shard_bytes=4 * 268, tell=told.append)
+    assert {p.name: p.stat().st_mtime_ns for p in folder.glob("pairs-*")} == before
+    assert told == []
+    zeroed(folder / "pairs-00002.safetensors")
+    write_pairs(folder, teacher(), header(), batch_size=3, shard_bytes=4 * 268, tell=told.append)
+    assert len(told) == 1
+    assert Pairs(folder).fetch(torch.tensor([9]), torch.tensor([0])).x0.abs().sum() > 0
