@@ -14,6 +14,7 @@ from pathlib import Path
 from distill import terminal
 from distill.evaluation import comparison, curve
 from distill.files import write_text
+from distill.pipeline.outputs import check_comparison
 
 PAGE, PICTURE = "comparison.md", "comparison.png"
 
@@ -60,6 +61,7 @@ def main() -> None:
         out = Path(options.out).expanduser()
         if out.exists() and not out.is_dir():
             raise ValueError(f"out: {out} is a file, expected a folder")
+        check_comparison(out / PAGE, out / PICTURE, curve.SOFTWARE)
         files, without = comparison.find(options.paths)
         runs = comparison.read(files)
         comparison.check_protocols(runs)

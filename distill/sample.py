@@ -12,6 +12,7 @@ import torch
 from distill import terminal
 from distill.evaluation.grid import save_samples
 from distill.models.native import load_model
+from distill.pipeline.outputs import SAMPLED, output_picture
 
 PASSED_ON = ("seed", "steps", "force", "guidance_scale", "guidance_w", "noise_scale")
 
@@ -21,10 +22,11 @@ class Options:
     """model: an export (or any model folder); count, label, seed: what to draw; steps: null is the model's
     own; force: allow step counts that the model is not valid for; guidance_scale: null is the model's own; guidance_w: the
     guidance less 1 as an input, of models that take it so; noise_scale: of the fresh noise that few-step students add between
-    steps, null is the model's own; out: the PNG, of images in `columns` or of points in the plane."""
+    steps, null is the model's own; out: the PNG, of images in `columns` or of points in the plane;
+    null is grid.png, where that is new or a picture of this verb."""
 
     model: str = ""
-    out: str = "grid.png"
+    out: str | None = None
     count: int = 64
     label: int | None = None
     seed: int = 0
@@ -42,8 +44,6 @@ def parse(arguments: list[str]) -> Options:
     options = terminal.read_options(Options, arguments)
     if not options.model:
         raise ValueError("model: missing; expected a model folder, such as model=runs/instaflow/export")
-    if not options.out.endswith(".png"):
-        raise ValueError(f"out: found {options.out!r}, expected a .png file")
     for name in ("count", "columns", "steps"):
         if (found := getattr(options, name)) is not None and found < 1:
             raise ValueError(f"{name}: expected at least 1, found {found}")
@@ -71,13 +71,14 @@ def main() -> None:
             print(f"{__doc__}\n\n{Options.__doc__}")
             return
         options = parse(sys.argv[1:])
+        out = output_picture(options.out, "grid.png")
         generator = load_model(Path(options.model).expanduser(), device=options.device)
         passed = {name: getattr(options, name) for name in PASSED_ON}
         samples = generator.sample(options.count, options.label, **passed)
         columns = options.columns or min(options.count, generator.num_classes or 10, 16)
-        save_samples(samples, columns, Path(options.out).expanduser())
+        save_samples(samples, columns, out, SAMPLED)
         steps = options.steps or generator.spec.steps
-        print(terminal.line(f"{options.out}: {options.count} samples of {options.model}, {steps} step(s)"))
+        print(terminal.line(f"{out}: {options.count} samples of {options.model}, {steps} step(s)"))
 
 
 if __name__ == "__main__":

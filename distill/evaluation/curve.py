@@ -23,6 +23,7 @@ MARKERS = "os^DvPX<>"
 STYLES = ("-", "--", "-.", ":")
 WIDE = 10.0  # a distance is drawn on a log axis from this ratio of its largest to its smallest value on
 MOST_TICKS = 12
+SOFTWARE = "distill.compare"  # what the plots of that verb say drew them
 ROUNDING = 1e-4  # values closer than this (relative) are the same measurement
 PLAIN = ticker.FuncFormatter(lambda value, _: f"{value:g}")
 LABEL = 34  # characters of a line of the legend
@@ -189,4 +190,4 @@ def _distances(axes: Any, values: Sequence[float], real: Sequence[float]) -> Non
 
 def save(figure: Figure, path: Path) -> None:
     """Write a PNG without the time in it, so equal plots give equal bytes."""
-    write_atomic(path, partial(figure.savefig, format="png", metadata={"Software": None}))
+    write_atomic(path, partial(figure.savefig, format="png", metadata={"Software": SOFTWARE}))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from distill.data.arguments import pixels as checked
@@ -93,21 +94,26 @@ def tile(images: Tensor, columns: int, scale: int | None = None, border: int = 2
     return image_grid([("", part) for part in images.split(columns)], scale, border)
 
 
-def save_png(image: Image.Image, path: Path | str) -> None:
-    """Write a PNG under a temporary name and rename it, so that `path` never holds half a picture."""
+def save_png(image: Image.Image, path: Path | str, software: str | None = None) -> None:
+    """Write a PNG under a temporary name and rename it, so that `path` never holds half a picture.
+
+    software: what it says drew it, if anything."""
     if not isinstance(image, Image.Image):
         raise ValueError(
             f"image: found {type(image).__name__}, expected a picture, such as that of tile(images, 8)"
         )
-    write_atomic(Path(path), lambda temporary: image.save(temporary, format="PNG"))
+    told = PngInfo()
+    if software is not None:
+        told.add_text("Software", software)
+    write_atomic(Path(path), lambda temporary: image.save(temporary, format="PNG", pnginfo=told))
 
 
-def save_samples(samples: Tensor, columns: int, path: Path) -> None:
+def save_samples(samples: Tensor, columns: int, path: Path, software: str | None = None) -> None:
     """PNG of images [N, C, H, W], `columns` in a row, or of points [N, D] in the plane; raises what `tile` and
     `trajectories.save_scatter` raise."""
     if samples.ndim == 2:
         from distill.evaluation.trajectories import save_scatter  # matplotlib is slow to import
 
-        save_scatter(samples, path)
+        save_scatter(samples, path, software=software)
     else:
-        save_png(tile(samples, columns), path)
+        save_png(tile(samples, columns), path, software=software)

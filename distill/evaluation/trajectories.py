@@ -66,8 +66,10 @@ def save_trajectories(panels: Sequence[Panel], data: Tensor, path: Path, *, colu
     _save(figure, path)
 
 
-def save_scatter(points: Tensor, path: Path) -> None:
-    """PNG of points [n, D]. Raises ValueError for fewer than two coordinates, no points or non-finite ones."""
+def save_scatter(points: Tensor, path: Path, software: str | None = None) -> None:
+    """PNG of points [n, D]; `software` is what it says drew it.
+
+    Raises ValueError for fewer than two coordinates, no points or non-finite ones."""
     plane = _plane("samples", points)
     figure = Figure(figsize=(PANEL, PANEL), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
@@ -75,7 +77,7 @@ def save_scatter(points: Tensor, path: Path) -> None:
     axes.set_aspect("equal", adjustable="datalim")
     axes.tick_params(labelsize=7)
     axes.scatter(plane[:, 0], plane[:, 1], s=6, color="black", alpha=0.6, linewidths=0)
-    _save(figure, path)
+    _save(figure, path, software)
 
 
 def _legend(figure: Figure) -> None:
@@ -108,5 +110,6 @@ def _paths(panel: Panel) -> Tensor:
     return _plane(panel.title, panel.path.flatten(0, 1)).unflatten(0, (states, count))
 
 
-def _save(figure: Figure, path: Path) -> None:
-    write_atomic(path, lambda temporary: figure.savefig(temporary, format="png"))
+def _save(figure: Figure, path: Path, software: str | None = None) -> None:
+    told = {} if software is None else {"Software": software}
+    write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", metadata=told))

@@ -6,13 +6,11 @@ numbers of the run that made the model.
 
 from __future__ import annotations
 
-import shutil
 import sys
 import tempfile
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +26,14 @@ from distill.evaluation.grid import image_grid, save_png
 from distill.evaluation.measure import measure
 from distill.evaluation.protocol import Protocol
 from distill.evaluation.report import report, table
-from distill.files import read_json, sha256_file, write_atomic, write_json
+from distill.files import copy, make_folder, read_json, sha256_file, write_json
 from distill.models.description import WEIGHTS, read_description
 from distill.models.generator import Generator
 from distill.models.native import load_model
 from distill.models.spec import SamplerSpec
 from distill.pipeline.display import Display
 from distill.pipeline.evaluate import Evaluate
-from distill.pipeline.ownership import PUBLISHED
+from distill.pipeline.ownership import PUBLISHED, patterns, sweep
 from distill.pipeline.request import (
     DEVICES,
     FOLDER,
@@ -203,7 +201,7 @@ def judge(request: Request, configs: Mapping[str, Path]) -> Path:
     digest = digest_of(identity | asked)
     check_out(out, digest, [Path(data.path) for data in (samples, real) if isinstance(data, ImageFolder)])
     label = label_of(request, path)
-    # The three files appear at once and last; nothing else is left.
+    # The three files appear last; nothing else is left.
     with tempfile.TemporaryDirectory() as folder:
         room = Room(
             name="evaluate",
@@ -225,10 +223,11 @@ def judge(request: Request, configs: Mapping[str, Path]) -> Path:
         for text in sorted({str(warning.message) for warning in told}):
             room.display.line(text)
         metrics = read_json(room.folder / "metrics.json") | {"recipe": recipe_of(path), "source": source}
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
+        sweep(out, patterns(*PUBLISHED))
+        write_json(out / "metrics.json", metrics)  # first: by it the others are known as ours
         for name in ("grid.png", "report.md"):
-            write_atomic(out / name, partial(shutil.copyfile, room.folder / name))
-        write_json(out / "metrics.json", metrics)
+            copy(room.folder / name, out / name)
     return out
 
 

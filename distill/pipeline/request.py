@@ -16,9 +16,10 @@ from omegaconf import OmegaConf
 from distill.data.folder import ImageFolder, holds_images
 from distill.data.listing import utf8_path
 from distill.data.names import class_names
-from distill.files import read_json
+from distill.files import TEMPORARY_SUFFIX, read_json
 from distill.models.description import DESCRIPTION
-from distill.pipeline.ownership import ARTIFACT, PUBLISHED
+from distill.pipeline.outputs import check_evaluation
+from distill.pipeline.ownership import ARTIFACT, PUBLISHED, read_object
 from distill.pipeline.stage import check_types
 from distill.terminal import check_utf8
 
@@ -223,13 +224,15 @@ def check_out(out: Path, digest: str, folders: Sequence[Path]) -> None:
             raise ValueError(f"out: {out} lies in {folder}, whose images are read; expected another folder")
     if out.exists() and not out.is_dir():
         raise ValueError(f"out: {out} is a file, expected a folder")
-    others = sorted(p.name for p in out.iterdir() if p.name not in PUBLISHED) if out.is_dir() else []
+    ours = {*PUBLISHED, *(f".{name}{TEMPORARY_SUFFIX}" for name in PUBLISHED)}  # and what a kill left of them
+    others = sorted(p.name for p in out.iterdir() if p.name not in ours) if out.is_dir() else []
     if others:
         raise ValueError(
             f"out: {out} holds {others[0]}, which is no part of an evaluation; expected a new folder"
         )
+    check_evaluation(out, PUBLISHED)
     metrics = out / "metrics.json"
-    if metrics.is_file() and read_json(metrics).get("digest") != digest:
+    if metrics.is_file() and read_object(metrics).get("digest") != digest:
         raise ValueError(
             f"out: {out} holds an evaluation of something else; expected another folder, out=FOLDER"
         )
