@@ -229,7 +229,10 @@ BLOCK = {"stage": "distill", "start": 8, "end": 1}
         ),
         (BLOCK | {"step": 8}, "halve.step: no such key, did you mean halve.st"),
         ({"stage": "distill", "end": 1}, "halve.start: missing"),
-        ({"stage": "distill", "start": 8, "end": None}, "halve.end: expected an integer of at least 1, found None"),
+        (
+            {"stage": "distill", "start": 8, "end": None},
+            "halve.end: expected an integer of at least 1, found None",
+        ),
         (
             BLOCK | {"rounds": {8: {"steps": 5}}},
             r"halve.rounds: found \[8\], expected step counts among \[4, 2, 1\]",
