@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
@@ -198,8 +199,9 @@ def _read_dataclass(schema: Any, value: Any, where: str) -> Any:
     try:
         return schema(**given)
     except (ValueError, TypeError) as error:
-        # `__post_init__` names its own fields: put the place of the whole before them.
-        raise ValueError(_join(where, str(error))) from error
+        # `__post_init__` names its own fields: the place of the whole goes before them.
+        first = re.split(r"\W", str(error), maxsplit=1)[0]
+        raise ValueError(_join(where, str(error)) if first in known else f"{where}: {error}") from error
 
 
 def _wrong(schema: Any, value: Any, where: str) -> ValueError:

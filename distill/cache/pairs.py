@@ -36,7 +36,8 @@ NOISE_IN_MEMORY_BYTES = 2**30
 class Header:
     """What the pairs are: everything about them but the shards.
 
-    `teacher` is the digest of the teacher's weights; `noise` is "seed" (z of sample i is
+    `guidance_learned` is the guidance that the teacher had learned from its own; `teacher` is the digest of the teacher's
+    weights; `noise` is "seed" (z of sample i is
     `sample_noise(seed, stream, i)`) or "stored" (a column z); `grid` is the time grid of the transport, as a recipe names
     it, or None for the process's own."""
 
@@ -50,6 +51,7 @@ class Header:
     steps: int
     guidance_scale: float
     num_classes: int
+    guidance_learned: float = 1.0
     labels: str = "balanced"
     dtype: Literal["float32"] = "float32"
     noise: Literal["seed", "stored"] = "seed"
@@ -69,6 +71,11 @@ class Header:
                 raise ValueError(f"{name}: found {getattr(self, name)}, expected at least {least}")
         if self.solver not in CALLS:
             raise ValueError(f"solver: found {self.solver!r}, expected one of {list(CALLS)}")
+
+    @property
+    def guidance(self) -> float:
+        """The guidance of the pairs: what the teacher had learned already, times the scale that it was sampled with."""
+        return self.guidance_learned * self.guidance_scale
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""

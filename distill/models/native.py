@@ -89,6 +89,21 @@ def load_model(folder: Path | str, *, device: torch.device | str = "cpu") -> Gen
     return generator.to(device)
 
 
+def sketch_model(folder: Path | str) -> Generator:
+    """A model folder as `load_model` reads it, with its net on the meta device: nothing is allocated and no weight is read,
+    so neither their sha256 nor their values are checked.
+
+    Raises FileNotFoundError or ValueError; the message names the file and the entry."""
+    folder = Path(folder)
+    description = Description.read(folder)
+    where = f"{folder / DESCRIPTION}: "
+    path = inside(folder, description.weights.file, f"{folder / DESCRIPTION}: weights.file")
+    process = build_process(description.process, f"{where}process")
+    _check_process(description, process, where)
+    net = _check_net(description, path, where)
+    return Generator(_denoiser(description, net, process).eval(), description.sampler)
+
+
 def _denoiser(description: Description, net: nn.Module, process: Process) -> Denoiser:
     denoiser = Denoiser(
         net,
@@ -161,9 +176,9 @@ def _check_process(description: Description, process: Process, where: str) -> No
         raise ValueError(f"{where}{error}") from error
 
 
-def _check_net(description: Description, path: Path, where: str) -> None:
-    """The net that the description asks for has exactly the tensors of the weights file, and takes the samples; found out on
-    the meta device, where nothing is allocated."""
+def _check_net(description: Description, path: Path, where: str) -> nn.Module:
+    """The net that the description asks for, on the meta device, where nothing is allocated: it has exactly the tensors of
+    the weights file, and takes the samples."""
     stored = _header(path)
     with torch.device("meta"), at_most(len(stored)):
         net = build_net(description.net, f"{where}net").to("meta")
@@ -185,6 +200,7 @@ def _check_net(description: Description, path: Path, where: str) -> None:
             stacklevel=3,
         )
     _check_samples(description, net, where)
+    return net
 
 
 def _check_samples(description: Description, net: nn.Module, where: str) -> None:

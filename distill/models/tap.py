@@ -55,11 +55,12 @@ class Tap:
     @torch.no_grad()
     def shape(self) -> tuple[int, ...]:
         """Shape of one sample's features."""
-        x = torch.zeros(1, *self.denoiser.sample_shape)
+        device = next((p.device for p in self.denoiser.parameters()), torch.device("cpu"))
+        x = torch.zeros(1, *self.denoiser.sample_shape, device=device)
         cond = (
             Cond.of_labels(torch.zeros(1, dtype=torch.int64))
             if self.denoiser.num_classes
             else Cond.nothing(1)
-        )
-        t = torch.full((1,), self.denoiser.process.t_max, dtype=torch.float64)
+        ).to(device)
+        t = torch.full((1,), self.denoiser.process.t_max, dtype=torch.float64, device=device)
         return tuple(self(x, t, cond).shape[1:])

@@ -7,9 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from distill.data.source import Source
 from distill.models.build import build_net
 from distill.models.denoiser import Denoiser
 from distill.pipeline.halving import merged
@@ -54,22 +51,3 @@ def adapted(
         boundary=student.boundary,
     )
     return other, config
-
-
-def check_fits(student: Denoiser, source: Source) -> None:
-    """Raise ValueError where a student cannot be trained on the samples of a source."""
-    if student.sample_shape != tuple(source.sample_shape):
-        raise ValueError(
-            f"data: samples of shape {source.sample_shape}, but the student makes {student.sample_shape}"
-        )
-    if student.num_classes and source.num_classes > student.num_classes:
-        raise ValueError(
-            f"net.num_classes: found {student.num_classes}, but the data have {source.num_classes} classes"
-        )
-    probe = source.fetch(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
-    cond = probe.cond.with_guidance(0.0 if student.embeds_guidance else None)
-    try:
-        with torch.no_grad():
-            student(torch.zeros(1, *source.sample_shape), torch.full((1,), student.process.t_max), cond)
-    except RuntimeError as error:
-        raise ValueError(f"net: does not take samples of shape {source.sample_shape}: {error}") from error

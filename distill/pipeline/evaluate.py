@@ -13,24 +13,26 @@ import torch
 from hydra.utils import instantiate
 from torch import Tensor
 
-from distill.data.cond import Cond
-from distill.data.rng import sample_noise
-from distill.evaluation.gates import Gate, GateResult, check
+from distill.evaluation.gates import Gate, GateError, GateResult, check
 from distill.evaluation.grid import image_grid, save_png
 from distill.evaluation.measure import Reference, measure
+from distill.evaluation.paths import euler_paths, has_paths
 from distill.evaluation.protocol import Protocol
 from distill.evaluation.report import report
+from distill.evaluation.rows import Row, Straightness, check_follows, check_row, unknown_metric
 from distill.files import copy, write_json, write_text
 from distill.models.features import FeatureExtractor
 from distill.models.generator import Generator
 from distill.models.native import load_model
+from distill.names import check_name
 from distill.pipeline.execution import use_threads
+from distill.pipeline.made import Made
 from distill.pipeline.monitor import model_folder
 from distill.pipeline.ownership import PUBLISHED, patterns
-from distill.pipeline.stage import ModelStage, Room, Stage, check_types, read_artifact
-from distill.pipeline.stages import check_which
-from distill.samplers.ode import rollout
+from distill.pipeline.stage import ModelStage, Room, Stage, check_which, read_artifact
+from distill.pipeline.trial import try_images
 from distill.samplers.straightness import straightness
+from distill.typed import settle
 
 SCHEMA = 1
 METRICS = (
@@ -67,9 +69,7 @@ class Evaluate(Stage):
     """Sample and measure.
 
     Attributes:
-        models: row label -> {stage, steps: [..], follows_teacher: bool, which: last | best}; `follows_teacher` says
-            that the model is meant to reproduce the trajectories of `follows`, so that `teacher_mse` has a meaning;
-            `which` takes the best model that the stage's `monitor` kept.
+        models: row label -> the model and how it is sampled, see `evaluation.rows.Row`.
         follows: [label, steps] of the row that `teacher_mse` compares with.
         data: config of the real data that samples are compared with.
         features: config of the feature extractor.
@@ -86,58 +86,108 @@ class Evaluate(Stage):
     NEEDED: ClassVar[tuple[str, ...]] = ("metrics.json", "report.md")
     # What a row holds beside `model`, `steps` and `guidance_scale`, and gates may name.
     MEASURED: ClassVar[tuple[str, ...]] = METRICS
+    # Those of them that are properties of a flow's paths.
+    OF_A_FLOW: ClassVar[tuple[str, ...]] = ("straightness",)
 
-    models: dict[str, dict[str, Any]]
+    models: dict[str, Row]
     data: dict[str, Any]
     features: dict[str, Any]
     follows: tuple[str, int] | None = None
     count: int = 2000
     batch_size: int = 500
     k: int = 5
-    straightness: dict[str, int] | None = None
+    straightness: Straightness | None = None
     grid: list[tuple[str, int]] = field(default_factory=list)
     grid_columns: int = 10
-    gates: list[dict[str, Any]] = field(default_factory=list)
+    gates: list[Gate] = field(default_factory=list)
     stream: str = "evaluate"
     note: str = ""
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        check_types(self)
+        settle(self)
         self._run_seed: int | None = None  # set by `run`: the samples' seed may be another
-        if self.k < 1:
-            raise ValueError(f"k: found {self.k}, expected at least 1")
+        for name in ("k", "batch_size", "grid_columns"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: found {getattr(self, name)}, expected at least 1")
         if self.count < self.k + 2:
             raise ValueError(f"count: expected at least k + 2 = {self.k + 2} samples, found {self.count}")
-        rows = {(label, steps) for label, model in self.models.items() for steps in model["steps"]}
-        named = [tuple(row) for row in self.grid] + ([tuple(self.follows)] if self.follows else [])
-        if missing := [row for row in named if row not in rows]:
-            raise ValueError(f"grid, follows: name {missing}, found only the rows {sorted(rows)}")
-        if self.follows is not None:
-            self.follows = (str(self.follows[0]), int(self.follows[1]))
-        if self.straightness is not None and self.straightness["steps"] < 2:
-            raise ValueError(f"straightness.steps: found {self.straightness['steps']}, expected at least 2")
-        self._gates = [Gate(**gate) for gate in self.gates]
-        for gate in self._gates:
-            for row in (gate.row, gate.times, gate.plus):
-                if isinstance(row, tuple) and row not in rows:
-                    raise ValueError(f"gates: {gate.name!r} names the row {row}, found only {sorted(rows)}")
+        for label in self.models:
+            check_name(label, "models: row label")
+        rows = [(label, steps) for label, row in self.models.items() for steps in row.steps]
+        for place, named in [
+            ("follows", self.follows),
+            *((f"grid[{i}]", row) for i, row in enumerate(self.grid)),
+        ]:
+            check_row(place, named, rows)
+        for i, gate in enumerate(self.gates):
+            for key in ("row", "times", "plus"):
+                check_row(f"gates[{i}].{key}", getattr(gate, key), rows)
             if gate.metric not in self.MEASURED:
-                raise ValueError(
-                    f"gates: {gate.name!r} names the metric {gate.metric!r}, expected one of {self.MEASURED}"
-                )
+                raise ValueError(unknown_metric(f"gates[{i}].metric", gate.metric, self.MEASURED))
 
     def inputs(self) -> dict[str, str]:
         """Every evaluated model is an input, by its label."""
-        return {label: model["stage"] for label, model in self.models.items()}
+        return {label: row.stage for label, row in self.models.items()}
 
     def check(self, stages: Mapping[str, Stage]) -> None:
         """Models come from stages that make models."""
         super().check(stages)
-        for label, name in self.inputs().items():
-            if not isinstance(stages[name], ModelStage):
-                raise ValueError(f"models.{label}.stage: {name!r} makes no model")
-            check_which(self.models[label].get("which", "last"), name, stages)
+        for label, row in self.models.items():
+            if not isinstance(stages[row.stage], ModelStage):
+                raise ValueError(f"models.{label}.stage: {row.stage!r} makes no model")
+            check_which(row.which, row.stage, stages)
+
+    def dry_run(self, before: Mapping[str, Made]) -> Made:
+        """The models take the step counts and the guidance of their rows, samples fit the data and the features, and
+        every gate can be evaluated."""
+        generators: dict[str, Generator] = {}
+        for label, row in self.models.items():
+            made = before[row.stage].model
+            assert made is not None
+            try:
+                generators[label] = row.sampled(made.generator)
+            except ValueError as error:
+                raise ValueError(f"models.{label}.{error}") from error
+        check_follows(generators, self.models, self.follows)
+        shapes = {label: generator.denoiser.sample_shape for label, generator in generators.items()}
+        if len(set(shapes.values())) > 1:
+            raise ValueError(f"models: make samples of different shapes, which no table compares: {shapes}")
+        if not generators:
+            raise ValueError("models: found none, expected {label: {stage, steps}}")
+        values, real = self._try(generators)
+        rows = [
+            {"model": label, "steps": steps} | values | self._defined(label, generator, before)
+            for label, generator in generators.items()
+            for steps in self.models[label].steps
+        ]
+        try:
+            check(self.gates, rows, real)
+        except GateError as error:
+            raise ValueError(
+                f"gates: {error}: this model, data or feature space does not define it; leave the gate out, or "
+                "eval.gates=[] for none"
+            ) from error
+        return Made()
+
+    def _try(self, generators: Mapping[str, Generator]) -> tuple[dict[str, float | None], dict[str, float]]:
+        """(a row, values of the real set) of a trial measurement: what is None there will be None."""
+        generator = next(iter(generators.values()))
+        return try_images(
+            self.data, self.features, generator.denoiser.sample_shape, generator.labels(self.count), self.k
+        )
+
+    def _defined(
+        self, label: str, generator: Generator, before: Mapping[str, Made]
+    ) -> dict[str, float | None]:
+        """The entries of a row that do not come from its samples: None where they are not defined."""
+        known = {"teacher_mse": self.follows is not None and self.models[label].follows_teacher}
+        known |= dict.fromkeys(self.OF_A_FLOW, self.straightness is not None and has_paths(generator))
+        known |= dict.fromkeys(
+            ("train_seconds", "peak_memory_bytes"), before[self.models[label].stage].trained
+        )
+        known |= {"nfe": generator.network_calls() is not None, "images_per_second": True}
+        return {name: 1.0 if there else None for name, there in known.items()}
 
     def fingerprint(self) -> str:
         """The real data and the feature extractor."""
@@ -158,8 +208,9 @@ class Evaluate(Stage):
         if self.seed is not None:
             room = replace(room, seed=self.seed)
         generators = self._generators(room)
+        check_follows(generators, self.models, self.follows)
         threads = use_threads(room, max(_parameters(g) for g in generators.values()))
-        jobs = [(label, steps) for label, model in self.models.items() for steps in model["steps"]]
+        jobs = [(label, steps) for label, row in self.models.items() for steps in row.steps]
         bench = self._bench(room) if room.world.main else None
         rows: list[dict[str, Any]] = []
         images: dict[tuple[str, int], Tensor] = {}
@@ -175,7 +226,7 @@ class Evaluate(Stage):
                     )
                     row = self._row(label, steps, seconds, generator, room)
                     row |= self._measure(samples.to(room.device), generator, bench)
-                    if self.follows is not None and self.models[label].get("follows_teacher", False):
+                    if self.follows is not None and self.models[label].follows_teacher:
                         row["teacher_mse"] = float((samples - images[self.follows]).double().square().mean())
                     rows.append(row)
                 bar.update()
@@ -188,13 +239,13 @@ class Evaluate(Stage):
         rows = [row | flows[row["model"]] for row in rows]
         self._draw(room, generators, images)
         passed = self._publish(room, rows, bench, self._balanced(generators))
-        return {"rows": len(rows), "gates_passed": passed, "gates": len(self._gates), "threads": threads}
+        return {"rows": len(rows), "gates_passed": passed, "gates": len(self.gates), "threads": threads}
 
     def _generators(self, room: Room) -> dict[str, Generator]:
         """The evaluated models by label."""
         return {
-            label: load_model(model_folder(room.inputs[label], m.get("which", "last")), device=room.device)
-            for label, m in self.models.items()
+            label: row.sampled(load_model(model_folder(room.inputs[label], row.which), device=room.device))
+            for label, row in self.models.items()
         }
 
     def _balanced(self, generators: Mapping[str, Generator]) -> bool:
@@ -228,11 +279,11 @@ class Evaluate(Stage):
             self.count,
             bench.description,
             class_balanced=balanced,
-            straightness_steps=(self.straightness or {}).get("steps"),
+            straightness_steps=None if self.straightness is None else self.straightness.steps,
             floor=floor,
         )
         real = bench.reference.references(floor)
-        gates = check(self._gates, rows, real)
+        gates = check(self.gates, rows, real)
         self._write(room, rows, protocol, real, gates)
         for gate in gates:
             if not gate.passed:
@@ -256,23 +307,12 @@ class Evaluate(Stage):
         found = self._rollout(generator, room)
         return {"straightness": None if found is None else float(straightness(*found)[0])}
 
-    @torch.inference_mode()
     def _rollout(self, generator: Generator, room: Room) -> tuple[Tensor, Tensor] | None:
         """(path, velocities) of a flow over `straightness.steps` Euler steps; None where a model has no ODE."""
-        model = generator.denoiser
-        if (
-            self.straightness is None
-            or model.coupling in ("endpoint", "few_step")
-            or model.process.config()["_target_"].rpartition(".")[2] != "Flow"
-        ):
+        if self.straightness is None or not has_paths(generator):
             return None
-        ids = torch.arange(min(self.straightness["count"], self.count))
-        z = sample_noise(room.seed, self.stream, ids, model.sample_shape).to(generator.device)
-        labels = generator.labels(len(ids))
-        cond = Cond.nothing(len(ids)) if labels is None else Cond.of_labels(labels)
-        cond = cond.with_guidance(generator.spec.embedded()).to(generator.device)
-        grid = torch.linspace(1.0, 0.0, self.straightness["steps"] + 1, dtype=torch.float64, device=z.device)
-        return rollout(lambda x, t: model.velocity(x, t, cond, generator.spec.guidance_scale), z, grid)
+        ids = torch.arange(min(self.straightness.count, self.count))
+        return euler_paths(generator, ids, room.seed, self.stream, self.straightness.steps)
 
     def _row(
         self, label: str, steps: int, seconds: float, generator: Generator, room: Room
@@ -286,6 +326,7 @@ class Evaluate(Stage):
             "steps": steps,
             "nfe": generator.network_calls(steps),
             "guidance_scale": guidance,
+            "guidance_w": generator.spec.guidance_w,
             "teacher_mse": None,
             "straightness": None,
             "images_per_second": self.count / seconds,

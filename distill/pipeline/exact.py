@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from distill.models.build import build_process
 from distill.models.denoiser import Denoiser
 from distill.models.native import describe, save_model
 from distill.models.spec import SamplerSpec
+from distill.pipeline.made import Made, Part
 from distill.pipeline.stage import ModelStage, Room, check_types
 
 STEPS = 100  # Euler steps that the model asks for where nothing else is said
@@ -38,15 +40,27 @@ class Exact(ModelStage):
         check_types(self)
         self._denoiser()  # a wrong option is told before anything runs
 
+    def dry_run(self, before: Mapping[str, Made]) -> Made:
+        """The model itself: it is there at once."""
+        denoiser = self._denoiser()
+        net = denoiser.net
+        assert isinstance(net, GaussianMixture)
+        return Made(model=Part(denoiser, net.config(), self._spec(denoiser)))
+
     def run(self, room: Room) -> dict[str, Any]:
         """Write the model folder."""
         denoiser = self._denoiser()
         net = denoiser.net
         assert isinstance(net, GaussianMixture)
-        spec = SamplerSpec(steps=STEPS, any_steps=True, solver="euler")
+        spec = self._spec(denoiser)
         if room.world.main:
             save_model(room.folder, net.state_dict(), describe(denoiser, net.config(), spec))
         return {"train_seconds": None, "peak_memory_bytes": None}
+
+    @staticmethod
+    def _spec(denoiser: Denoiser) -> SamplerSpec:
+        """Euler over the default grid."""
+        return SamplerSpec(steps=STEPS, any_steps=True, solver="euler")
 
     def _denoiser(self) -> Denoiser:
         """The model, on the CPU."""

@@ -16,8 +16,7 @@ from distill.models.native import describe, load_model, save_model
 from distill.pipeline.evaluate import Evaluate
 from distill.pipeline.monitor import model_folder
 from distill.pipeline.ownership import patterns
-from distill.pipeline.stage import MODEL_FILES, ModelStage, Room, Stage, check_types
-from distill.pipeline.stages import check_which
+from distill.pipeline.stage import MODEL_FILES, ModelStage, Room, Stage, check_types, check_which
 
 
 @dataclass
@@ -52,10 +51,10 @@ class Export(Stage):
         evaluated = stages[self.evaluate]
         if not isinstance(evaluated, Evaluate):
             raise ValueError(f"evaluate: {self.evaluate!r} is no Evaluate stage")
-        for label, model in evaluated.models.items():
-            if model["stage"] == self.student and (found := model.get("which", "last")) != self.which:
+        for label, row in evaluated.models.items():
+            if row.stage == self.student and row.which != self.which:
                 raise ValueError(
-                    f"which: found {self.which!r}, but {self.evaluate}.models.{label} measures the {found} model; "
+                    f"which: found {self.which!r}, but {self.evaluate}.models.{label} measures the {row.which} model; "
                     "expected the same, or the card would describe another model"
                 )
 

@@ -7,15 +7,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from distill.cache.pairs import HEADER, MANIFEST, Header, Pairs
+from distill.cache.pairs import HEADER, MANIFEST, Header, Pairs, read_manifest
 from distill.cache.writer import WRITTEN, write_pairs
 from distill.data.rng import noise_checksum
 from distill.files import copy, sha256_file
 from distill.models.denoiser import SOLVERS, Denoiser
 from distill.models.description import WEIGHTS
+from distill.models.generator import Generator
 from distill.models.native import load_model
 from distill.models.time_grid import TimeGrid
 from distill.pipeline.execution import use_threads
+from distill.pipeline.made import Made, PairsMade
 from distill.pipeline.ownership import needed, patterns
 from distill.pipeline.stage import ModelStage, Room, Stage, check_types
 from distill.process.times import MAX_STEPS
@@ -78,6 +80,23 @@ class Generate(Stage):
         self._found = sha256_file(needed(Path(self.path) / MANIFEST, "a finished pair cache"))
         return self._found
 
+    def dry_run(self, before: Mapping[str, Made]) -> Made:
+        """The teacher is a transport, takes the guidance, and has the solver's grid; a cache at `path` is of its shape."""
+        teacher = before[self.teacher].model
+        assert teacher is not None
+        denoiser = teacher.denoiser
+        self._check_teacher(denoiser)
+        if self.path is not None:
+            manifest = Path(self.path) / MANIFEST
+            found, _ = read_manifest(needed(manifest, "a finished pair cache"))
+            if found.sample_shape != denoiser.sample_shape:
+                raise ValueError(
+                    f"path: {manifest} holds samples of shape {list(found.sample_shape)}, but {self.teacher!r} makes "
+                    f"{list(denoiser.sample_shape)}"
+                )
+        guidance = teacher.spec.guidance_baked * self.guidance_scale
+        return Made(pairs=PairsMade(denoiser.sample_shape, denoiser.num_classes, guidance))
+
     def begun(self, folder: Path) -> bool:
         """A header or a shard is there."""
         return (folder / HEADER).is_file() or any(folder.glob("pairs-*.safetensors"))
@@ -86,27 +105,9 @@ class Generate(Stage):
         """Write the cache, continuing with the first shard that is missing, then read it back once."""
         teacher = load_model(room.inputs["teacher"])
         denoiser = teacher.denoiser
-        if denoiser.coupling == "endpoint":
-            raise ValueError(
-                f"teacher: {self.teacher!r} is a one-step student, valid at t_max alone; pairs need an ODE"
-            )
-        if denoiser.coupling == "few_step":
-            raise ValueError(
-                f"teacher: {self.teacher!r} is a few-step student, valid at its sampler's times alone; pairs need an ODE"
-            )
-        if denoiser.embeds_guidance:
-            raise ValueError(
-                f"teacher: {self.teacher!r} takes the guidance as an input; expected a teacher without"
-            )
-        if self.guidance_scale != 1 and not denoiser.guidable:
-            raise ValueError(
-                f"guidance_scale: found {self.guidance_scale}, but {self.teacher!r} was trained without a null "
-                "condition; expected 1"
-            )
-        if (grid := self._grid()) is not None:
-            grid.make(denoiser.process, self.sampler["steps"])  # refused before anything is written
+        self._check_teacher(denoiser)
         use_threads(room, sum(p.numel() for p in denoiser.parameters()))
-        header = self._header(room, denoiser)
+        header = self._header(room, teacher)
         if self.path is not None:
             self._adopt(room, header)
         else:
@@ -125,8 +126,31 @@ class Generate(Stage):
         nfe = denoiser.network_calls(self.sampler["solver"], self.sampler["steps"], self.guidance_scale)
         return {"count": self.count, "nfe_per_pair": nfe}
 
-    def _header(self, room: Room, teacher: Denoiser) -> Header:
+    def _check_teacher(self, denoiser: Denoiser) -> None:
+        """Raise ValueError unless the model is an ODE from noise to data that takes the guidance."""
+        if denoiser.coupling == "endpoint":
+            raise ValueError(
+                f"teacher: {self.teacher!r} is a one-step student, valid at t_max alone; pairs need an ODE"
+            )
+        if denoiser.coupling == "few_step":
+            raise ValueError(
+                f"teacher: {self.teacher!r} is a few-step student, valid at its sampler's times alone; pairs need an ODE"
+            )
+        if denoiser.embeds_guidance:
+            raise ValueError(
+                f"teacher: {self.teacher!r} takes the guidance as an input; expected a teacher without"
+            )
+        if self.guidance_scale != 1 and not denoiser.guidable:
+            raise ValueError(
+                f"guidance_scale: found {self.guidance_scale}, but {self.teacher!r} was trained without a null "
+                "condition; expected 1"
+            )
+        if (grid := self._grid()) is not None:
+            grid.make(denoiser.process, self.sampler["steps"])
+
+    def _header(self, room: Room, generator: Generator) -> Header:
         """What the cache must be."""
+        teacher = generator.denoiser
         return Header(
             sample_shape=teacher.sample_shape,
             count=self.count,
@@ -138,6 +162,7 @@ class Generate(Stage):
             steps=self.sampler["steps"],
             guidance_scale=float(self.guidance_scale),
             num_classes=teacher.num_classes,
+            guidance_learned=generator.spec.guidance_baked,
             grid=None if (grid := self._grid()) is None else grid.to_dict(),
         )
 

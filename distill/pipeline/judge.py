@@ -10,7 +10,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from distill.evaluation.grid import image_grid, save_png
 from distill.evaluation.measure import measure
 from distill.evaluation.protocol import Protocol
 from distill.evaluation.report import report, table
+from distill.evaluation.rows import Row, Straightness
 from distill.files import copy, make_folder, read_json, sha256_file, write_json
 from distill.models.description import WEIGHTS, read_description
 from distill.models.generator import Generator
@@ -50,6 +51,7 @@ from distill.pipeline.request import (
     with_channels,
 )
 from distill.pipeline.stage import Room, Settings, digest_of
+from distill.typed import parse
 
 # Step counts below the default that a model valid for any number is measured at.
 USUAL_STEPS = (1, 2, 4, 8)
@@ -77,11 +79,10 @@ class Judge(Evaluate):
 
     def _generators(self, room: Room) -> dict[str, Generator]:
         """The model, with the options in its sampler."""
-        generators = super()._generators(room)
+        generators = {label: load_model(room.inputs[label], device=room.device) for label in self.models}
         for label, generator in generators.items():
-            steps = self.models[label]["steps"]
             generator.spec = sampler(
-                generator, steps, self.guidance_scale, self.noise_scale, force=self.force
+                generator, self.models[label].steps, self.guidance_scale, self.noise_scale, force=self.force
             )
         return generators
 
@@ -193,9 +194,9 @@ def judge(request: Request, configs: Mapping[str, Path]) -> Path:
         "seed": request.seed,
         "features": request.features,
     }
-    asked = {
-        k: getattr(stage, k) for k in ("models", "count", "k", "straightness", "stream", "guidance_scale")
-    }
+    asked: dict[str, Any] = {k: getattr(stage, k) for k in ("count", "k", "stream", "guidance_scale")}
+    asked["models"] = {name: {"stage": row.stage, "steps": row.steps} for name, row in stage.models.items()}
+    asked["straightness"] = None if stage.straightness is None else asdict(stage.straightness)
     if stage.noise_scale is not None:
         asked["noise_scale"] = stage.noise_scale
     digest = digest_of(identity | asked)
@@ -267,13 +268,15 @@ def plan_model(
         notes.append(f"Fresh noise between steps times {request.noise_scale:g}.")
     label = label_of(request, path)
     stage = Judge(
-        models={label: {"stage": label, "steps": steps}},
+        models={label: Row(stage=label, steps=steps)},
         data=dict(reference),
         features=request.features,
         count=2000 if request.count is None else request.count,
         batch_size=request.batch_size,
         k=request.k,
-        straightness=request.straightness,
+        straightness=None
+        if request.straightness is None
+        else parse(Straightness, request.straightness, "straightness"),
         stream=request.stream,
         note=" ".join([*notes, *remarks(real, None)]),
         by_class=by_class,

@@ -26,7 +26,6 @@ from distill.models.features import FeatureExtractor
 from distill.pipeline.stage import Room, check_types
 from distill.typed import parse
 
-WHICH = ("last", "best")
 MODEL_FILES = (WEIGHTS, DESCRIPTION)
 FOLDER, BEST, RECORD, SUMMARY = "monitor", "best", "evaluations.jsonl", "best.json"
 # Metrics that a best model can be chosen by: all of them are distances.

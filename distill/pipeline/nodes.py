@@ -110,16 +110,22 @@ def check_way(stage: Path, init: Path | None, method: Mapping[str, Any]) -> None
 
     Raises ValueError naming what differs."""
     recorded = read_json(stage / ARTIFACT)["identity"]
-    options = recorded["config"]["method"]
-    for key in ("levels", "unit_noise"):
-        if options.get(key) != method.get(key):
-            raise ValueError(
-                f"method.{key}: found {method.get(key)!r}, but the way in {stage} was recorded with {options.get(key)!r}; "
-                "expected the same"
-            )
+    check_recorded(str(stage), recorded["config"]["method"], method)
     student = None if init is None else read_json(init / ARTIFACT)["digest"]
     if recorded["inputs"].get("generator") != student:
         raise ValueError(
             f"init: the way in {stage} was recorded on samples of another model; expected the one that its stage names as "
             "networks.generator"
         )
+
+
+def check_recorded(where: str, recorded: Mapping[str, Any], method: Mapping[str, Any]) -> None:
+    """Refuse nodes that were recorded by a method with other levels: their end, where the fake score begins, would not fit.
+
+    Raises ValueError naming the option."""
+    for key in ("levels", "unit_noise"):
+        if recorded.get(key) != method.get(key):
+            raise ValueError(
+                f"method.{key}: found {method.get(key)!r}, but the nodes of {where} are recorded with {recorded.get(key)!r}; "
+                "expected the same"
+            )

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.errors import InstantiationException
 from hydra.utils import get_class
 
 from distill.files import read_json
 from distill.pipeline.expand import expand
+from distill.pipeline.made import Made
 from distill.pipeline.ownership import (
     EMPTIED,
     IDENTITY,
@@ -98,6 +100,20 @@ def build_stages(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Stage]:
     return stages
 
 
+def dry_run(stages: Mapping[str, Stage]) -> None:
+    """Try every stage on what those before it will make: nothing is found out after hours of training that can be known
+    now. Errors name the stage and the field."""
+    made: dict[str, Made] = {}
+    for name, stage in stages.items():
+        try:
+            with torch.random.fork_rng(devices=[]):  # untrained networks are drawn and thrown away
+                made[name] = stage.dry_run(made)
+        except InstantiationException as error:
+            raise ValueError(f"stages.{name}: {error.__cause__ or error}") from error
+        except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+            raise ValueError(f"stages.{name}: {error}") from error
+
+
 def plan(recipe: Mapping[str, Any], run_folder: Path, seed: int) -> list[Planned]:
     """All stages in order with digests and states."""
     configs = expand(recipe)
@@ -108,7 +124,10 @@ def plan(recipe: Mapping[str, Any], run_folder: Path, seed: int) -> list[Planned
             raise ValueError(
                 f"stages.{name}.path: {path} lies in this run, whose stages replace their folders; expected another run's"
             )
+    if any(value is not None for value in (recipe.get("profile") or {}).values()):
+        build_stages(expand({**recipe, "profile": None}))  # what a profile cuts away may be wrong, too
     stages = build_stages(configs)
+    dry_run(stages)
     planned: list[Planned] = []
     digests: dict[str, str] = {}
     for name, stage in stages.items():

@@ -26,7 +26,6 @@ from distill.samplers.straightness import straightness
 
 PROJECTIONS = 256
 FULL_COUNT = 2000  # samples; below, `sliced_wasserstein` carries the count in its name
-OF_A_FLOW = ("straightness", "straightness_norm", "one_step_gap")
 LEGEND = (
     "`energy`: energy distance to fresh data, unbiased, so a perfect model scores about 0 and may score below. "
     "`sliced_wasserstein`: sliced Wasserstein distance to them. `transport`: mean squared distance from noise to sample, "
@@ -122,6 +121,8 @@ class EvaluatePoints(Evaluate):
         "one_step_gap",
     )
 
+    OF_A_FLOW: ClassVar[tuple[str, ...]] = ("straightness", "straightness_norm", "one_step_gap")
+
     features: dict[str, Any] = field(init=False, default_factory=dict)
     k: int = field(init=False, default=1)
     grid_columns: int = field(init=False, default=1)
@@ -135,6 +136,21 @@ class EvaluatePoints(Evaluate):
     def fingerprint(self) -> str:
         """The data, of which fresh ones are drawn."""
         return instantiate(self.data).fingerprint()
+
+    def _try(self, generators: Mapping[str, Generator]) -> tuple[dict[str, float | None], dict[str, float]]:
+        data = instantiate(self.data)
+        shape = next(iter(generators.values())).denoiser.sample_shape
+        if not isinstance(data, Points):
+            raise ValueError(
+                f"data: found {type(data).__name__}, expected points (data=ring); images have eval=digits64"
+            )
+        if tuple(data.sample_shape) != tuple(shape):
+            raise ValueError(
+                f"data: points of shape {list(data.sample_shape)}, but the models make {list(shape)}"
+            )
+        row: dict[str, float | None] = dict.fromkeys(METRICS)
+        row |= {"energy": 1.0, "sliced_wasserstein": 1.0, "transport_cost": 1.0}
+        return row, {"floor_energy": 1.0, "floor_sliced_wasserstein": 1.0, "floor_half": 1.0}
 
     def _bench(self, room: Room) -> _Bench:
         data: Points = instantiate(self.data)
@@ -151,12 +167,12 @@ class EvaluatePoints(Evaluate):
     def _flow(self, generator: Generator, room: Room) -> dict[str, float | None]:
         found = self._rollout(generator, room)
         if found is None:
-            return dict.fromkeys(OF_A_FLOW)
+            return dict.fromkeys(self.OF_A_FLOW)
         path, velocities = found
         one_step = path[0] - velocities[0]  # from t = 1 to t = 0 at once
         gap = (one_step - path[-1]).square().sum(1).mean()
         values = (*straightness(path, velocities), gap)
-        return {name: float(value) for name, value in zip(OF_A_FLOW, values, strict=True)}
+        return {name: float(value) for name, value in zip(self.OF_A_FLOW, values, strict=True)}
 
     @torch.inference_mode()
     def _draw(
@@ -182,7 +198,7 @@ class EvaluatePoints(Evaluate):
 
     def _largest_and_smallest(self) -> list[tuple[str, int]]:
         """Every model at its largest step count, then those that have another at their smallest."""
-        counts = {label: (max(model["steps"]), min(model["steps"])) for label, model in self.models.items()}
+        counts = {label: (max(row.steps), min(row.steps)) for label, row in self.models.items()}
         return [(label, most) for label, (most, _) in counts.items()] + [
             (label, least) for label, (most, least) in counts.items() if least < most
         ]

@@ -17,12 +17,14 @@ import distill
 from distill.engine.parallel import SHARD
 from distill.files import canonical_json, copy, read_json, sha256_file, sha256_text, write_json
 from distill.pipeline.display import Display
+from distill.pipeline.made import Made
 from distill.pipeline.ownership import ARTIFACT, RECORDS, files_of, patterns
 from distill.typed import parse
 from distill.world import World
 
 SCHEMA = 2  # 1: without `sha256` and `input_files`
 INPUT_FILES = "input_files"
+WHICH = ("last", "best")
 MODEL_FILES = patterns("model.safetensors", "model.json")
 TRAINED_FILES = (
     *MODEL_FILES,
@@ -157,6 +159,11 @@ class Stage(ABC):
                     f"{role}: found {name!r}, expected a stage before this one: one of {list(stages)}"
                 )
 
+    def dry_run(self, before: Mapping[str, Made]) -> Made:
+        """Build everything that `run` will build, on what the stages `before` this one will leave behind, and raise what
+        `run` would raise for it; changes nothing and trains nothing. Returns what this stage will leave behind."""
+        return Made()
+
     def begun(self, folder: Path) -> bool:
         """Whether an interrupted run of the stage left work in `folder` that would be continued."""
         return False
@@ -187,6 +194,23 @@ class ModelStage(Stage):
 
     FILES: ClassVar[tuple[str, ...]] = MODEL_FILES
     NEEDED: ClassVar[tuple[str, ...]] = ("model.safetensors", "model.json")
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether it also leaves the best model of its training."""
+        return False
+
+
+def check_which(which: str, name: str, stages: Mapping[str, Stage]) -> None:
+    """Raise ValueError for a `which` that is neither "last" nor "best", or asks for the best model of a stage that keeps
+    none."""
+    if which not in WHICH:
+        raise ValueError(f"which: found {which!r}, expected one of {list(WHICH)}")
+    stage = stages[name]
+    if which == "best" and not (isinstance(stage, ModelStage) and stage.keeps_best):
+        raise ValueError(
+            f"which: found 'best', but {name!r} has no `monitor` that keeps one; expected 'last'"
+        )
 
 
 def hashed_config(config: Mapping[str, Any], references: tuple[str, ...]) -> dict[str, Any]:

@@ -1,11 +1,11 @@
-"""Stages that make models: Train and Load."""
+"""Stages that make models: Train, and Load under the name that recipes know it by."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,19 +20,29 @@ from distill.engine.fit import PRECISIONS, Fit, train
 from distill.engine.logging import Jsonl, Logger
 from distill.engine.module import DistillModule
 from distill.engine.parallel import full_state
-from distill.files import copy, make_folder, sha256_file
+from distill.files import make_folder
 from distill.models.build import build_net, build_process
 from distill.models.denoiser import Denoiser
-from distill.models.description import DESCRIPTION, WEIGHTS, read_description
-from distill.models.native import describe, load_model, save_model
-from distill.pipeline.adapt import Adapt, adapted, check_fits
+from distill.models.native import describe, save_model
+from distill.pipeline.adapt import Adapt, adapted
 from distill.pipeline.execution import PeakMemory, use_threads
 from distill.pipeline.extension import seams_after, seams_of
 from distill.pipeline.generate import Generate
-from distill.pipeline.monitor import WHICH, Monitor, Options
-from distill.pipeline.nodes import check_way, keeper, read_nodes, write_manifest
+from distill.pipeline.load import Load
+from distill.pipeline.made import (
+    Made,
+    PairsMade,
+    Part,
+    check_student,
+    copied,
+    device_of,
+    fresh_part,
+    read_part,
+    try_build,
+)
+from distill.pipeline.monitor import Monitor, Options
+from distill.pipeline.nodes import check_recorded, check_way, keeper, read_nodes, write_manifest
 from distill.pipeline.optim import build_optim, check_optim
-from distill.pipeline.ownership import needed
 from distill.pipeline.stage import (
     TRAINED_FILES,
     ModelStage,
@@ -43,7 +53,10 @@ from distill.pipeline.stage import (
     lasting_identity,
 )
 from distill.pipeline.targets import resolve
+from distill.pipeline.trial import try_images
 from distill.typed import parse
+
+__all__ = ["Load", "Train"]
 
 CHECKPOINTS = "checkpoints"
 ROLES = ("student", "teacher")
@@ -113,6 +126,11 @@ class Train(ModelStage):
         check_optim(self.optim, self.steps)
         self._takes = inspect.signature(resolve(self.method, "method")).parameters
 
+    @property
+    def keeps_best(self) -> bool:
+        """A monitor keeps the best model."""
+        return self.monitor is not None
+
     def inputs(self) -> dict[str, str]:
         """The references, and the further networks by their role."""
         return super().inputs() | dict(self.networks or {})
@@ -137,6 +155,18 @@ class Train(ModelStage):
             )
         if self.nodes is not None and self.teacher is None:
             raise ValueError("nodes: found without a `teacher`, where their way begins")
+        if self.nodes is not None:
+            recorder = stages[self.nodes]
+            if not isinstance(recorder, Train):
+                raise ValueError(
+                    f"nodes: {self.nodes!r} does not train; expected a stage with the method `degrade`"
+                )
+            check_recorded(self.nodes, recorder.method, self.method)
+            if (samples := (recorder.networks or {}).get("generator")) != self.init:
+                raise ValueError(
+                    f"init: found {self.init!r}, but the nodes of {self.nodes!r} are recorded on samples of {samples!r}; "
+                    "expected the same"
+                )
         if ("teacher" in self._takes) != (self.teacher is not None):
             wants = "needs a teacher" if "teacher" in self._takes else "takes no teacher"
             raise ValueError(
@@ -164,6 +194,31 @@ class Train(ModelStage):
         for name, parameter in options.items():
             if parameter.default is parameter.empty and name not in given:
                 raise ValueError(f"method.{name}: missing; {target} needs it")
+
+    def dry_run(self, before: Mapping[str, Made]) -> Made:
+        """Build the student and the method on what the stages before will make, and try the monitor's measurement."""
+        pairs = before[self.data].pairs if isinstance(self.data, str) else None
+        source: Source | PairsMade = pairs if pairs is not None else instantiate(self.data)
+        models = {role: copied(before[name].model) for role, name in self._models().items()}
+        if self.nodes is not None and not before[self.nodes].nodes:
+            raise ValueError(
+                f"nodes: {self.nodes!r} stores no nodes; expected a stage with the method `degrade`"
+            )
+        start = self._start(models.get("init"), 0, source, try_build)
+        method = self._method(start.denoiser, models, ())
+        method.prepare(build_optim(self.optim, self.steps), seed=0, stream=self.stream)
+        generator = method.as_generator()
+        spec = generator.spec
+        if pairs is not None and self.teacher is None:
+            spec = replace(spec, guidance_baked=pairs.guidance)
+        if (monitor := self._monitor) is not None:
+            shape, labels = generator.denoiser.sample_shape, generator.labels(monitor.count)
+            try:
+                try_images(monitor.data, monitor.features, shape, labels, monitor.k)
+            except ValueError as error:
+                raise ValueError(f"monitor.{error}") from error
+        part = Part(generator.denoiser, start.net, spec)
+        return Made(model=part, nodes=tuple(method.snapshots()), trained=True)
 
     def fingerprint(self) -> str:
         """The data's fingerprint, where it does not come from a stage, and what a monitor measures with."""
@@ -197,23 +252,15 @@ class Train(ModelStage):
         there is one)."""
         memory = PeakMemory(room.device)
         source: Source = Pairs(room.inputs["data"]) if isinstance(self.data, str) else instantiate(self.data)
-        student, net = self._student(room, source)
+        models = {role: read_part(room.inputs[role]) for role in self._models()}
+        start = self._start(models.get("init"), room.seed, source)
+        student, net = start.denoiser, start.net
         threads = use_threads(room, sum(p.numel() for p in student.parameters()))
-        given: dict[str, Any] = {"student": student}
-        for role in [*(["teacher"] if self.teacher is not None else []), *(self.networks or {})]:
-            given[role] = load_model(room.inputs[role]).denoiser
-        if "nodes" in self._takes:
-            found = []
-            if self.nodes is not None:
-                found = read_nodes(room.inputs["nodes"], room.inputs["teacher"])
-                check_way(room.inputs["nodes"], room.inputs.get("init"), self.method)
-            given["nodes"] = [str(folder) for folder in found]
-        options = self._method_options(self.method, self.steps)
-        method: DistillModule = instantiate(options, **given, _convert_="all")
-        if (last := max(method.snapshots(), default=0)) > self.steps:
-            raise ValueError(
-                f"method: stores a node after step {last}, but the stage has steps: {self.steps}"
-            )
+        nodes: Sequence[Path] = ()
+        if self.nodes is not None:
+            nodes = read_nodes(room.inputs["nodes"], room.inputs["teacher"])
+            check_way(room.inputs["nodes"], room.inputs.get("init"), self.method)
+        method = self._method(student, models, nodes)
         optim = build_optim(self.optim, self.steps)
         method.prepare(optim, seed=room.seed, stream=self.stream, world=room.world)
 
@@ -222,7 +269,7 @@ class Train(ModelStage):
             made = method.as_generator()
             weights, spec = full_state(made.denoiser.net), made.spec
             if isinstance(source, Pairs) and self.teacher is None:  # else the data are not what is learned
-                spec = replace(spec, guidance_baked=source.header.guidance_scale)
+                spec = replace(spec, guidance_baked=source.header.guidance)
             if room.world.main:
                 save_model(folder, weights, describe(made.denoiser, net, spec))
 
@@ -303,71 +350,34 @@ class Train(ModelStage):
                     logger.close()
             bar.update(self.steps - bar.n)
 
-    def _student(self, room: Room, source: Source) -> tuple[Denoiser, dict[str, Any]]:
-        """The student before training, and the config that its net is built from."""
-        if self.init is not None:
-            student = load_model(room.inputs["init"]).denoiser
-            net = read_description(room.inputs["init"])["net"]
-            if self.adapt is not None:
-                torch.manual_seed(stream_key(room.seed, self.stream, "init") % 2**63)
-                student, net = adapted(student, net, self.adapt)
-        else:
+    def _models(self) -> dict[str, str]:
+        """role -> stage, of the models that the method gets."""
+        named = {"init": self.init, "teacher": self.teacher, **(self.networks or {})}
+        return {role: name for role, name in named.items() if name is not None}
+
+    def _start(self, init: Part | None, seed: int, source: Source | PairsMade, make: Any = build_net) -> Part:
+        """The student before training: that of `init`, perhaps adapted, or a fresh one whose net `make` builds."""
+        if init is None or self.adapt is not None:
+            torch.manual_seed(stream_key(seed, self.stream, "init") % 2**63)
+        if init is None:
             assert self.net is not None
             assert self.process is not None
-            torch.manual_seed(stream_key(room.seed, self.stream, "init") % 2**63)
-            net, built = self.net, build_net(self.net)
-            student = Denoiser(
-                built,
-                build_process(self.process),
-                self.kind,
-                source.sample_shape,
-                num_classes=getattr(built, "num_classes", 0),
+            init = fresh_part(self.net, self.process, self.kind, source.sample_shape, make)
+        elif self.adapt is not None:
+            with device_of(init.denoiser.net):
+                init = Part(*adapted(init.denoiser, init.net, self.adapt), init.spec)
+        check_student(init.denoiser, source.sample_shape, source.num_classes)
+        return init
+
+    def _method(self, student: Denoiser, models: Mapping[str, Part], nodes: Sequence[Path]) -> DistillModule:
+        """The method on its networks."""
+        given: dict[str, Any] = {role: part.denoiser for role, part in models.items() if role != "init"}
+        if "nodes" in self._takes:
+            given["nodes"] = [str(folder) for folder in nodes]
+        options = self._method_options(self.method, self.steps)
+        method: DistillModule = instantiate(options, student=student, **given, _convert_="all")
+        if (last := max(method.snapshots(), default=0)) > self.steps:
+            raise ValueError(
+                f"method: stores a node after step {last}, but the stage has steps: {self.steps}"
             )
-        check_fits(student, source)
-        return student, net
-
-
-@dataclass
-class Load(ModelStage):
-    """A model that exists already: the artifact of another run's training stage, or an export.
-
-    Attributes:
-        path: a model folder (model.safetensors and model.json).
-    """
-
-    path: str
-    _found: str | None = field(default=None, init=False, repr=False)  # digest of the model at `path`
-
-    def fingerprint(self) -> str:
-        """sha256 of the weights and of their description: where they lie does not matter, what they are
-        does."""
-        self._found = self._digest(Path(self.path))
-        return self._found
-
-    def run(self, room: Room) -> dict[str, Any]:
-        """Copy the model into the run, and check the copy: it shares nothing with what lies at `path`."""
-        source = Path(self.path)
-        for name in (WEIGHTS, DESCRIPTION) if room.world.main else ():
-            copy(source / name, room.folder / name)
-        room.world.barrier()
-        if self._found not in (None, self._digest(room.folder)):
-            raise ValueError(f"path: {source} changed since the run began; start it again")
-        load_model(room.folder)
-        return {"train_seconds": None, "peak_memory_bytes": None}
-
-    @staticmethod
-    def _digest(folder: Path) -> str:
-        read_description(folder)
-        files = [needed(folder / name, "a model folder") for name in (WEIGHTS, DESCRIPTION)]
-        return "".join(sha256_file(file) for file in files)
-
-
-def check_which(which: str, name: str, stages: Mapping[str, Stage]) -> None:
-    """Refuse a `which` that is neither word, or asks for the best model of a stage that keeps none."""
-    if which not in WHICH:
-        raise ValueError(f"which: found {which!r}, expected one of {list(WHICH)}")
-    stage = stages[name]
-    if which == "best" and not (isinstance(stage, Train) and stage.monitor is not None):
-        raise ValueError(
-            f"which: found 'best', but {name!r} has no `monitor` that keeps one; expected 'last'"
-        )
+        return method

@@ -1,0 +1,210 @@
+"""What an evaluation, a monitor or a method's constructor needs is tried before the first stage trains; guidance of rows."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+from PIL import Image
+
+from distill.data.cond import Cond
+from distill.models.native import load_model
+from distill.pipeline import config
+from distill.pipeline.expand import expand
+from distill.pipeline.made import LARGE_PARAMETERS, device_of
+from distill.pipeline.plan import Planned, build_stages, dry_run, plan
+from distill.pipeline.run import run
+
+
+def composed(*overrides: str) -> dict[str, Any]:
+    """The resolved recipe of a command line."""
+    config.register_recipes()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config.CONFIGS), version_base="1.3"):
+        plain = OmegaConf.to_container(compose("config", list(overrides)), resolve=True)
+    assert isinstance(plain, dict)
+    return plain
+
+
+def planned(folder: Path, *overrides: str) -> list[Planned]:
+    """The plan of a command line."""
+    profile = () if any(o.startswith("profile=") for o in overrides) else ("profile=smoke",)
+    return plan(composed(*profile, *overrides), folder / "run", 0)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """40 colour pictures without classes."""
+    folder = tmp_path_factory.mktemp("pictures")
+    random = np.random.default_rng(0)
+    for number in range(40):
+        pixels = random.integers(0, 255, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return folder
+
+
+COLOUR = ("recipe=instaflow", "data=folder", "teacher.net.channels=3", "teacher.net.num_classes=0")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        # what the monitor, then the evaluation measures with does not read these images
+        ((), r"stages.distill: monitor.features: digits64 reads images \[B, 1, 8, 8\]"),
+        (
+            ("stages.distill.monitor=null",),
+            r"stages.evaluate: features: digits64 reads images \[B, 1, 8, 8\]",
+        ),
+        # gates on numbers by class, where nothing has a class
+        (
+            ("features=efficientnet_lite0", "profile=full"),
+            r"gates: gate 'student within-class spread': metric 'class_std' .* eval.gates=",
+        ),
+    ],
+)
+def test_pictures_that_nothing_here_measures(pictures, tmp_path, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        planned(tmp_path, *COLOUR, f"data.path={pictures}", *overrides)
+    assert not list(tmp_path.iterdir())
+
+
+def test_pictures_that_are_measured_are_planned(pictures, tmp_path):
+    entries = planned(
+        tmp_path, *COLOUR, f"data.path={pictures}", "features=efficientnet_lite0", "eval.gates=[]"
+    )
+    assert [entry.state for entry in entries] == ["new"] * 7
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        # values that only the method's constructor knows to be wrong
+        (("recipe=sid", "stages.distill.method.levels=[-1]"), r"stages.distill: .*levels"),
+        (("recipe=lcm", "teacher=flow_unet"), "stages.distill: student: found Flow"),
+        (("recipe=disback", "stages.distill.method.criterion=never"), "stages.distill: .*criterion"),
+        # a teacher that takes no guidance; pairs of a student that is no ODE
+        (
+            ("recipe=instaflow", "stages.pairs.guidance_scale=2", "teacher.method.null_prob=0"),
+            "stages.pairs: guidance_scale: found 2, but 'teacher' was trained without a null condition",
+        ),
+        # nodes of another student
+        (
+            ("recipe=disback", "stages.record.method.levels=[0.5]"),
+            "stages.distill.method.levels: found .*recorded with",
+        ),
+        # rows that the model is not valid for
+        (
+            ("recipe=instaflow", "eval.models.student.steps=[1,2]"),
+            "stages.evaluate: models.student.steps: this model was distilled for",
+        ),
+        (
+            ("recipe=instaflow", "+eval.models.student.guidance_scale=2"),
+            "stages.evaluate: models.student.guidance_scale: found 2, but this model was not trained with a null",
+        ),
+        (
+            ("recipe=lcm", "+eval.models.student.guidance_w=99"),
+            "stages.evaluate: models.student.guidance_w: found 99",
+        ),
+        # trajectories of another guidance
+        (
+            ("recipe=instaflow", "stages.pairs.guidance_scale=2"),
+            "stages.evaluate: models.reflow.follows_teacher: reflow samples with guidance 2",
+        ),
+        # an evaluation of images for points, and the reverse
+        (("recipe=toy_instaflow", "eval=digits64"), "stages.evaluate"),
+    ],
+)
+def test_found_out_before_anything_is_trained(tmp_path, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        planned(tmp_path, *overrides)
+
+
+def test_misspelt_blocks_of_an_evaluation(tmp_path):
+    for override, message in (
+        ("+eval.models.student.follow_teacher=true", "did you mean models.student.follows_teacher"),
+        ("+eval.gates.0.at_mots=1", "at_mots"),
+        (
+            "+eval.straightness.cuont=3",
+            "straightness.cuont: no such key, did you mean straightness.count",
+        ),
+        (
+            "eval.gates=[{name: g, row: [student, 1], metric: fd, at_mots: 1}]",
+            "at_mots: no such key, did you mean .*at_most",
+        ),
+        (
+            "eval.gates=[{name: g, row: [student, 1], metric: df, at_most: 1}]",
+            "gates.0..metric: no such metric as 'df'",
+        ),
+        ("eval.grid=[[student, one]]", r"grid\[0\]\[1\]: found 'one', expected int"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            planned(tmp_path, "recipe=instaflow", override)
+
+
+def test_large_networks_are_tried_without_memory():
+    """A student, its fake score and a discriminator on its features, of a net that would take 10 GB."""
+    plain = composed("recipe=dmd2", "teacher.net.width=1600", "stages.warm.steps=3")
+    stages = build_stages(expand(plain))
+    made: dict[str, Any] = {}
+    for name, stage in stages.items():
+        if name == "evaluate":
+            break
+        made[name] = stage.dry_run(made)
+    model = made["teacher"].model
+    assert sum(p.numel() for p in model.denoiser.parameters()) > 20 * LARGE_PARAMETERS
+    assert {device_of(entry.model.denoiser.net).type for entry in made.values() if entry.model} == {"meta"}
+
+
+def test_a_trial_changes_neither_the_stages_nor_the_random_state():
+    stages = build_stages(expand(composed("recipe=sid", "profile=smoke")))
+    torch.manual_seed(3)
+    before = torch.random.get_rng_state()
+    dry_run(stages)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_guided_students_are_compared_with_the_guided_teacher(tmp_path):
+    """`teacher_mse` and the teacher's row, computed again from the models that the run left."""
+    overrides = (
+        "recipe=instaflow",
+        "profile=smoke",
+        "stages.pairs.guidance_scale=2",
+        "+eval.models.teacher.guidance_scale=2",
+    )
+    plain = composed(
+        *overrides, f"runs_dir={tmp_path}", "eval.seed=5", "eval.models.teacher.steps=[50,2]", "eval.gates=[]"
+    )
+    plain["stages"]["evaluate"]["grid"] = []
+    folder = run(plain, name="run", recipe_name="instaflow")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    rows = {(row["model"], row["steps"]): row for row in metrics["rows"]}
+    teacher, student = load_model(folder / "teacher"), load_model(folder / "distill")
+    assert student.spec.guidance_baked == 2
+    assert load_model(folder / "reflow").spec.guidance_baked == 2
+    ids, labels = torch.arange(40), torch.arange(40) % 10
+    z, _ = teacher.noises(5, "evaluate", ids)
+    # Euler over 50 steps by hand, each with two calls of the network.
+    x = z.clone()
+    cond, null = Cond.of_labels(labels), Cond.of_labels(torch.full_like(labels, -1))
+    grid = torch.linspace(1, 0, 51, dtype=torch.float64)
+    with torch.no_grad():
+        for a, b in pairwise(grid):
+            t = a.float().expand(40)
+            c, u = teacher.denoiser.net(x, t, cond), teacher.denoiser.net(x, t, null)
+            x = x + (b - a).float() * (u + 2 * (c - u))
+        made = z - student.denoiser.net(z, torch.ones(40), cond)
+    expected = (x.clamp(-1, 1) - made.clamp(-1, 1)).double().square().mean()
+    assert rows["student", 1]["teacher_mse"] == pytest.approx(float(expected), rel=1e-3)
+    assert rows["teacher", 50]["guidance_scale"] == 2
+    assert rows["teacher", 50]["nfe"] == 100
+    assert rows["teacher", 50]["teacher_mse"] == 0
+    assert rows["student", 1]["guidance_scale"] == 1
+    assert rows["student", 1]["nfe"] == 1
