@@ -26,7 +26,7 @@ from distill.evaluation.grid import image_grid, save_png
 from distill.evaluation.measure import measure
 from distill.evaluation.protocol import Protocol
 from distill.evaluation.report import report, table
-from distill.evaluation.rows import Row, Straightness
+from distill.evaluation.rows import Row
 from distill.files import copy, make_folder, read_json, sha256_file, write_json
 from distill.models.description import WEIGHTS, read_description
 from distill.models.generator import Generator
@@ -51,7 +51,6 @@ from distill.pipeline.request import (
     with_channels,
 )
 from distill.pipeline.stage import Room, Settings, digest_of
-from distill.typed import parse
 
 # Step counts below the default that a model valid for any number is measured at.
 USUAL_STEPS = (1, 2, 4, 8)
@@ -274,9 +273,7 @@ def plan_model(
         count=2000 if request.count is None else request.count,
         batch_size=request.batch_size,
         k=request.k,
-        straightness=None
-        if request.straightness is None
-        else parse(Straightness, request.straightness, "straightness"),
+        straightness=request.straightness,
         stream=request.stream,
         note=" ".join([*notes, *remarks(real, None)]),
         by_class=by_class,

@@ -16,12 +16,13 @@ from omegaconf import OmegaConf
 from distill.data.folder import ImageFolder, holds_images
 from distill.data.listing import utf8_path
 from distill.data.names import class_names
+from distill.evaluation.rows import Straightness
 from distill.files import TEMPORARY_SUFFIX, read_json
 from distill.models.description import DESCRIPTION
 from distill.pipeline.outputs import check_evaluation
 from distill.pipeline.ownership import ARTIFACT, PUBLISHED, read_object
-from distill.pipeline.stage import check_types
 from distill.terminal import check_utf8
+from distill.typed import settle
 
 FOLDER = "distill.data.folder.ImageFolder"
 DEVICES = {"auto": "auto", "cpu": "cpu", "cuda": "gpu", "gpu": "gpu"}
@@ -46,7 +47,7 @@ class Request:
     force: bool = False
     name: str | None = None
     k: int = 5
-    straightness: dict[str, int] | None = None
+    straightness: Straightness | None = None
     stream: str = "evaluate"
 
     def __post_init__(self) -> None:
@@ -56,7 +57,7 @@ class Request:
         ):
             if getattr(self, key) is None:
                 raise ValueError(f"{key}: missing; expected {example}")
-        check_types(self)
+        settle(self)
         if self.batch_size < 1:
             raise ValueError(f"batch_size: found {self.batch_size}, expected at least 1")
         if self.device not in DEVICES:

@@ -48,9 +48,9 @@ def test_plain_containers_become_the_declared_types():
     [
         (
             {"models": {"a": {"stage": "t", "stpes": [1]}}},
-            "at: models.a.stpes: no such key, did you mean at: models.a.steps?",
+            "at: models.a.stpes: no such key, did you mean models.a.steps?",
         ),
-        ({"modles": {}}, "at: modles: no such key, did you mean at: models?"),
+        ({"modles": {}}, "at: modles: no such key, did you mean models?"),
         ({"models": {"a": {"stage": "t"}}}, "at: models.a.steps: missing; expected a list of int"),
         (
             {"models": {"a": {"stage": "t", "steps": ["1"]}}},
