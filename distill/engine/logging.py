@@ -95,6 +95,17 @@ class Jsonl:
         return
 
 
+def wandb_id(folder: Path) -> str:
+    """The id of the W&B run of a stage, from `folder/wandb_id`; the first call makes one up."""
+    path = folder / "wandb_id"
+    if not path.exists():
+        write_text(path, secrets.token_hex(4))
+    found = path.read_bytes().strip() if path.is_file() else b""
+    if re.fullmatch(rb"[0-9a-f]{8}", found) is None:
+        raise ValueError(f"{path}: found {found[:20]!r}, expected 8 hexadecimal digits")
+    return found.decode()
+
+
 class Wandb:
     """Weights & Biases, joined by a run id that is written to the stage folder before the first step: a
     requeued job continues the same curve. Offline unless WANDB_API_KEY or WANDB_MODE is set, so that a batch
@@ -107,16 +118,10 @@ class Wandb:
             import wandb
         except ImportError as error:
             raise ImportError("loggers=wandb needs the extra: pip install 'distill[wandb]'") from error
-        identity = folder / "wandb_id"
-        if not identity.is_file():
-            write_text(identity, secrets.token_hex(4))
         online = "WANDB_API_KEY" in os.environ or "WANDB_MODE" in os.environ
-        number = identity.read_bytes().strip()
-        if re.fullmatch(rb"[0-9a-f]{8}", number) is None:
-            raise ValueError(f"{identity}: found {number[:20]!r}, expected 8 hexadecimal digits")
         self.run = wandb.init(
             project=project,
-            id=number.decode(),
+            id=wandb_id(folder),
             resume="allow",
             dir=str(folder),
             mode=None if online else "offline",
