@@ -131,7 +131,7 @@ def exported(folder: Path, mode: str) -> Path:
     process = Flow() if mode == "ode" else VPLinearBetas(num_timesteps=20)
     kind = "velocity" if mode == "ode" else "eps"
     denoiser = Denoiser(net, process, kind, (1, 8, 8), num_classes=10, guidable=True)
-    spec = SamplerSpec(steps=3, any_steps=True, mode=mode, kind=kind, guidance_scale=1.5)
+    spec = SamplerSpec(steps=3, any_steps=True, mode=mode, guidance_scale=1.5)
     folder.mkdir()
     save_model(folder, net.state_dict(), describe(denoiser, NET, spec))
     return folder
