@@ -9,11 +9,11 @@ from typing import Any
 
 from distill.files import read_json, sha256_file, write_json
 from distill.models.description import DESCRIPTION, WEIGHTS, read_description
-from distill.pipeline.ownership import ARTIFACT
+from distill.pipeline.ownership import ARTIFACT, read_object
 from distill.typed import parse
 
 SCHEMA = 1
-FOLDER, MANIFEST = "nodes", "nodes.json"
+FOLDER, MANIFEST, STORED = "nodes", "nodes.json", "stored.json"
 # What a node's weights mean: without all of it in common with the start, they are another model's.
 MEANING = ("net", "process", "kind", "sample_shape", "num_classes")
 
@@ -53,11 +53,36 @@ def node_folder(stage: Path, number: int) -> Path:
     return stage / FOLDER / f"{number:03d}"
 
 
-def keeper(stage: Path, steps: Sequence[int], save: Callable[[Path], None]) -> Callable[[int], None]:
-    """What to call after each of `steps`: stores the student as it is, under its number. A kill before the next checkpoint
-    writes the same bytes again."""
+def keeper(
+    stage: Path, steps: Sequence[int], save: Callable[[Path], None], main: bool = True
+) -> Callable[[int], None]:
+    """What to call after each of `steps`: stores the student as it is, under its number, and (the `main` process) notes its
+    files in `stored.json`. A kill before the next checkpoint writes the same bytes again."""
     numbers = {step: number for number, step in enumerate(steps, 1)}
-    return lambda step: save(node_folder(stage, numbers[step]))
+
+    def keep(step: int) -> None:
+        folder = node_folder(stage, numbers[step])
+        save(folder)
+        if main:
+            files = {name: sha256_file(folder / name) for name in (WEIGHTS, DESCRIPTION)}
+            write_json(stage / STORED, read_object(stage / STORED) | {str(numbers[step]): files})
+
+    return keep
+
+
+def check_stored(stage: Path, steps: Sequence[int]) -> None:
+    """Raise ValueError unless every node is what was stored when training passed it: a stage that was interrupted goes on with
+    those that it finds."""
+    stored = read_object(stage / STORED)
+    for number, step in enumerate(steps, 1):
+        files = stored.get(str(number))
+        for name in (WEIGHTS, DESCRIPTION):
+            file = node_folder(stage, number) / name
+            known = files.get(name) if isinstance(files, dict) else None
+            if known is None or not file.is_file() or sha256_file(file) != known:
+                raise ValueError(
+                    f"{file}: is not the file that was stored after step {step}; redo={stage.name} records from the start"
+                )
 
 
 def write_manifest(stage: Path, steps: Sequence[int], start: Path) -> None:

@@ -33,7 +33,7 @@ TRAINED_FILES = (
     *patterns("best.json", "monitor/evaluations.jsonl"),
     r"monitor/(step|diagnostics)_\d{7,}\.png",
     *(rf"nodes/\d{{3,}}/{name}" for name in MODEL_FILES),
-    *patterns("nodes.json", "nodes/stored.json"),
+    *patterns("nodes.json", "stored.json"),
 )
 # Entry of an identity: where training was made longer, [{steps: planned until then, reached: step}]. Absent where it was not.
 EXTENDED = "extended"

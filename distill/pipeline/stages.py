@@ -41,7 +41,7 @@ from distill.pipeline.made import (
     try_build,
 )
 from distill.pipeline.monitor import Monitor, Options
-from distill.pipeline.nodes import check_recorded, check_way, keeper, read_nodes, write_manifest
+from distill.pipeline.nodes import check_recorded, check_stored, check_way, keeper, read_nodes, write_manifest
 from distill.pipeline.optim import build_optim, check_optim
 from distill.pipeline.stage import (
     TRAINED_FILES,
@@ -276,9 +276,11 @@ class Train(ModelStage):
         monitor = None if self._monitor is None else Monitor(self._monitor, room, save, source)
         settings = {"method": self.method, "net": net, "steps": self.steps}
         settings |= {"batch_size": self.batch_size, "threads": threads}
-        self._fit(room, method, source, settings, monitor, keeper(room.folder, method.snapshots(), save))
+        keep = keeper(room.folder, method.snapshots(), save, room.world.main)
+        self._fit(room, method, source, settings, monitor, keep)
         save(room.folder)
         if method.snapshots() and room.world.main:
+            check_stored(room.folder, method.snapshots())
             write_manifest(room.folder, method.snapshots(), room.inputs["init"])
         return {
             "train_seconds": method.progress.seconds,

@@ -15,7 +15,7 @@ import safetensors.torch
 
 from distill import files
 from distill.files import sha256_file, write_json
-from distill.pipeline import ownership
+from distill.pipeline import nodes, ownership
 from distill.pipeline.run import run
 from distill.pipeline.stage import write_artifact
 
@@ -508,3 +508,32 @@ def test_a_stage_that_leaves_no_model_is_not_finished(
     ):
         go(tmp_path)
     assert not (tmp_path / "x" / "teacher" / "artifact.json").exists()
+
+
+# ---- nodes that an interrupted recording goes on with ----
+
+
+@pytest.mark.parametrize("damage", ["changed", "missing", "swapped", "no record"])
+def test_nodes_are_verified_before_a_manifest_names_them(whole: Path, tmp_path: Path, damage: str) -> None:
+    stage = tmp_path / "record"
+
+    def save(folder: Path) -> None:
+        shutil.copytree(whole / ("student" if folder.name == "001" else "teacher"), folder)
+
+    keep = nodes.keeper(stage, [2, 4], save)
+    keep(2)
+    keep(4)
+    nodes.check_stored(stage, [2, 4])
+    first = nodes.node_folder(stage, 1) / "model.safetensors"
+    if damage == "changed":
+        first.write_bytes(first.read_bytes()[:-1] + b"X")
+    elif damage == "missing":
+        first.unlink()
+    elif damage == "swapped":
+        shutil.copy(nodes.node_folder(stage, 2) / "model.safetensors", first)
+    else:
+        (stage / nodes.STORED).unlink()
+    with pytest.raises(
+        ValueError, match=r"001/model.safetensors: is not the file that was stored after step 2; redo=record"
+    ):
+        nodes.check_stored(stage, [2, 4])
