@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -111,13 +112,18 @@ class Wandb:
     requeued job continues the same curve. Offline unless WANDB_API_KEY or WANDB_MODE is set, so that a batch
     job never waits for a prompt."""
 
+    @staticmethod
+    def check() -> None:
+        """Raise ImportError where the package is not installed; asked before anything runs."""
+        if importlib.util.find_spec("wandb") is None:
+            raise ImportError("loggers=wandb needs the extra: pip install 'distill[wandb]'")
+
     def __init__(
         self, folder: Path, *, project: str = "distill", settings: Mapping[str, Any] | None = None
     ) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise ImportError("loggers=wandb needs the extra: pip install 'distill[wandb]'") from error
+        self.check()
+        import wandb
+
         online = "WANDB_API_KEY" in os.environ or "WANDB_MODE" in os.environ
         self.run = wandb.init(
             project=project,

@@ -13,6 +13,8 @@ from distill.terminal import line
 # metric -> (heading where the protocol has no name for it, unit and direction, format)
 COLUMNS = {
     "nfe": ("nfe", "", "d"),
+    "guidance_scale": ("guidance", "", "g"),
+    "guidance_w": ("w", "", "g"),
     "fd": ("fd", " ↓", ".3f"),
     "kid": ("kid", "·10³ ↓", ".1f"),
     "cmmd": ("cmmd", " ↓", ".3f"),
@@ -63,7 +65,7 @@ def legend(protocol: Protocol) -> str:
         "two rise and the last two fall when samples collapse to class means. `class std`: spread of pixels within a "
         f"class; `nn train`: distance to the nearest training image; `{n['class_accuracy']}`: the classifier agrees "
         "with the label asked for. `teacher mse`: distance to the teacher's image from the same noise. `straightness`: 0 "
-        "for straight paths. `nfe`: network calls. `images/s` depends on the machine and its load."
+        "for straight paths. `nfe`: network calls. `guidance`: the scale g in u + g (c - u); `w`: g - 1 as an input of the network. `images/s` depends on the machine and its load."
     )
     if any("@" in name for name in n.values()):
         parts.append(
@@ -74,8 +76,9 @@ def legend(protocol: Protocol) -> str:
 
 def table(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
     """Markdown table of rows of metrics.json under the names of `Protocol.names`; columns that are null everywhere are
-    left out."""
-    keys = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
+    left out, and so is guidance where there is none."""
+    shown = [{**row, "guidance_scale": None} if row.get("guidance_scale") == 1 else row for row in rows]
+    keys = [key for key in COLUMNS if any(row.get(key) is not None for row in shown)]
     headings = [prose(names.get(key, COLUMNS[key][0])) + COLUMNS[key][1] for key in keys]
     lines = [
         "| model | steps | " + " | ".join(headings) + " |",

@@ -144,7 +144,9 @@ def _unknown_key(error: Any) -> str:
     )
     keys = sorted(set(keys))
     inside = f"{where} has" if where else "the options are"
-    return f"{path}: no such key{_near(key, keys, where)}; {inside}: {', '.join(keys)}"
+    near = _near(key, keys, where)
+    add = f"; an option that the config leaves out is added with +{path}=..." if where and not near else ""
+    return f"{path}: no such key{near}; {inside}: {', '.join(keys)}{add}"
 
 
 def _group_behind(where: str) -> str | None:

@@ -98,7 +98,10 @@ def check_loggers(loggers: Any) -> None:
     """Raise ValueError unless `loggers` is a list of configs whose options their classes take."""
     for number, logger in enumerate(parse(list[dict[str, Any]], loggers or [], "loggers")):
         where = f"loggers[{number}]"
-        check_options(resolve(logger, where), logger, where)
+        target = resolve(logger, where)
+        check_options(target, logger, where)
+        if (needs := getattr(target, "check", None)) is not None:
+            needs()  # a package that is not installed
         if given := [key for key in GIVEN_TO_LOGGERS if key in logger]:
             raise ValueError(f"{where}.{given[0]}: is given by the stage; leave it out")
 

@@ -195,8 +195,8 @@ class TestEvaluatePoints:
         ("options", "message"),
         [
             ({"paths": 0}, "paths: expected at least 1, found 0"),
-            ({"features": {}}, "unexpected keyword argument 'features'"),
-            ({"grid": [["reflow", 1]]}, "grid, follows: name"),
+            ({"features": {}}, "stages.evaluate.features: no such key"),
+            ({"grid": [["reflow", 1]]}, r"stages.evaluate.grid\[0\]: names the row"),
             (
                 {"gates": [{"name": "g", "row": ["teacher", 1], "metric": "entropy", "at_most": 1}]},
                 "'entropy'",

@@ -22,6 +22,7 @@ from distill.pipeline.expand import expand
 from distill.pipeline.made import LARGE_PARAMETERS, device_of
 from distill.pipeline.plan import Planned, build_stages, dry_run, plan
 from distill.pipeline.run import run
+from distill.pipeline.schema import check_loggers
 
 
 def composed(*overrides: str) -> dict[str, Any]:
@@ -208,3 +209,14 @@ def test_guided_students_are_compared_with_the_guided_teacher(tmp_path):
     assert rows["teacher", 50]["teacher_mse"] == 0
     assert rows["student", 1]["guidance_scale"] == 1
     assert rows["student", 1]["nfe"] == 1
+
+
+def test_a_logger_without_its_package_is_refused_before_anything_runs(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None)
+    with pytest.raises(ImportError, match=r"loggers=wandb needs the extra: pip install 'distill\[wandb\]'"):
+        check_loggers([{"_target_": "distill.engine.logging.Wandb", "project": "mine"}])
+
+
+def test_an_option_that_the_config_leaves_out_is_named_with_its_plus(refuse):
+    told = refuse("recipe=instaflow", "eval.models.teacher.guidance_scale=2")
+    assert "is added with +eval.models.teacher.guidance_scale=..." in told
