@@ -65,7 +65,8 @@ def legend(protocol: Protocol) -> str:
         "two rise and the last two fall when samples collapse to class means. `class std`: spread of pixels within a "
         f"class; `nn train`: distance to the nearest training image; `{n['class_accuracy']}`: the classifier agrees "
         "with the label asked for. `teacher mse`: distance to the teacher's image from the same noise. `straightness`: 0 "
-        "for straight paths. `nfe`: network calls. `guidance`: the scale g in u + g (c - u); `w`: g - 1 as an input of the network. `images/s` depends on the machine and its load."
+        "for straight paths. `nfe`: network calls. `guidance`: the scale g in u + g (c - u); `w`: g - 1 as an input of the "
+        "network. `images/s` depends on the machine and its load."
     )
     if any("@" in name for name in n.values()):
         parts.append(

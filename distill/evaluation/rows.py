@@ -58,9 +58,7 @@ class Row:
                 raise ValueError(
                     f"grid: found {self.grid}, but this model was distilled for times of its own; expected null"
                 )
-            named = TimeGrid.from_dict(self.grid)
-            times = {steps: tuple(named.make(model.process, steps).tolist()) for steps in self.steps}
-            spec = replace(spec, times=dict(spec.times) | times)
+            spec = replace(spec, time_grid=TimeGrid.from_dict(self.grid))
         for steps in self.steps:
             spec.grid(model.process, steps)
         return Generator(model, spec)

@@ -169,7 +169,8 @@ class Generator:
         guidance_w: float | None = None,
         noise_scale: float | None = None,
     ) -> Tensor:
-        """The samples `ids` [n] of `sample`, in one batch; `labels` holds those of all samples."""
+        """The samples `ids` [n] of `sample`, in one batch; `labels` holds those of all samples. Raises FloatingPointError for
+        samples that are not finite."""
         seed, force = integer("seed", seed), flag("force", force)
         z, fresh = self.noises(seed, stream, ids)
         cond = (Cond.nothing(len(ids)) if labels is None else Cond.of_labels(labels[ids])).to(self.device)
@@ -183,6 +184,12 @@ class Generator:
             noise_scale=noise_scale,
             noise=fresh,
         )
+        if bad := int(
+            (~samples.isfinite()).flatten(1).any(1).sum()
+        ):  # before clamping makes a number of an infinity
+            raise FloatingPointError(
+                f"samples: found {bad} of {len(samples)} with numbers that are not finite: the model or its sampler diverges"
+            )
         return (samples if self.range is None else samples.clamp(*self.range)).cpu()
 
     def noises(self, seed: int, stream: str, ids: Tensor) -> tuple[Tensor, Callable[[int], Tensor]]:

@@ -108,3 +108,15 @@ def test_following_nothing_is_refused():
         ValueError, match=r"models.student.follows_teacher: found true, but `follows` names no row"
     ):
         check_follows({"student": generator()}, {"student": Row("s", [1], follows_teacher=True)}, None)
+
+
+def test_samples_that_are_not_finite_are_refused():
+    class Diverges(Offset):
+        def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+            return x * torch.tensor([1.0, float("inf")])
+
+    model = Generator(
+        Denoiser(Diverges(), Flow(), "velocity", (2,), num_classes=3), SamplerSpec(steps=1, any_steps=True)
+    )
+    with pytest.raises(FloatingPointError, match="found 4 of 4 with numbers that are not finite"):
+        model.sample(4)
