@@ -62,6 +62,11 @@ class DistillModule(L.LightningModule):
 
     def __init__(self, student: Denoiser) -> None:
         super().__init__()
+        if student.kind == "score":
+            raise ValueError(
+                "student: predicts 'score', which is unbounded at the clean end; expected a net that predicts x0, eps, v or "
+                "velocity"
+            )
         self.automatic_optimization = False
         self.student = student
         self.frozen: dict[str, nn.Module] = {}

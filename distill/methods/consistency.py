@@ -11,7 +11,8 @@ teacher's endpoint from the same noise) and `eval/fd`. `diagnostics/boundary` mu
 Deviations: the distance is a pseudo-Huber of the whole sample by default (arXiv 2310.14189; the paper's LPIPS needs images of
 64 pixels and weights that no package ships). The grid and the solver live in the teacher's own process; on a flow the uniform
 grid is the default, and no boundary scaling is needed, since x0 = x_t - t v is x_t at t = 0. Where Heun's step would end at a
-time without a velocity (t = 0 of a predicted x0), it is Euler's. Few-step times are evenly spaced on the grid; the paper
+time without a velocity (t = 0 of a predicted x0), or where it is mostly the teacher's error (t_min of a predicted x0 under a
+cosine or a table), it is Euler's. Few-step times are evenly spaced on the grid; the paper
 searches them by FID.
 """
 
@@ -28,6 +29,14 @@ from distill.engine.module import DistillModule
 from distill.engine.update import Average, Diagnostics, Loss, Step, Update
 from distill.methods.losses.consistency import grid_pair, teacher_step
 from distill.methods.losses.distances import distance
+from distill.methods.losses.suits import (
+    check_asked,
+    check_own_clock,
+    check_start,
+    guides,
+    refuse_unused,
+    step_factors,
+)
 from distill.methods.losses.trajectory import (
     boundary_at,
     by_thirds,
@@ -44,6 +53,10 @@ from distill.models.result import Result
 from distill.models.spec import SamplerSpec
 from distill.process.scalings import SIGMA_DATA, sigma_weight
 from distill.samplers.fewstep import spread_times
+
+# A step may multiply the error of what the teacher predicts by this: EDM's grid comes to 1, an x0 read as a velocity at t_min
+# of a cosine to 1000.
+LARGEST_STEP = 5.0
 
 
 class Consistency(DistillModule):
@@ -86,15 +99,28 @@ class Consistency(DistillModule):
             raise ValueError(f"target_decay: expected a number in [0, 1), found {target_decay}")
         if solver not in ("heun", "euler"):
             raise ValueError(f"solver: found {solver!r}, expected 'heun' or 'euler'")
-        check_guidance_scale(teacher.guidable, guidance_scale)
+        check_guidance_scale(guides(teacher), guidance_scale)
         sigma_weight(weight, torch.ones(1))
         self.distance = distance(loss, huber_c)
+        if loss in ("l1", "l2"):
+            refuse_unused(self, {"huber_c": huber_c}, f"with the loss {loss!r}")
+        if grid == "uniform":
+            check_own_clock(student.process, "grid", "'uniform'", "'karras' or 'auto'")
+        check_start(student.process, student.kind, student.process.t_max)
         self.teacher = self.keep_frozen("teacher", teacher)
         self.levels = level_grid(student.process, scales, grid)
+        check_asked(student.process, student.kind, self.levels)
         self.solver, self.weight, self.target_decay = solver, weight, target_decay
         self.guidance_scale, self.sample_steps = guidance_scale, check_sample_steps(sample_steps, scales - 1)
-        # The last step of Heun ends where the teacher's velocity cannot always be had.
-        self.singular = None if velocity_at_end(teacher) else student.process.t_min
+        # The last step of Heun ends where the teacher's velocity cannot always be had, or is mostly its error.
+        before, after = step_factors(teacher.process, teacher.kind, self.levels)
+        if not bool((before <= LARGEST_STEP).all()):
+            raise ValueError(
+                f"teacher: predicts {teacher.kind!r}, whose error a step from t = {float(self.levels[0]):g} multiplies by "
+                f"{float(before[0]):.4g} under {teacher.process!r}; expected a teacher that predicts x0 or v, or more scales"
+            )
+        regular = velocity_at_end(teacher) and float(after[-1]) <= LARGEST_STEP
+        self.singular = None if regular else float(self.levels[-1])
         boundary = boundary_at(student.process, self.levels, student.kind, student.sigma_data)
         self.student = student.with_(boundary=boundary)
 

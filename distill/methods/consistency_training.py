@@ -22,6 +22,7 @@ optimizer step and `stages`, not a count of images: stage floor(stages k / total
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ from distill.engine.module import DistillModule
 from distill.engine.update import Average, Diagnostics, Loss, Step, Update
 from distill.methods.losses.consistency import grid_pair, masked_target, pair_weight
 from distill.methods.losses.distances import ict_huber_c, l2, pseudo_huber
+from distill.methods.losses.suits import check_asked, check_start, refuse_unused
 from distill.methods.losses.trajectory import (
     boundary_at,
     by_thirds,
@@ -102,10 +104,25 @@ class ConsistencyTraining(DistillModule):
         self.sample_steps = check_sample_steps(sample_steps, len(self.levels) - 1)
         # The cleanest level that the student is asked at.
         self.end = self.levels[-1:] if curriculum == "ect" else level_grid(student.process, 2, "karras")[-1:]
+        check_start(student.process, student.kind, student.process.t_max)
+        check_asked(student.process, student.kind, self.end)
+        self._refuse_of_others(
+            {"mu0": mu0, "q": q, "stages": stages, "mean": mean, "std": std, "huber_c": huber_c}
+        )
         boundary = None
         if curriculum != "ect":
             boundary = boundary_at(student.process, self.end, student.kind, student.sigma_data)
         self.student = student.with_(boundary=boundary)
+
+    def _refuse_of_others(self, given: Mapping[str, Any]) -> None:
+        """Refuse options of the other curricula."""
+        used = {
+            "cm": ("mu0",),
+            "ict": ("mean", "std", "huber_c"),
+            "ect": ("q", "stages", "mean", "std", "huber_c"),
+        }
+        others = {name: value for name, value in given.items() if name not in used[self.curriculum]}
+        refuse_unused(self, others, f"with the curriculum {self.curriculum!r}")
 
     def updates(self) -> Sequence[Update]:
         """One update: the student."""

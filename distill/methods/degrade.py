@@ -26,12 +26,13 @@ from distill.engine.networks import check_apart
 from distill.engine.update import Loss, Step, Update
 from distill.methods.losses.backtrack import node_steps
 from distill.methods.losses.score_student import (
-    StudentInput,
     check_score_options,
+    check_weighting,
     conditions_of,
     score_errors,
 )
 from distill.methods.losses.score_times import times_of, usual_times
+from distill.methods.losses.student_input import StudentInput
 from distill.models.denoiser import Denoiser
 from distill.models.result import Result
 from distill.models.spec import SamplerSpec
@@ -80,6 +81,7 @@ class Degrade(DistillModule):
         paper = {"name": "karras", "low": 0, "high": 999}
         times = usual_times(student.process, fake_times, paper, fake=True)
         self.times = times_of(student.process, times, "fake_times")
+        check_weighting(self, student, self.weighting, times, sigma_data)
         self.generator = self.keep_frozen("generator", generator)
         self.sigma_data, self.reduction, self.labels = sigma_data, reduction, labels
 

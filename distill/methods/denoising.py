@@ -16,6 +16,12 @@ from torch import Tensor
 from distill.data.batch import Batch
 from distill.engine.module import DistillModule
 from distill.engine.update import Loss, Step, Update
+from distill.methods.losses.suits import (
+    check_clean_end,
+    check_null_prob,
+    check_own_clock,
+    refuse_unused,
+)
 from distill.models.denoiser import Denoiser
 from distill.models.result import Result
 from distill.models.spec import SamplerSpec
@@ -33,7 +39,8 @@ class Denoising(DistillModule):
     Args:
         student: the net to train, of any kind under any process.
         null_prob: share of samples whose condition is dropped, so that guidance works afterwards.
-        times: "uniform" in [t_min, t_max], or "lognormal" noise levels exp(mean + std n) (EDM's training distribution).
+        times: "uniform" in [t_min, t_max] (not under EDM, whose time is the noise level), or "lognormal" noise
+            levels exp(mean + std n) (EDM's training distribution).
         mean, std: of ln(sigma / alpha), for "lognormal".
         weight: "own", mean square in the net's own kind (for v it is SNR + 1 on x0), or "edm", 1 / sigma^2 + 1 / sigma_data^2
             on x0 with the sigma_data that the net or its process assumes, else 0.5.
@@ -50,8 +57,7 @@ class Denoising(DistillModule):
         weight: str = "own",
     ) -> None:
         super().__init__(student)
-        if not 0 <= null_prob < 1:
-            raise ValueError(f"null_prob: expected a probability in [0, 1), found {null_prob}")
+        check_null_prob(self, null_prob, student)
         if times not in TIMES:
             raise ValueError(f"times: found {times!r}, expected one of {list(TIMES)}")
         if weight not in WEIGHTS:
@@ -60,6 +66,10 @@ class Denoising(DistillModule):
             raise ValueError(f"weight: found 'edm' under {student.process!r}, expected the process EDM")
         if not std > 0:
             raise ValueError(f"std: found {std}, expected a positive number")
+        if times == "uniform":
+            check_own_clock(student.process, "times", "'uniform'", "'lognormal'")
+            check_clean_end(student.process, student.kind, student.kind)
+            refuse_unused(self, {"mean": mean, "std": std}, "where times are uniform")
         self.null_prob, self.times, self.mean, self.std, self.weight = null_prob, times, mean, std, weight
         self.student = student.with_(boundary=None)
 

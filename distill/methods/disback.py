@@ -27,7 +27,9 @@ from distill.engine.parallel import copy_full
 from distill.engine.update import Loss, Step
 from distill.methods.losses.backtrack import Backtrack
 from distill.methods.losses.matching import DistributionMatching
+from distill.methods.losses.suits import refuse_unused
 from distill.models.denoiser import Denoiser
+from distill.models.description import read_description
 from distill.models.native import read_weights
 
 
@@ -95,17 +97,23 @@ class DisBack(DistributionMatching):
             noise_scale=noise_scale,
         )
         _check(criterion, window, tolerance)
+        self._refuse_of_others(criterion, steps_per_node=steps_per_node, window=window, tolerance=tolerance)
+        _check_guidable(guidance_teacher, nodes[1:])
         self.folders = [Path(folder) for folder in nodes]
         self.path = Backtrack(max(0, len(self.folders) - 1), steps_per_node)
         self.criterion, self.window, self.tolerance = criterion, window, tolerance
         self.loaded = 0  # whose weights the target network holds
-        # Of "plateau": the target, student steps at it, the last window's mean, and of this one [sum, count] of this
-        # process's losses. In float64 sums of float32 losses are exact, so that their mean over processes, which is
-        # saved, continues as the sums themselves do.
+        # Of "plateau": the target, student steps at it, the last window's mean, and [sum, count] of this one's losses. In
+        # float64 sums of float32 losses are exact: their mean over processes, which is saved, continues as the sums do.
         self.node, self.stayed, self.before = max(0, self.path.nodes - 1), 0, float("inf")
         self.tally = torch.zeros(2, dtype=torch.float64)
         if self.folders[1:]:
             self.fake.net.load_state_dict(read_weights(self.folders[-1]))
+
+    def _refuse_of_others(self, criterion: str, **given: Any) -> None:
+        """Refuse options of the other criterion."""
+        unused = ("window", "tolerance") if criterion == "steps" else ("steps_per_node",)
+        refuse_unused(self, {name: given[name] for name in unused}, f"with the criterion {criterion!r}")
 
     def state(self) -> dict[str, Any]:
         """Where the walk stands, where that does not follow from the number of steps. The window's sum and count are
@@ -178,6 +186,18 @@ class DisBack(DistributionMatching):
         if not mean < self.before * (1 - self.tolerance):
             self.node, self.stayed, mean = self.node - 1, 0, float("inf")
         self.before, self.tally = mean, torch.zeros_like(self.tally)
+
+
+def _check_guidable(scale: float, nodes: Sequence[Path]) -> None:
+    """Refuse to guide nodes that have no null condition."""
+    if scale == 1:
+        return
+    without = [folder for folder in nodes if not read_description(Path(folder)).get("guidable")]
+    if without:
+        raise ValueError(
+            f"guidance_teacher: found {scale}, but the node {without[0]} was recorded without a null condition; expected 1, or "
+            "no nodes (method dmd)"
+        )
 
 
 def _check(criterion: str, window: int, tolerance: float) -> None:

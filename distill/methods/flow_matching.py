@@ -19,6 +19,7 @@ from distill.data.batch import Batch
 from distill.engine.module import DistillModule
 from distill.engine.update import Loss, Step, Update
 from distill.methods.losses.flow import flow_matching_loss, require_flow
+from distill.methods.losses.suits import check_clean_end, check_null_prob
 from distill.models.denoiser import Denoiser
 from distill.models.result import Result
 from distill.models.spec import SamplerSpec
@@ -29,15 +30,16 @@ class FlowMatching(DistillModule):
     """Regress the velocity of independent noise and data.
 
     Args:
-        student: the net to train; its process must be a flow.
+        student: the net to train; its process must be a flow, and it predicts the velocity (the loss of a predicted x0 is
+            weighed by 1 / t^2, which has no mean).
         null_prob: share of samples whose condition is dropped, so that guidance works afterwards.
     """
 
     def __init__(self, student: Denoiser, *, null_prob: float = 0.1) -> None:
         super().__init__(student)
         require_flow(student.process)
-        if not 0 <= null_prob < 1:
-            raise ValueError(f"null_prob: expected a probability in [0, 1), found {null_prob}")
+        check_clean_end(student.process, student.kind, "velocity")
+        check_null_prob(self, null_prob, student)
         self.null_prob = null_prob
         self.student = student.with_(boundary=None)
 

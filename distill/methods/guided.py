@@ -21,7 +21,8 @@ import torch
 from distill.data.batch import Batch
 from distill.engine.module import DistillModule
 from distill.engine.update import Loss, Step, Update
-from distill.methods.losses.progressive import check_student, guided_target, progressive_loss
+from distill.methods.losses.progressive import check_student, guided_target, progressive_loss, snr_weight
+from distill.methods.losses.suits import check_clean_end, check_own_clock, guides
 from distill.models.denoiser import Denoiser, check_same_samples
 from distill.models.guidance import check_guidance_range
 from distill.models.result import Result
@@ -35,7 +36,8 @@ class Guided(DistillModule):
     """Match the teacher's guided x0 at continuous times.
 
     Args:
-        student: predicts v or x0; embeds the guidance unless w_min = w_max = 0.
+        student: predicts v, x0 or the velocity, not under EDM (uniform times are noise levels of 0 .. 80 there); embeds the
+            guidance unless w_min = w_max = 0.
         teacher: any kind, under the same process; trained with a null condition unless w_min = w_max = 0.
         w_min, w_max: guidance w = guidance_scale - 1, drawn uniformly; 0 and 0 for none.
         weight: on the error of x0, see `losses.progressive.snr_weight`.
@@ -54,6 +56,15 @@ class Guided(DistillModule):
     ) -> None:
         super().__init__(student)
         check_student(student.process, student.kind, 1, weight)
+        instead = "a flow or a variance-preserving process (under EDM: progressive or consistency with guidance_scale)"
+        check_own_clock(student.process, "student", "uniform times", instead)
+        check_clean_end(
+            student.process,
+            student.kind,
+            "x0",
+            lambda t: snr_weight(weight, "x0", 2 * student.process.log_ratio(t)),
+            "weight",
+        )
         check_same_samples(student, teacher)
         if clip is not None and not clip > 0:
             raise ValueError(f"clip: found {clip}, expected a positive number or null")
@@ -65,7 +76,7 @@ class Guided(DistillModule):
             raise ValueError("teacher: takes the guidance as an input; expected a teacher without")
         self.embeds = (w_min, w_max) != (0, 0)
         check_guidance_range(student.embeds_guidance, *((w_min, w_max) if self.embeds else (None, None)))
-        if self.embeds and not teacher.guidable:
+        if self.embeds and not guides(teacher):
             raise ValueError(
                 f"w_max: found {w_max}, but the teacher was trained without a null condition; expected 0"
             )

@@ -27,6 +27,7 @@ from distill.engine.module import DistillModule
 from distill.engine.update import Average, Diagnostics, Loss, Step, Update
 from distill.methods.losses.distances import distance
 from distill.methods.losses.lcm import check_teacher, guided_ddim_step, lcm_pair
+from distill.methods.losses.suits import check_start, guides, refuse_unused
 from distill.methods.losses.trajectory import (
     by_thirds,
     check_pair_of_models,
@@ -92,12 +93,15 @@ class LCM(DistillModule):
                 f"w_min, w_max: found {w_min} and {w_max}, expected a student {wanted} a guidance embedding "
                 "(adapt: {net: {guidance_embedding: 64}} adds one)"
             )
-        if (w_min, w_max) != (0, 0) and not teacher.guidable:
+        check_start(process, student.kind, process.t_max)
+        if (w_min, w_max) != (0, 0) and not guides(teacher):
             raise ValueError(
                 f"w_max: found {w_max}, but the teacher was trained without a null condition; expected 0"
             )
         self.grid = lcm_grid(process.num_timesteps, ddim_steps)
         self.distance = distance(loss, huber_c)
+        if loss in ("l1", "l2"):
+            refuse_unused(self, {"huber_c": huber_c}, f"with the loss {loss!r}")
         self.teacher = self.keep_frozen("teacher", teacher)
         self.w_min, self.w_max, self.ddim_steps = w_min, w_max, ddim_steps
         self.target_decay, self.sample_steps = target_decay, check_sample_steps(sample_steps, ddim_steps)

@@ -27,6 +27,7 @@ from distill.data.rng import Draws
 from distill.engine.module import DistillModule
 from distill.engine.update import Diagnostics, Loss, Step, Update
 from distill.methods.losses.progressive import StudentGrid, check_student, progressive_loss, two_step_target
+from distill.methods.losses.suits import guides
 from distill.models.denoiser import Denoiser, check_same_samples
 from distill.models.guidance import check_guidance_range, check_guidance_scale
 from distill.models.result import Result
@@ -71,11 +72,13 @@ class Progressive(DistillModule):
             raise ValueError(
                 f"teacher: made for {found} step(s); a student of {steps} needs one of {2 * steps}"
             )
+        if teacher.sampler is None and teacher.coupling in ("endpoint", "few_step"):
+            raise ValueError("teacher: found a few-step student without a sampler, whose times nobody knows")
         if teacher.boundary is not None or (teacher.sampler is not None and teacher.sampler.mode == "sde"):
             raise ValueError(
                 "teacher: found a consistency model, which is not sampled by DDIM; expected another"
             )
-        check_guidance_scale(teacher.guidable, guidance_scale)
+        check_guidance_scale(guides(teacher), guidance_scale)
         check_guidance_range(student.embeds_guidance, w_min, w_max)
         check_guidance_range(teacher.embeds_guidance, w_min, w_max, "teacher")
         _check_trained_range(teacher, w_min, w_max)

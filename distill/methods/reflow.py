@@ -21,6 +21,7 @@ from distill.data.batch import Batch
 from distill.engine.module import DistillModule
 from distill.engine.update import Loss, Step, Update
 from distill.methods.losses.flow import flow_matching_loss, require_flow
+from distill.methods.losses.suits import check_clean_end, check_null_prob
 from distill.models.denoiser import Denoiser
 from distill.models.result import Result
 from distill.models.spec import SamplerSpec
@@ -31,7 +32,7 @@ class Reflow(DistillModule):
     """Flow matching on pairs of noise and teacher sample.
 
     Args:
-        student: starts from the teacher.
+        student: starts from the teacher; a flow that predicts the velocity.
         null_prob: share of samples whose condition is dropped.
     """
 
@@ -44,8 +45,8 @@ class Reflow(DistillModule):
             raise ValueError(
                 "init: reflow cannot start from a few-step student: it is valid at its sampler's times alone"
             )
-        if not 0 <= null_prob < 1:
-            raise ValueError(f"null_prob: expected a probability in [0, 1), found {null_prob}")
+        check_clean_end(student.process, student.kind, "velocity")
+        check_null_prob(self, null_prob, student)
         self.null_prob = null_prob
         self.student = student.with_(boundary=None)
 

@@ -19,8 +19,8 @@ from distill.engine.fit import Fit, train
 from distill.engine.module import DistillModule
 from distill.engine.schedule import Constant
 from distill.engine.update import Optim
+from distill.models.build import build_net
 from distill.models.denoiser import Denoiser
-from distill.models.native import build as built_from
 from distill.models.native import describe, save_model
 from distill.models.spec import SamplerSpec
 
@@ -52,10 +52,10 @@ def networks(path: Path) -> dict[str, Denoiser]:
     for role in (role for role in ROLES if role in taken):
         torch.manual_seed(len(role))
         config = net if role == "student" else NET
-        model = Denoiser(built_from(config), process, kind, (1, 8, 8), num_classes=10, guidable=True)
+        model = Denoiser(build_net(config), process, kind, (1, 8, 8), num_classes=10, guidable=True)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
-        model.sampler = SamplerSpec(steps=50, any_steps=True, kind=kind)
+        model.sampler = SamplerSpec(steps=50, any_steps=True)
         found[role] = model
     return found
 
@@ -141,9 +141,9 @@ def test_a_null_condition_is_there_where_it_was_trained(stem: str) -> None:
     path = next(p for p in METHOD_CONFIGS if p.stem == stem)
     assert not made(path, networks(path), null_prob=0.0).result().guidable
     given = networks(path)
-    net = built_from(NET | {"num_classes": 0})
+    net = build_net(NET | {"num_classes": 0})
     unconditional = Denoiser(net, given["student"].process, given["student"].kind, (1, 8, 8), guidable=True)
-    assert not made(path, {"student": unconditional}, null_prob=0.5).result().guidable
+    assert not made(path, {"student": unconditional}).result().guidable
 
 
 def test_a_student_of_several_steps_is_valid_at_its_sampler_s_times() -> None:

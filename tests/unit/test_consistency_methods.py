@@ -130,7 +130,8 @@ def test_the_distance_and_the_guidance_are_those_of_the_options() -> None:
 @pytest.mark.parametrize("curriculum", ["cm", "ict", "ect"])
 def test_consistency_training_is_the_distance_along_one_noise(curriculum: str, process: Process) -> None:
     kind = {"EDM": "x0", "Flow": "velocity"}.get(type(process).__name__, "v")
-    method, k = training(process, kind, curriculum=curriculum, mean=-0.5, std=1.5), 60
+    law = {} if curriculum == "cm" else {"mean": -0.5, "std": 1.5}
+    method, k = training(process, kind, curriculum=curriculum, **law), 60
     prepared(method)
     batch, student = ring_batch(), frozen_copy(method.student)
     if curriculum == "ect":

@@ -552,4 +552,4 @@ def test_denoising_regresses_the_net_s_own_kind(process: Process, kind: str, opt
     spec = method.result().sampler
     assert (spec.solver, spec.steps) == (("heun", 18) if isinstance(process, EDM) else ("ddim", 50))
     assert method.result().guidable
-    assert not Denoising(mlp(process, kind, classes=8), null_prob=0.0).result().guidable
+    assert not Denoising(mlp(process, kind, classes=8), null_prob=0.0, **options).result().guidable

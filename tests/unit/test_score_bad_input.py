@@ -241,7 +241,9 @@ def test_a_distilled_generator_is_read_at_its_own_times() -> None:
 
 
 def test_a_kind_without_a_weighting_of_its_own() -> None:
-    refused(list(MAKERS), "weighting: found 'auto' for a model that predicts 'score'", net={"kind": "score"})
+    refused(
+        list(MAKERS), "student: predicts 'score', which is unbounded at the clean end", net={"kind": "score"}
+    )
 
 
 # ---- guidance ----

@@ -353,9 +353,10 @@ def test_the_fake_score_learns_the_student_s_samples(
     process: Process, kind: str, reduction: str, kappa: float
 ) -> None:
     """Section 4, with conditions dropped and guidance kappa inside the training prediction."""
-    options = {"fake_times": {"name": "lognormal" if reduction == "sum" else "uniform"}}
+    options: dict[str, Any] = {"fake_times": {"name": "lognormal" if reduction == "sum" else "uniform"}}
     guided = {} if kappa == 1 else {"guidance_fake_train": kappa, "null_prob": 0.25}
-    method = made(SiD, process, kind, classes=CLASSES, sigma_data=0.7, **options, **guided)
+    options |= {"sigma_data": 0.7} if kind == "x0" else {}
+    method = made(SiD, process, kind, classes=CLASSES, **options, **guided)
     method.reduction = reduction
     batch, d = ring_batch(classes=CLASSES, dtype=torch.float64), double_step().draws
     x = x0(method.student, *start_of(process, None, d.normal("z", (2,))), batch.cond)
@@ -542,7 +543,11 @@ def test_the_first_state(
     process: Process, levels: list[float] | None, unit: bool, scale: float, time: float
 ) -> None:
     """Section 2: 80 z of EDM, SiD's 2.5 z, DMD2's unit noise at index 399, SiD-LSG's scaled noise at 625."""
-    times = {"generator_times": {"name": "uniform"}, "fake_times": {"name": "uniform"}}
+    uniform = {"name": "sid" if isinstance(process, EDM) else "uniform"}
+    times = {
+        "generator_times": uniform,
+        "fake_times": uniform | ({"low": 0.01} if isinstance(process, Flow) else {}),
+    }
     kind = "eps" if isinstance(process, VPScaledLinear) else "x0"
     method = made(SiD, process, kind, levels=levels, unit_noise=unit, **times)
     calls = calls_of(method.student)

@@ -17,6 +17,7 @@ from distill.methods.losses.gan import discriminator_loss, generator_loss
 from distill.methods.losses.score import descend, diff_instruct_loss, dmd_gradient
 from distill.methods.losses.score_student import ScoreDistillation, check_ratio
 from distill.methods.losses.score_times import usual_times
+from distill.methods.losses.suits import refuse_unused
 from distill.models.denoiser import Denoiser
 from distill.models.tap import Tap
 from distill.nets.heads import GanHead, VectorHead
@@ -74,11 +75,19 @@ class DistributionMatching(ScoreDistillation):
         self._check_input(input)
         if not 0 <= floor < math.inf:
             raise ValueError(f"floor: expected a finite number of at least 0, found {floor}")
+        if not normalise:
+            refuse_unused(self, {"floor": floor}, "without `normalise`")
         self.real_noised, self.normalise, self.floor = input == "real_noised", normalise, floor
         self.ratio, self.gan = fake_updates_per_generator, None if gan is None else gan_options(gan)
         if self.gan is not None:
             self.tap = Tap(self.fake if self.gan["features"] == "fake" else self.teacher)
-            self.head = make_head(self.tap.shape(), self.gan["groups"], seed=0)
+            shape = self.tap.shape()
+            if len(shape) == 1 and self.gan["groups"] != GAN["groups"]:
+                raise ValueError(
+                    f"gan.groups: found {self.gan['groups']}, which changes nothing for features of shape {list(shape)}; "
+                    f"expected {GAN['groups']}"
+                )
+            self.head = make_head(shape, self.gan["groups"], seed=0)
 
     def _check_input(self, input: str) -> None:
         if input not in ("backward_sim", "real_noised"):
@@ -212,6 +221,10 @@ def gan_options(given: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("weight_g", "weight_d"):
         if not 0 <= options[name] < math.inf:
             raise ValueError(f"gan.{name}: found {options[name]}, expected a finite number of at least 0")
+    if options["weight_g"] == options["weight_d"] == 0:
+        raise ValueError(
+            "gan.weight_g, weight_d: found 0 and 0, which changes nothing; expected null for no GAN"
+        )
     if not isinstance(options["diffusion"], bool):
         raise ValueError(f"gan.diffusion: found {options['diffusion']!r}, expected true or false")
     if options["features"] not in ("fake", "teacher"):

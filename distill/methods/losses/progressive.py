@@ -19,6 +19,7 @@ from torch import Tensor
 from distill.methods.losses.distances import l2
 from distill.models.guidance import guide
 from distill.process.base import Process, at_least_float32, combine, expand
+from distill.process.edm import EDM
 from distill.process.guidance_w import scale_of_w
 from distill.samplers.ode import Field, ddim_step
 
@@ -279,7 +280,10 @@ def check_student(process: Process, kind: str, steps: int, weight: str = "snr_tr
     if steps < 1:
         raise ValueError(f"steps: found {steps}, expected at least 1")
     no_signal = float(process.alpha(torch.tensor([process.t_max], dtype=torch.float64))) == 0
-    if kind in ("eps", "score") and (steps < _MIN_EPS_STEPS or no_signal):
+    noise = kind in ("eps", "score") or (
+        kind == "velocity" and isinstance(process, EDM)
+    )  # EDM's velocity is eps
+    if noise and (steps < _MIN_EPS_STEPS or no_signal):
         reason = "nothing of the data is left at t_max" if no_signal else f"it has {steps} steps"
         raise ValueError(
             f"kind: found {kind!r}, but the student divides by alpha and {reason}; expected 'v' or 'x0' (fine-tune an eps "

@@ -8,8 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,104 +16,32 @@ from torch import Tensor
 
 from distill.data.batch import Batch
 from distill.data.cond import Cond
-from distill.data.rng import Draws, stream_key
+from distill.data.rng import Draws
 from distill.engine.module import DistillModule
 from distill.engine.networks import check_apart
 from distill.engine.update import Diagnostics
-from distill.methods.losses.score import FAKE_SCORE_KINDS, fake_score_loss
+from distill.methods.losses.score import FAKE_SCORE_KINDS, fake_score_loss, fake_score_weight
 from distill.methods.losses.score_times import Times, times_of
+from distill.methods.losses.student_input import StudentInput
+from distill.methods.losses.suits import (
+    LARGEST_FACTOR,
+    check_clean_end,
+    error_factor,
+    guides,
+    refuse_unused,
+)
 from distill.models.denoiser import Denoiser, check_same_samples, check_sigma_data
 from distill.models.result import Result
-from distill.models.spec import SamplerSpec
 from distill.process.base import Process
 from distill.process.edm import EDM
-from distill.samplers.backward import check_times, few_step_output, mixture_output
 
 AUTO = {"x0": "edm", "eps": "eps", "v": "v", "velocity": "flow"}
 # Noise levels at which diagnostics show what teacher and fake score predict.
 SHOWN_LEVELS = (0.3, 1.0, 3.0)
 # By noise level, diagnostics are means over as many samples in each of these bins.
 BINS = 10
-# Stable Diffusion's first step, 14.6, works.
-LARGEST_LEVEL_OF_EPS = 100.0
 # Below this share of the data's standard deviation the student has collapsed.
 COLLAPSED = 0.2
-
-
-class StudentInput:
-    """Where the generator's steps start, and how it is sampled.
-
-    Args:
-        levels: noise levels sigma / alpha of the N start times, falling; None: one step from t_max. SiD: [2.5].
-        unit_noise: feed unit noise at the first time instead of noise of that level (DMD2's one-step SDXL).
-
-    Raises:
-        ValueError: levels that are no falling list of positive numbers, or that the process does not have.
-    """
-
-    def __init__(self, process: Process, levels: Sequence[float] | None, unit_noise: bool = False) -> None:
-        self.process, self.unit_noise = process, unit_noise
-        if levels is None:
-            self.times = [process.t_max]
-        else:
-            self.times = process.time_of(_falling(process, levels)).tolist()
-        check_times(process, self.times)
-        first = torch.tensor([self.times[0]], dtype=torch.float64)
-        whole = float(process.prior(torch.ones(1, 1, dtype=torch.float64)))
-        # At t_max the start is the process's own prior, as in every sampler.
-        start = whole if self.times[0] == process.t_max else float(process.sigma(first))
-        self.scale = (1.0 if unit_noise else start) / whole
-
-    @property
-    def steps(self) -> int:
-        """N."""
-        return len(self.times)
-
-    def spec(self, guidance_baked: float, noise_scale: float) -> SamplerSpec:
-        """Exactly N steps, each from fresh noise."""
-        return SamplerSpec(
-            steps=self.steps,
-            times={self.steps: (*self.times, self.process.t_min)},
-            mode="sde",
-            start_scale=self.scale,
-            guidance_baked=guidance_baked,
-            noise_scale=noise_scale,
-        )
-
-    def _given(self, draws: Draws, shape: Sequence[int]) -> tuple[Tensor, Callable[[int], Tensor]]:
-        z = draws.normal("z", shape)
-        return self.process.prior(self.scale * z), lambda i: draws.normal(f"renoise{i}", shape)
-
-    def output(self, student: Denoiser, cond: Cond, draws: Draws) -> Tensor:
-        """x [B,*S], the output of one of the N steps, the same for the whole batch and all processes, with its graph."""
-        start, noise = self._given(draws, student.sample_shape)
-        k = stream_key(draws.seed, draws.stream, draws.step, "k") % self.steps
-        return few_step_output(lambda x, t: student.x0(x, t, cond), self.process, start, self.times, noise, k)
-
-    def mixture(self, student: Denoiser, cond: Cond, draws: Draws) -> Tensor:
-        """x [B,*S] of a step of its own for each sample, without a graph: what the fake score learns."""
-        start, noise = self._given(draws, student.sample_shape)
-        k = draws.integer("k", self.steps)
-        return mixture_output(lambda x, t: student.x0(x, t, cond), self.process, start, self.times, noise, k)
-
-
-def _falling(process: Process, levels: Sequence[float]) -> Tensor:
-    """Log ratios [N] of falling noise levels."""
-    listed = isinstance(levels, Sequence) and not isinstance(levels, str)
-    wanted = list(levels) if listed else []
-    numbers = all(isinstance(level, float | int) and level > 0 for level in wanted)
-    if not wanted or not numbers or any(not a > b for a, b in pairwise(wanted)):
-        raise ValueError(
-            f"levels: found {levels!r}, expected a list of positive, falling noise levels, or null"
-        )
-    ratio = -torch.log(torch.tensor(wanted, dtype=torch.float64))
-    if not bool(process.covers(ratio).all()):
-        ends = torch.tensor([process.t_min, process.t_max], dtype=torch.float64)
-        low, high = torch.exp(-process.log_ratio(ends)).tolist()
-        raise ValueError(
-            f"levels: found {wanted}, expected noise levels that {process!r} has: {low:.4g} .. {high:.4g}"
-        )
-    return ratio
 
 
 def conditions_of(labels: str, num_classes: int, batch: Batch, draws: Draws) -> Cond:
@@ -196,13 +123,30 @@ def check_score_options(
     return found
 
 
-def _check_amplification(process: Process, t: float) -> None:
+def check_weighting(
+    method: object, model: Denoiser, weighting: str, times: Mapping[str, Any], sigma_data: float
+) -> None:
+    """Refuse a weighting of the fake score's loss that has no mean over its times, and a `sigma_data` that nothing asks for.
+
+    Raises:
+        ValueError: names the option.
+    """
+    process, told = model.process, FAKE_SCORE_KINDS[weighting]
+    if weighting != "edm":
+        refuse_unused(method, {"sigma_data": sigma_data}, f"with the weighting {weighting!r}")
+    if times.get("name") == "uniform" and times.get("low", 0.0) == 0:
+        check_clean_end(
+            process, model.kind, told, lambda t: fake_score_weight(process, t, weighting), "weighting"
+        )
+
+
+def _check_amplification(process: Process, kind: str, t: float) -> None:
     """Refuse a student of noise predictions where its x0 = (x - sigma eps) / alpha is mostly their error."""
-    level = float(torch.exp(-process.log_ratio(torch.tensor([t], dtype=torch.float64))))
-    if level > LARGEST_LEVEL_OF_EPS:
+    level = float(error_factor(process, kind, "x0", torch.tensor([t], dtype=torch.float64)))
+    if not level <= LARGEST_FACTOR:
         raise ValueError(
-            f"levels: the first is {level:.4g}, and a student that predicts eps multiplies its error by that to tell x0; "
-            f"expected at most {LARGEST_LEVEL_OF_EPS:g}, such as levels: [2.5], or a student that predicts v or x0"
+            f"levels: the first is {level:.4g}, and a student that predicts {kind} multiplies its error by that to tell x0; "
+            f"expected at most {LARGEST_FACTOR:g}, such as levels: [2.5], or a student that predicts v or x0"
         )
 
 
@@ -259,10 +203,10 @@ class ScoreDistillation(DistillModule):
             labels=labels,
         )
         self.input = StudentInput(process, levels, unit_noise)
-        if student.kind == "eps":
-            _check_amplification(process, self.input.times[0])
+        _check_amplification(process, student.kind, self.input.times[0])
         self.generator_times = times_of(process, generator_times, "generator_times")
         self.fake_times = times_of(process, fake_times, "fake_times")
+        check_weighting(self, teacher, self.weighting, fake_times, sigma_data)
         self.fake = copy.deepcopy(teacher)
         # Where its weights are replaced, those that were given stay.
         self.teacher = self.keep_frozen(
@@ -276,12 +220,14 @@ class ScoreDistillation(DistillModule):
             noise_scale,
         )
         self.result()
+        if self.input.steps == 1:
+            refuse_unused(self, {"noise_scale": noise_scale}, "for a student of one step")
 
     @staticmethod
     def _check_models(student: Denoiser, teacher: Denoiser) -> None:
         check_apart("teacher", teacher, student)
         check_same_samples(student, teacher)
-        if teacher.coupling != "independent":
+        if teacher.coupling != "independent" or teacher.boundary is not None:
             raise ValueError(
                 f"teacher: found a model of {teacher.coupling} noise and data, which has no score; expected a diffusion or "
                 "flow model"
@@ -300,12 +246,16 @@ class ScoreDistillation(DistillModule):
         for name, scale in scales.items():
             if not math.isfinite(scale):
                 raise ValueError(f"{name}: found {scale}, expected a finite number")
-            if scale != 1 and not teacher.guidable:
+            if scale != 1 and not guides(teacher):
                 raise ValueError(
                     f"{name}: found {scale}, but the teacher was trained without a null condition; expected 1"
                 )
         if not 0 <= null_prob < 1:
             raise ValueError(f"null_prob: expected a probability in [0, 1), found {null_prob}")
+        if null_prob > 0 and not teacher.num_classes:
+            raise ValueError(
+                f"null_prob: found {null_prob}, but the teacher has no conditions to drop; expected 0"
+            )
         for name in ("guidance_fake", "guidance_fake_train"):
             if scales[name] != 1 and null_prob == 0:
                 raise ValueError(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from distill.data.rng import Draws
+from distill.methods.losses.suits import check_own_clock
 from distill.process.base import Process
 from distill.process.edm import EDM
 from distill.process.flow import Flow
@@ -66,6 +67,8 @@ def times_of(process: Process, options: Mapping[str, Any], where: str) -> Times:
     }
     if name not in known:
         raise ValueError(f"{where}.name: found {name!r}, expected one of {sorted(known)}")
+    if name in ("uniform", "logit_normal"):
+        check_own_clock(process, f"{where}.name", repr(name), "lognormal, sid or karras")
     options_of = [p.name for p in inspect.signature(known[name]).parameters.values()][1:]
     if unknown := sorted(set(given) - set(options_of)):
         raise ValueError(f"{where}.{unknown[0]}: no such option of {name!r}; expected some of {options_of}")

@@ -30,6 +30,10 @@ def check_pair_of_models(student: Denoiser, teacher: Denoiser) -> None:
         raise ValueError(
             "teacher: found a few-step student, which has no trajectories; expected an ODE teacher"
         )
+    if teacher.boundary is not None:
+        raise ValueError(
+            "teacher: found a consistency function, which has no trajectories; expected an ODE teacher"
+        )
     if teacher.embeds_guidance:
         raise ValueError("teacher: takes the guidance as an input; expected a teacher without")
 
