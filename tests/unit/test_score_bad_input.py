@@ -529,7 +529,7 @@ CHANGES = [
         "stages.distill.method.generator_times.t_max=600.0",
         "config.method.generator_times.t_max: 800.0 -> 600.0",
     ),
-    ("stages.distill.method.noise_scale=0.5", "config.method.noise_scale: 1.0 -> 0.5"),
+    ("stages.distill.method.floor=0.5", "config.method.floor: 1e-05 -> 0.5"),
 ]
 
 

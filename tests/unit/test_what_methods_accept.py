@@ -246,7 +246,7 @@ def test_refused_by_name_or_right(method: str, process: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("process", "kind"), [("cosine", "x0"), ("cosine", "v"), ("sd", "x0"), ("sd", "eps"), ("flow", "x0")]
+    ("process", "kind"), [("cosine", "x0"), ("cosine", "v"), ("sd", "v"), ("sd", "eps"), ("flow", "x0")]
 )
 def test_a_teacher_s_error_is_not_multiplied_in_its_last_step(process: str, kind: str) -> None:
     """An error of 0.01 in what the teacher predicts moves no target by more than 0.05. (A predicted x0 is divided by sigma
