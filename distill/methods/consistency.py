@@ -119,8 +119,9 @@ class Consistency(DistillModule):
                 f"teacher: predicts {teacher.kind!r}, whose error a step from t = {float(self.levels[0]):g} multiplies by "
                 f"{float(before[0]):.4g} under {teacher.process!r}; expected a teacher that predicts x0 or v, or more scales"
             )
-        regular = velocity_at_end(teacher) and float(after[-1]) <= LARGEST_STEP
-        self.singular = None if regular else float(self.levels[-1])
+        self.singular = None if velocity_at_end(teacher) else student.process.t_min
+        if self.singular is None and float(after[-1]) > LARGEST_STEP:
+            self.singular = float(self.levels[-1])
         boundary = boundary_at(student.process, self.levels, student.kind, student.sigma_data)
         self.student = student.with_(boundary=boundary)
 
