@@ -1,7 +1,7 @@
 """The processes that share a run. One process needs none of this, and then everything here costs nothing.
 
-Ranks come from the environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), as `distill.launch`, torchrun and most
-schedulers set them.
+Ranks come from the environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), as `distill.launch` and torchrun set
+them. srun and mpirun set names of their own (SLURM_PROCID, OMPI_COMM_WORLD_RANK), which are not read: start torchrun with them.
 """
 
 from __future__ import annotations

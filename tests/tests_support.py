@@ -1,5 +1,4 @@
-"""Running the verbs: in this process where a command is refused or only reads, in a fork where it trains, as a process of its
-own where it is killed."""
+"""Running the verbs: in this process where a command is refused or only reads, in a fork where it trains or is killed."""
 
 from __future__ import annotations
 
@@ -30,6 +29,17 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 
 ROOT = Path(__file__).resolve().parents[1]
+_get_mode = Hydra.get_mode
+
+
+def mode_of(self: Hydra, config_name: str | None, overrides: Sequence[str]) -> RunMode | None:
+    """Hydra's mode, which it would compose every config once more to read; no config of ours sets it."""
+    if any(override.startswith("hydra.mode") for override in overrides):
+        return _get_mode(self, config_name, list(overrides))
+    return RunMode.RUN
+
+
+Hydra.get_mode = mode_of  # type: ignore[method-assign]
 
 
 def environment() -> dict[str, str]:
@@ -51,6 +61,7 @@ for line in sys.stdin:
     call = json.loads(line)
     pid = os.fork()
     if pid == 0:
+        os.setsid()
         os.chdir(call["folder"])
         os.environ.clear()
         os.environ.update(call["env"])
@@ -60,6 +71,7 @@ for line in sys.stdin:
         sys.modules.pop(call["module"])
         code = 0
         try:
+            exec(call["before"], {})
             runpy.run_module(call["module"], run_name="__main__", alter_sys=True)
         except SystemExit as ended:
             code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
@@ -92,29 +104,51 @@ def server() -> subprocess.Popen[str]:
     return _server[0]
 
 
-def run_verb(
-    folder: Path, verb: str, *arguments: str, check: bool = True, timeout: float = 300
-) -> subprocess.CompletedProcess[str]:
-    """`python -m distill.<verb> arguments` in a fork, for what trains; with `check`, a failure shows the end of its messages.
-    What is refused, or only reads, is faster with `call_verb`."""
-    process = server()
-    assert process.stdin is not None
-    assert process.stdout is not None
-    with tempfile.TemporaryDirectory() as place:
-        out, err = Path(place, "out"), Path(place, "err")
-        for file in (out, err):
+class Started:
+    """A verb that runs in a fork; it must be waited for before the next one is started."""
+
+    def __init__(self, folder: Path, verb: str, *arguments: str, before: str = "") -> None:
+        self.command = [verb, *arguments]
+        self._place = tempfile.TemporaryDirectory()
+        self._out, self._err = Path(self._place.name, "out"), Path(self._place.name, "err")
+        for file in (self._out, self._err):
             file.touch()
-        call = {"folder": str(folder), "module": f"distill.{verb}", "arguments": arguments}
-        call |= {"env": environment(), "out": str(out), "err": str(err)}
+        call = {"folder": str(folder), "module": f"distill.{verb}", "arguments": arguments, "before": before}
+        call |= {"env": environment(), "out": str(self._out), "err": str(self._err)}
+        process = server()
+        assert process.stdin is not None
+        assert process.stdout is not None
         process.stdin.write(json.dumps(call) + "\n")
         process.stdin.flush()
-        pid = int(process.stdout.readline())
-        alarm = threading.Timer(timeout, os.kill, (pid, signal.SIGKILL))
+        self._told = process.stdout
+        self.pid = int(self._told.readline())
+
+    def ended(self) -> bool:
+        """Whether the process has come to its end."""
+        with contextlib.suppress(OSError):
+            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        return True
+
+    def wait(self, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        """Its exit code and what it wrote; killed after `timeout` seconds."""
+        alarm = threading.Timer(timeout, os.kill, (self.pid, signal.SIGKILL))
         alarm.start()
-        code, seconds = process.stdout.readline().split()
-        cpu_of_forks[0] += float(seconds)
+        code, seconds = self._told.readline().split()
         alarm.cancel()
-        result = subprocess.CompletedProcess([verb, *arguments], int(code), out.read_text(), err.read_text())
+        cpu_of_forks[0] += float(seconds)
+        result = subprocess.CompletedProcess(
+            self.command, int(code), self._out.read_text(), self._err.read_text()
+        )
+        self._place.cleanup()
+        return result
+
+
+def run_verb(
+    folder: Path, verb: str, *arguments: str, check: bool = True, timeout: float = 300, before: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """`python -m distill.<verb> arguments` in a fork, for what trains; with `check`, a failure shows the end of its messages.
+    What is refused, or only reads, is faster with `call_verb`. `before` is Python that the fork runs first."""
+    result = Started(folder, verb, *arguments, before=before).wait(timeout)
     if check:
         assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return result
@@ -125,11 +159,9 @@ def command_line(folder: Path, *arguments: str) -> Iterator[None]:
     """Inside the block this process stands in `folder` with the environment and `sys.argv` of a user, and Hydra is as at the
     start of a process. Afterwards everything is as before, torch's threads included."""
     place, threads, argv = Path.cwd(), torch.get_num_threads(), sys.argv
-    # Without -m the mode is RUN; asking Hydra for it would compose every config twice.
-    mode = contextlib.nullcontext() if {"-m", "--multirun"} & set(arguments) else single_run()
     GlobalHydra.instance().clear()
     try:
-        with mock.patch.dict(os.environ, environment(), clear=True), mode:
+        with mock.patch.dict(os.environ, environment(), clear=True):
             os.chdir(folder)
             sys.argv = list(arguments)
             yield
@@ -138,11 +170,6 @@ def command_line(folder: Path, *arguments: str) -> Iterator[None]:
         os.chdir(place)
         torch.set_num_threads(threads)
         GlobalHydra.instance().clear()
-
-
-def single_run() -> contextlib.AbstractContextManager[object]:
-    """Hydra takes its mode for RUN inside the block."""
-    return mock.patch.object(Hydra, "get_mode", return_value=RunMode.RUN)
 
 
 def call_verb(
@@ -204,26 +231,29 @@ def copied_run(source: Path, target: Path) -> Path:
     return target
 
 
-def kill_when(folder: Path, options: Sequence[str], there: Callable[[], bool], timeout: float = 200) -> None:
-    """Start `python -m distill.train` as a user would and SIGKILL all its processes as soon as `there` says so."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "distill.train", *options],
-        cwd=folder,
-        env=environment(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+def signal_when(
+    folder: Path,
+    number: signal.Signals,
+    options: Sequence[str],
+    there: Callable[[], bool],
+    timeout: float = 200,
+) -> subprocess.CompletedProcess[str]:
+    """Start `distill.train` and send it the signal as soon as `there` says so; how it ended."""
+    started = Started(folder, "train", *options)
     deadline = time.monotonic() + timeout
-    while not there() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    ended = process.poll()
-    if ended is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    assert ended is None, f"the run ended with {ended} before it could be killed"
-    assert there()
+    while not there() and not started.ended() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    reached = there() and not started.ended()
+    os.kill(started.pid, number if reached else signal.SIGKILL)
+    result = started.wait()
+    assert reached, f"the run ended with {result.returncode} too early: {result.stderr[-2000:]}"
+    return result
+
+
+def kill_when(folder: Path, options: Sequence[str], there: Callable[[], bool], timeout: float = 200) -> None:
+    """Start `distill.train` and SIGKILL it as soon as `there` says so; its processes die with it."""
+    ended = signal_when(folder, signal.SIGKILL, options, there, timeout)
+    assert ended.returncode == -signal.SIGKILL
 
 
 def load_script(name: str) -> ModuleType:

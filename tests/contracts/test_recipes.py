@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from tests_support import run_verb
+from tests_support import call_verb
 
 import distill
 from distill.data.digits import Digits
@@ -175,11 +176,9 @@ def test_one_step_checkpoint_and_export(path, tmp_path):
 
 
 @pytest.fixture(scope="module", params=RECIPES, ids=lambda path: path.stem)
-def smoke(request, tmp_path_factory):
+def smoke(request, shared):
     """A recipe, run once with tiny numbers; the run folder."""
-    folder = tmp_path_factory.mktemp(request.param.stem)
-    run_verb(folder, "train", f"recipe={request.param.stem}", "profile=smoke", "name=run")
-    return folder
+    return shared(request.param.stem)
 
 
 def test_recipe_ends_in_an_exported_evaluated_student(smoke):
@@ -234,10 +233,6 @@ def test_recipe_ends_in_an_exported_evaluated_student(smoke):
 
 
 def test_an_export_needs_nothing_else(smoke, tmp_path):
-    moved = tmp_path / "elsewhere"
-    (smoke / "runs" / "run" / "export").rename(moved)
-    try:
-        run_verb(tmp_path, "sample", f"model={moved}", "count=12", "out=out.png")
-        assert (tmp_path / "out.png").read_bytes()[:4] == b"\x89PNG"
-    finally:
-        moved.rename(smoke / "runs" / "run" / "export")
+    shutil.copytree(smoke / "runs" / "run" / "export", tmp_path / "elsewhere")
+    call_verb(tmp_path, "sample", "model=elsewhere", "count=12", "out=out.png", check=True)
+    assert (tmp_path / "out.png").read_bytes()[:4] == b"\x89PNG"

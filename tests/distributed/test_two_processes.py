@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from tests_support import environment, kill_when, run_verb
+from tests_support import copied_run, environment, kill_when, refusal, run_verb
 
 from distill.launch import free_port
 
@@ -130,12 +129,8 @@ def test_nonfinite_steps_are_skipped_together_counted_and_end_the_run(results, s
 SMOKE = ("recipe=instaflow", "profile=smoke", "name=run")
 
 
-def test_a_run_on_two_processes_makes_the_same_pairs_and_numbers(tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    for folder in (one, two):
-        folder.mkdir()
-    run_verb(one, "train", *SMOKE)
-    shutil.copytree(one, two, dirs_exist_ok=True)
+def test_a_run_on_two_processes_makes_the_same_pairs_and_numbers(shared, tmp_path):
+    one, two = shared("instaflow"), copied_run(shared("instaflow"), tmp_path)
     # Two processes make the pairs and the evaluation again, from the same trained models.
     done = run_verb(two, "train", *SMOKE, "redo=[pairs2,evaluate]", "trainer.devices=2")
     assert done.stdout.count("runs/run: done.") == 1
@@ -171,7 +166,6 @@ def test_two_processes_killed_and_continued_are_bit_equal(tmp_path):
             assert torch.equal(value, other[name]), f"{stage}: {name}"
 
 
-def test_a_failing_rank_ends_the_run(tmp_path):
-    refused = run_verb(tmp_path, "train", *SMOKE, "trainer.devices=2", "teacher.batch_size=15", check=False)
-    assert refused.returncode != 0
-    assert "batch_size: 15 samples a step cannot be split" in refused.stderr
+def test_a_batch_that_cannot_be_split_is_refused_before_there_are_two(tmp_path):
+    refused = refusal(tmp_path, "train", *SMOKE, "trainer.devices=2", "teacher.batch_size=15")
+    assert "batch_size: 15 samples a step cannot be split" in refused

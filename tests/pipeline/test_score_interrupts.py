@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests_support import environment, kill_when, run_verb
+from tests_support import kill_when, run_verb
 
 from distill.engine import checkpoint
 from distill.files import sha256_file
@@ -40,13 +37,10 @@ RECIPES = {
     ),
 }
 
-# Starts the verb in forked processes, since importing torch takes longer than a whole run here; each may die by its own
-# hand at a chosen moment. Prints [exit code, files of the nodes, steps of the last stage's checkpoint] of each.
-SCRIPT = """
-import json, os, signal, sys
-from pathlib import Path
-from distill import files, train
-from distill.engine import checkpoint
+# What a fork runs before the verb: it dies by its own hand at a chosen moment.
+DYING = """
+import os, signal
+from distill import files
 from distill.engine.fit import _Watch
 from distill.pipeline import stages
 
@@ -73,25 +67,6 @@ def in_node(number):
 def before_manifest():
     stages.write_manifest = die
 
-for folder, arguments, death, *given in json.load(sys.stdin):
-    pid = os.fork()
-    if pid == 0:
-        Path(folder).mkdir(exist_ok=True)
-        os.chdir(folder)
-        for number in (1, 2):
-            os.dup2(os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-        if death:
-            globals()[death](*given)
-        sys.argv = ["distill.train", *arguments]
-        train.config.run_verb(train.main)
-        os._exit(0)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    run = Path(folder, "runs/run")
-    record, last = run / "record", run / "distill/checkpoints/last.ckpt"
-    found = [*record.glob("nodes/**/*"), *record.glob("nodes.json")]
-    kept = sorted(str(path.relative_to(record)) for path in found if path.is_file())
-    saved = checkpoint.read(last)["progress"]["step"] if last.is_file() else 0
-    print(json.dumps([code, kept, saved]), flush=True)
 """
 DEATHS: dict[str, list[tuple[Any, ...]]] = {
     "sid": [("at_step", "distill", 5)],
@@ -109,30 +84,27 @@ DEATHS: dict[str, list[tuple[Any, ...]]] = {
 def ended(tmp_path_factory) -> tuple[Path, dict[str, list[Any]]]:
     """A folder with RECIPE-whole and RECIPE-parts, and how the starts ended: [(files of the nodes, steps that were saved)]."""
     folder = tmp_path_factory.mktemp("score")
-    calls = []
-    for name, options in RECIPES.items():
-        calls.append((str(folder / f"{name}-whole"), options, None))
-        calls += [(str(folder / f"{name}-parts"), options, *death) for death in DEATHS[name]]
-        if name != "disback":
-            calls.append((str(folder / f"{name}-parts"), options, None))
-    result = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        input=json.dumps(calls),
-        env=environment(),
-        text=True,
-        capture_output=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    run_verb(folder / "disback-parts", "train", *RECIPES["disback"])  # as a user continues it
     ends: dict[str, list[Any]] = {}
-    for (place, _, death, *_), line in zip(calls, result.stdout.splitlines(), strict=True):
-        code, kept, saved = json.loads(line)
-        log = Path(place, "log.txt").read_text()[-2000:]
-        assert code == (-signal.SIGKILL if death else 0), f"{place}, {death}: {log}"
-        ends.setdefault(Path(place).name, []).append((kept, saved))
+    for name, options in RECIPES.items():
+        for place, death in [("whole", None), *(("parts", death) for death in DEATHS[name]), ("parts", None)]:
+            run = folder / f"{name}-{place}"
+            run.mkdir(exist_ok=True)
+            before = "" if death is None else f"{DYING}\n{death[0]}(*{death[1:]!r})"
+            ended = run_verb(run, "train", *options, check=False, before=before)
+            assert ended.returncode == (-signal.SIGKILL if death else 0), (
+                f"{run}, {death}: {ended.stderr[-2000:]}"
+            )
+            ends.setdefault(run.name, []).append(left_in(run / "runs/run"))
+    ends["disback-parts"].pop()  # of the end there are the files
     return folder, ends
+
+
+def left_in(run: Path) -> tuple[list[str], int]:
+    """(files of the nodes, steps of the last stage's checkpoint)."""
+    record, last = run / "record", run / "distill/checkpoints/last.ckpt"
+    found = [*record.glob("nodes/**/*"), *record.glob("nodes.json")]
+    kept = sorted(str(path.relative_to(record)) for path in found if path.is_file())
+    return kept, checkpoint.read(last)["progress"]["step"] if last.is_file() else 0
 
 
 def same_files(folder: Path, name: str, *patterns: str) -> list[str]:

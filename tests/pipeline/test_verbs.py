@@ -32,11 +32,9 @@ SMOKE_COUNT, SMOKE_BATCH = 40, 16
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
+def run(shared) -> Path:
     """A finished run of the whole recipe."""
-    folder = tmp_path_factory.mktemp("run")
-    run_verb(folder, "train", "recipe=instaflow", "profile=smoke", "name=run")
-    return folder / "runs" / "run"
+    return shared("instaflow") / "runs" / "run"
 
 
 def write_images(folder: Path, images: torch.Tensor, labels: torch.Tensor | None = None) -> Path:

@@ -1,0 +1,102 @@
+"""Kills the process that it runs in at one named file operation below one folder. `scripts/chaos.py` calls `install` in a
+fork, or through a `sitecustomize.py` in processes of their own; the package knows nothing of it.
+
+An operation is (what, which kind of file): `replace */model.safetensors`. The stage's folder is `*`, numbers are `#`.
+"""
+
+from __future__ import annotations
+
+import builtins
+import io
+import json
+import os
+import re
+import signal
+from collections.abc import Callable
+from typing import Any
+
+WHEN = (
+    "before",
+    "half",
+    "after",
+)  # half: the file that is being flushed loses its second half, as in a power cut
+
+
+def kind_of(path: str, root: str, stages: list[str]) -> str | None:
+    """The kind of a file below `root`; None for others."""
+    inside = os.path.relpath(os.path.abspath(path), root)
+    if inside.startswith(".."):
+        return None
+    first, _, rest = inside.partition(os.sep)
+    named = "/".join(["*", *([rest] if rest else [])]) if first in stages else inside
+    return re.sub(r"\d+|\.[0-9a-f]{8}(?=\.part)", "#", named)
+
+
+def install(spec: dict[str, Any]) -> None:
+    """spec: `root` (the run folder), `stages`, and either `record` (a file that gets a line an operation) or `what`, `kind`,
+    `when`, `number` (its how many-th time) and `mark` (a file that is made just before the kill)."""
+    root, stages, seen = spec["root"], spec["stages"], [0]
+    unpatched = builtins.open
+
+    def note(what: str, path: Any, when: str, handle: int | None = None) -> None:
+        kind = None if not isinstance(path, (str, os.PathLike)) else kind_of(os.fspath(path), root, stages)
+        if kind is None:
+            return
+        if "record" in spec:
+            if when == "before":
+                with unpatched(spec["record"], "a") as file:
+                    file.write(json.dumps([what, kind]) + "\n")
+            return
+        if (what, kind) != (spec["what"], spec["kind"]) or when != (
+            "after" if spec["when"] == "after" else "before"
+        ):
+            return
+        seen[0] += 1
+        if seen[0] == spec["number"]:
+            if spec["when"] == "half":
+                os.truncate(path, os.path.getsize(path) // 2)
+            unpatched(spec["mark"], "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def around(owner: Any, name: str, what: str, path_of: Callable[..., Any]) -> None:
+        original = getattr(owner, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            path = path_of(*arguments, **options)
+            note(what, path, "before")
+            result = original(*arguments, **options)
+            note(what, path, "after")
+            return result
+
+        setattr(owner, name, call)
+
+    def second(_: Any, target: Any, **__: Any) -> Any:
+        return target
+
+    def first(path: Any, *_: Any, **__: Any) -> Any:
+        return path
+
+    def flushed(handle: Any) -> str:
+        return os.readlink(f"/proc/self/fd/{handle if isinstance(handle, int) else handle.fileno()}")
+
+    def written(path: Any, mode: str = "r", *_: Any, **__: Any) -> Any:
+        return path if isinstance(mode, str) and set(mode) & set("wxa+") else None
+
+    def opened(path: Any, flags: int, *_: Any, **__: Any) -> Any:
+        return path if flags & (os.O_WRONLY | os.O_RDWR) else None
+
+    for name in ("replace", "rename", "link", "symlink"):
+        around(os, name, name, second)
+    for name in ("unlink", "remove", "rmdir", "mkdir", "truncate"):
+        around(os, name, name, first)
+    around(os, "fsync", "fsync", flushed)
+    around(os, "open", "open", opened)
+    around(io, "open", "open", written)
+    builtins.open = io.open
+
+
+def from_environment() -> None:
+    """For `sitecustomize.py`: install what `DISTURB` says in the process of rank 0."""
+    spec = os.environ.get("DISTURB")
+    if spec and os.environ.get("RANK") == "0":
+        install(json.loads(spec))
