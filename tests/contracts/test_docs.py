@@ -155,7 +155,8 @@ def test_commands_compose():
 
 
 def test_the_recipe_of_the_page_is_a_recipe(tmp_path: Path):
-    text = yaml_block("docs/recipes.md", "# @package _global_\n# FOLDER/recipe/mine.yaml")
+    # The verb needs no header, Hydra alone does.
+    text = "# @package _global_\n" + yaml_block("docs/recipes.md", "# FOLDER/recipe/mine.yaml")
     (tmp_path / "recipe").mkdir()
     (tmp_path / "recipe/mine.yaml").write_text(text)
     plain = composed("config", [f"hydra.searchpath=[file://{tmp_path}]", "recipe=mine"])
