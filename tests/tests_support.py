@@ -61,16 +61,16 @@ for line in sys.stdin:
     call = json.loads(line)
     pid = os.fork()
     if pid == 0:
-        os.setsid()
-        os.chdir(call["folder"])
-        os.environ.clear()
-        os.environ.update(call["env"])
-        for number, name in enumerate([os.devnull, call["out"], call["err"]]):
-            os.dup2(os.open(name, os.O_WRONLY if number else os.O_RDONLY), number)
-        sys.argv = [call["module"], *call["arguments"]]
-        sys.modules.pop(call["module"])
         code = 0
         try:
+            os.setsid()
+            os.chdir(call["folder"])
+            os.environ.clear()
+            os.environ.update(call["env"])
+            for number, name in enumerate([os.devnull, call["out"], call["err"]]):
+                os.dup2(os.open(name, os.O_WRONLY if number else os.O_RDONLY), number)
+            sys.argv = [call["module"], *call["arguments"]]
+            sys.modules.pop(call["module"])
             exec(call["before"], {})
             runpy.run_module(call["module"], run_name="__main__", alter_sys=True)
         except SystemExit as ended:
@@ -152,6 +152,21 @@ def run_verb(
     if check:
         assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return result
+
+
+def forked(function: Callable[..., object], *arguments: object) -> int:
+    """The exit code of a fork of this process that calls the function."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            function(*arguments)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 @contextlib.contextmanager

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
-from tests_support import ROOT, environment, refusal, run_verb, signal_when
+from tests_support import ROOT, forked, refusal, run_verb, signal_when
+
+from distill.files import write_atomic, write_safetensors
+
+sys.path.insert(0, str(ROOT / "tests" / "distributed"))
+import worker
 
 OPTIONS = (
     "recipe=instaflow",
     "profile=smoke",
-    "profile.steps=200",
+    "profile.steps=80",
     "name=run",
     "trainer.checkpoint_every=1000",
+    "stages.reflow.steps=1",
+    *(f"~stages.{name}" for name in ("pairs2", "distill", "evaluate", "export")),
 )
 
 
@@ -53,7 +62,7 @@ def test_signals_save_first(whole, tmp_path, number):
     saved = torch.load(tmp_path / "runs/run/teacher/checkpoints/last.ckpt", weights_only=True)["progress"][
         "step"
     ]
-    assert 2 <= saved < 200
+    assert 2 <= saved < 80
     run_verb(tmp_path, "train", *OPTIONS)
     assert all(torch.equal(v, weights(tmp_path)[k]) for k, v in weights(whole).items())
 
@@ -63,7 +72,7 @@ def test_a_signal_to_two_processes_saves_once_for_both(tmp_path):
     stopped = stop_in_training(tmp_path, signal.SIGTERM, *options)
     assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr[-2000:]
     state = torch.load(tmp_path / "runs/run/teacher/checkpoints/last.ckpt", weights_only=True)
-    assert 0 < state["progress"]["step"] < 200
+    assert 0 < state["progress"]["step"] < 80
     assert state["networks"]["student"]["net.stem.weight"].shape == (16, 1, 3, 3)  # whole, not a shard
 
 
@@ -71,7 +80,10 @@ LATE = """
 import os, signal
 from distill.engine.fit import _Watch
 
+plain = _Watch.{hook}
+
 def late(self, trainer, module, *rest):
+    plain(self, trainer, module, *rest)
     if trainer.global_step >= 0 and module.progress.iteration == {at}:
         os.kill(os.getpid(), signal.{name})
 
@@ -84,7 +96,7 @@ _Watch.{hook} = late
     [
         ("SIGTERM", "on_train_batch_end", 7),
         ("SIGINT", "on_train_batch_end", 7),
-        ("SIGTERM", "on_train_end", 200),
+        ("SIGTERM", "on_train_end", 80),
     ],
 )
 def test_signals_between_our_checks_are_not_lost(tmp_path, name, hook, at):
@@ -98,45 +110,29 @@ def test_signals_between_our_checks_are_not_lost(tmp_path, name, hook, at):
     assert not (tmp_path / "runs/run/pairs").exists()
 
 
-SCRIPT = """
-import os, signal, sys
-sys.path[:0] = [{tests!r}, {root!r}]
-from pathlib import Path
-from worker import World, fit, make
-
-method = make(World())
-if len(sys.argv) > 2:
-    fake_loss, at = method.fake_loss, int(sys.argv[2])
+def train_and_die(folder: Path, at: int | None) -> None:
+    """Train a student and a fake score, which is killed in iteration `at`; weights and averages in `end.pt`."""
+    method = worker.make(worker.World())
+    fake_loss = method.fake_loss
 
     def deadly(batch, step):
         if step.iteration == at:  # the student has stepped in this iteration, the fake net has not
             os.kill(os.getpid(), signal.SIGKILL)
         return fake_loss(batch, step)
 
-    method.plan[1] = method.plan[1].__class__("fake", {{"fake": method.fake}}, deadly)
-import torch
-torch.save(fit(method, Path(sys.argv[1]) / "c", steps=10, checkpoint_every=2), Path(sys.argv[1]) / "end.pt")
-"""
+    method.plan[1] = method.plan[1].__class__("fake", {"fake": method.fake}, deadly)
+    torch.save(worker.fit(method, folder / "c", steps=10, checkpoint_every=2), folder / "end.pt")
 
 
 def test_killed_between_the_two_optimizer_steps_of_an_iteration(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(tests=str(ROOT / "tests" / "distributed"), root=str(ROOT)))
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir()
     parts.mkdir()
-
-    def call(*arguments: object) -> int:
-        command = [sys.executable, str(script), *map(str, arguments)]
-        return subprocess.run(
-            command, env=environment(), capture_output=True, timeout=120, check=False
-        ).returncode
-
-    assert call(whole) == 0
+    assert forked(train_and_die, whole, None) == 0
     for iteration in (4, 10, 16):
-        assert call(parts, iteration) == -signal.SIGKILL
+        assert forked(train_and_die, parts, iteration) == -signal.SIGKILL
     assert (parts / "c" / "last.ckpt").exists()
-    assert call(parts) == 0
+    assert forked(train_and_die, parts, None) == 0
     one, other = (torch.load(folder / "end.pt", weights_only=True) for folder in (whole, parts))
     compared = 0
     for name, value in one.items():
@@ -153,49 +149,28 @@ def test_what_a_killed_writer_left_is_swept_and_a_full_disk_leaves_the_old_file(
     assert not left.exists()
 
 
-LIMITED = """
-import resource, signal, sys, torch
-sys.path.insert(0, {root!r})
-from pathlib import Path
-from distill.files import write_atomic, write_safetensors
-
-path = Path(sys.argv[1])
-write_safetensors(path, {{"a": torch.zeros(10)}})
-old = path.read_bytes()
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-for write in (
-    lambda: write_safetensors(path, {{"a": torch.zeros(10_000)}}),
-    lambda: write_atomic(path, lambda p: torch.save(torch.zeros(10_000), p)),
-    lambda: write_atomic(path, lambda p: p.write_bytes(bytes(10_000))),
-):
-    try:
-        write()
-    except OSError as error:
-        assert str(path) in str(error), error
-    else:
-        raise AssertionError("writing past the limit succeeded")
-    assert path.read_bytes() == old
-    assert [p.name for p in path.parent.iterdir()] == [path.name]
-print("ok")
-"""
+def write_past_the_limit(path: Path) -> None:
+    """Every writer, with a limit on the size of files."""
+    write_safetensors(path, {"a": torch.zeros(10)})
+    old = path.read_bytes()
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+    for write in (
+        partial(write_safetensors, path, {"a": torch.zeros(10_000)}),
+        partial(write_atomic, path, partial(torch.save, torch.zeros(10_000))),
+        partial(write_atomic, path, lambda temporary: temporary.write_bytes(bytes(10_000))),
+    ):
+        with pytest.raises(OSError, match=str(path)):
+            write()
+        assert path.read_bytes() == old
+        assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
 def test_no_space_left_keeps_the_old_file_and_names_it(tmp_path):
     """The limit on file sizes makes every writer fail half-way, as a full disk does, without needing a disk to fill."""
-    script = tmp_path / "limited.py"
-    script.write_text(LIMITED.format(root=str(ROOT)))
     target = tmp_path / "target"
     target.mkdir()
-    result = subprocess.run(
-        [sys.executable, str(script), str(target / "x.safetensors")],
-        text=True,
-        capture_output=True,
-        timeout=120,
-        env=environment(),
-        check=False,
-    )
-    assert result.stdout.strip() == "ok", result.stderr[-3000:]
+    assert forked(write_past_the_limit, target / "x.safetensors") == 0
 
 
 @pytest.fixture
