@@ -81,7 +81,7 @@ class Generate(Stage):
         return self._found
 
     def dry_run(self, before: Mapping[str, Made]) -> Made:
-        """The teacher is a transport, takes the guidance, and has the solver's grid; a cache at `path` is of its shape."""
+        """The teacher is a transport, takes the guidance, and has the solver's grid; a cache at `path` was made so."""
         teacher = before[self.teacher].model
         assert teacher is not None
         denoiser = teacher.denoiser
@@ -89,11 +89,8 @@ class Generate(Stage):
         if self.path is not None:
             manifest = Path(self.path) / MANIFEST
             found, _ = read_manifest(needed(manifest, "a finished pair cache"))
-            if found.sample_shape != denoiser.sample_shape:
-                raise ValueError(
-                    f"path: {manifest} holds samples of shape {list(found.sample_shape)}, but {self.teacher!r} makes "
-                    f"{list(denoiser.sample_shape)}"
-                )
+            # Which weights made them is known once the teacher is there.
+            self._check_header(found, self._header(teacher.generator, found.seed, found.teacher))
         guidance = teacher.spec.guidance_baked * self.guidance_scale
         return Made(pairs=PairsMade(denoiser.sample_shape, denoiser.num_classes, guidance))
 
@@ -107,7 +104,7 @@ class Generate(Stage):
         denoiser = teacher.denoiser
         self._check_teacher(denoiser)
         use_threads(room, sum(p.numel() for p in denoiser.parameters()))
-        header = self._header(room, teacher)
+        header = self._header(teacher, room.seed, sha256_file(room.inputs["teacher"] / WEIGHTS))
         if self.path is not None:
             self._adopt(room, header)
         else:
@@ -148,16 +145,16 @@ class Generate(Stage):
         if (grid := self._grid()) is not None:
             grid.make(denoiser.process, self.sampler["steps"])
 
-    def _header(self, room: Room, generator: Generator) -> Header:
+    def _header(self, generator: Generator, seed: int, teacher_sha256: str) -> Header:
         """What the cache must be."""
         teacher = generator.denoiser
         return Header(
             sample_shape=teacher.sample_shape,
             count=self.count,
-            seed=room.seed,
+            seed=seed,
             stream=self.stream,
-            noise_checksum=noise_checksum(room.seed, self.stream, teacher.sample_shape),
-            teacher=sha256_file(room.inputs["teacher"] / WEIGHTS),
+            noise_checksum=noise_checksum(seed, self.stream, teacher.sample_shape),
+            teacher=teacher_sha256,
             solver=self.sampler["solver"],
             steps=self.sampler["steps"],
             guidance_scale=float(self.guidance_scale),
@@ -166,27 +163,23 @@ class Generate(Stage):
             grid=None if (grid := self._grid()) is None else grid.to_dict(),
         )
 
+    def _check_header(self, header: Header, wanted: Header) -> None:
+        """Raise ValueError unless the cache at `path` is what this stage would make."""
+        found, asked = header.to_dict(), {"grid": None} | wanted.to_dict()
+        # The reader checks what matters of these.
+        free = {"seed", "stream", "noise_checksum", "torch", "noise", "labels"}
+        if changed := [key for key, value in asked.items() if key not in free and found.get(key) != value]:
+            what = ", ".join(f"{key}: found {found.get(key)!r}, expected {asked[key]!r}" for key in changed)
+            raise ValueError(
+                f"path: {Path(str(self.path)) / MANIFEST}: not the pairs that this stage asks for: {what}"
+            )
+
     def _adopt(self, room: Room, wanted: Header) -> None:
         """Use a cache that is there already, if it was made by this teacher in this way."""
         assert self.path is not None
         source = Path(self.path)
         pairs = Pairs(source)
-        found = pairs.header.to_dict()
-        free = {
-            "seed",
-            "stream",
-            "noise_checksum",
-            "torch",
-            "noise",
-            "labels",
-        }  # the reader checks what matters of these
-        if changed := [
-            k for k, v in ({"grid": None} | wanted.to_dict()).items() if k not in free and found.get(k) != v
-        ]:
-            what = ", ".join(
-                f"{k}: found {found.get(k)!r}, expected {wanted.to_dict().get(k)!r}" for k in changed
-            )
-            raise ValueError(f"{source / MANIFEST}: not the pairs that this stage asks for: {what}")
+        self._check_header(pairs.header, wanted)
         if room.world.main:
             for shard in pairs.shards:
                 copy(source / shard.file, room.folder / shard.file)
