@@ -337,3 +337,48 @@ def test_an_update_has_the_settings_of_its_name() -> None:
     for iteration in range(20):
         assert update.runs_before(iteration) == sum(update.runs_at(i) for i in range(iteration))
     assert Optim(partial(torch.optim.SGD, lr=1.0), Constant()).averaged
+
+
+def test_what_runs_between_iterations_is_outside_the_precision_of_the_step(tmp_path: Path) -> None:
+    """Evaluations, snapshots, logs and progress: under bf16-mixed they would measure another model than is saved."""
+    casts: dict[str, set[bool]] = {}
+
+    def note(name: str) -> None:
+        casts.setdefault(name, set()).add(torch.is_autocast_enabled("cpu"))
+
+    class Noting(Scaled):
+        def student_loss(self, batch, step):
+            note("loss")
+            return super().student_loss(batch, step)
+
+        def snapshots(self):
+            return [2]
+
+    class Watching:
+        """An evaluation and a logger."""
+
+        def due(self, before, now):
+            return True
+
+        def resume(self, step):
+            note("resume")
+
+        def __call__(self, module):
+            note("evaluation")
+            return {"eval/seen": 1.0}
+
+        def log(self, entry):
+            note("log")
+
+    method, watching = Noting(*nets()), Watching()
+    method.prepare({"student": settings(), "fake": settings(ema=None)}, seed=5)
+    hooks: dict[str, Any] = {
+        "evaluation": watching,
+        "loggers": [watching],
+        "snapshot": lambda step: note("snapshot"),
+    }
+    hooks["on_progress"] = lambda step, text: note("progress")
+    with torch.autocast("cpu", torch.bfloat16):
+        train(method, Points(), Fit(3, 8, precision="bf16-mixed", log_every=1), folder=tmp_path, **hooks)
+    others = ("resume", "evaluation", "log", "snapshot", "progress")
+    assert casts == {"loss": {True}, **{name: {False} for name in others}}
