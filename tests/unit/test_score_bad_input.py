@@ -496,7 +496,7 @@ def test_a_way_is_that_of_the_student_s_own_samples(tmp_path: Path) -> None:
     method = {"levels": None, "unit_noise": False, "floor": 0.05}
     check_way(stage, student, method)
     with pytest.raises(
-        ValueError, match=r"method.levels: found \[2.5\], but the way in .*record was recorded with None"
+        ValueError, match=r"method.levels: found \[2.5\], but the nodes of .*record are recorded with None"
     ):
         check_way(stage, student, method | {"levels": [2.5]})
     with pytest.raises(ValueError, match=r"method.unit_noise: found True, .* recorded with False"):
