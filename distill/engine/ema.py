@@ -44,11 +44,6 @@ class Follower:
             getattr(kept, name).copy_(getattr(current, name))
 
 
-def update_ema(average: nn.Module, network: nn.Module, decay: float) -> None:
-    """One `Follower.update`, where it is not worth keeping the follower."""
-    Follower(average, network).update(decay)
-
-
 def halflife_decay(
     images_before: float, batch: int, halflife_images: float, ramp: float | None = 0.05
 ) -> float:

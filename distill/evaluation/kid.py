@@ -42,25 +42,3 @@ def kid(x: Tensor, y: Tensor, y_similarity: float | None = None) -> float:
     own = self_similarity(y) if y_similarity is None else y_similarity
     cross = torch.stack([block.sum() for block in _gram_blocks(x, y)]).sum() / (len(x) * len(y))
     return self_similarity(x) + own - 2 * float(cross)
-
-
-def kid_subsets(x: Tensor, y: Tensor, subsets: int, size: int, seed: int = 0) -> tuple[float, float]:
-    """Mean and standard deviation of `kid` over random subsets of `size` rows, as it is published.
-
-    The usual protocol is 100 subsets of 1000: clean-fid draws min(N, M, 1000) rows by NumPy's global generator and
-    prints the mean; torchmetrics refuses a size above a set and adds the deviation with divisor n (here n - 1). Their
-    draws differ, so such values agree only within the sampling of subsets; `kid` has none, and is what rows hold.
-    Rows are drawn without replacement by a CPU generator of `seed`. Raises ValueError if `size` exceeds a
-    set, or for fewer than two subsets.
-    """
-    if subsets < 2:
-        raise ValueError(f"kid over {subsets} subsets has no deviation; take at least 2")
-    x, y = as_pair(("generated features", "reference features"), x, y, at_least=max(size, 2))
-    generator = torch.Generator("cpu").manual_seed(seed)
-    values = []
-    for _ in range(subsets):
-        i = torch.randperm(len(x), generator=generator, device="cpu")[:size].to(x.device)
-        j = torch.randperm(len(y), generator=generator, device="cpu")[:size].to(y.device)
-        values.append(kid(x[i], y[j]))
-    drawn = torch.tensor(values, dtype=torch.float64, device="cpu")
-    return float(drawn.mean()), float(drawn.std())

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.process.base import Process, at_least_float32
+from distill.process.base import Process
 from distill.process.edm import EDM, RHO, SIGMA_MAX, SIGMA_MIN
 from distill.process.flow import Flow
 from distill.process.indices import leading_indices, linspace_indices, student_indices, trailing_indices
@@ -343,24 +343,6 @@ def index_of(u: Tensor, weights: Tensor) -> Tensor:
     """u ~ U[0, 1] of any shape -> index i with probability weights[i] (weights [N], sum 1), by the quantile function."""
     edges = torch.cumsum(weights, 0)[:-1]
     return torch.searchsorted(edges, u.to(edges.dtype).contiguous(), right=True)
-
-
-def uniform_log_snr(
-    u: Tensor, process: Process, log_snr_min: float = -20.0, log_snr_max: float = 20.0
-) -> Tensor:
-    """u ~ U[0, 1], [B] -> times whose log-SNR is uniform: u = 0 is log_snr_max (clean), u = 1 log_snr_min (noisy).
-
-    Levels that the process does not have are clamped to its ends, like ``time_of``.
-
-    Raises:
-        ValueError: log_snr_min is not below log_snr_max.
-    """
-    if not log_snr_min < log_snr_max:
-        raise ValueError(
-            f"log_snr_min, log_snr_max: found {log_snr_min} and {log_snr_max}, need log_snr_min < log_snr_max"
-        )
-    log_snr = log_snr_max + (log_snr_min - log_snr_max) * at_least_float32(u)
-    return process.time_of(log_snr / 2)
 
 
 def _check_steps(steps: int) -> None:

@@ -116,21 +116,6 @@ def spread_times(levels: Tensor, counts: Sequence[int], t_end: float) -> dict[in
     return {n: (*(float(levels[i]) for i in at), t_end) for n, at in places.items()}
 
 
-def few_step_times(process: Process, starts: Sequence[float]) -> Tensor:
-    """[N + 1] float64: the times of the N network calls, and the process's t_min.
-
-    Raises:
-        ValueError: no times, times that do not start at t_max or do not descend, or a last one at t_min.
-    """
-    times = [float(t) for t in starts]
-    falling = all(a > b for a, b in itertools.pairwise([*times, process.t_min]))
-    if not times or times[0] != process.t_max or not falling:
-        raise ValueError(
-            f"times: found {times}, expected times that descend from t_max = {process.t_max} and stay above {process.t_min}"
-        )
-    return torch.tensor([*times, process.t_min], dtype=torch.float64)
-
-
 # ---- latent consistency models ----
 
 

@@ -26,7 +26,7 @@ from distill.samplers.adaptive import rk45
 from distill.samplers.march import Field
 from distill.samplers.multistep import dpmpp_2m, unipc
 from distill.samplers.ode import ddim, euler, heun
-from distill.samplers.stochastic import churn, stochastic_ddim
+from distill.samplers.stochastic import stochastic_ddim
 
 MEAN, STD = [0.7, -0.4], 0.5
 PROCESSES = [Flow(), VPCosine(), EDM()]
@@ -77,7 +77,6 @@ def runs(model: Denoiser, lower_order_final: bool = False) -> dict[str, Run]:
         "eta_0": lambda x, times: stochastic_ddim(
             predict, process, x, times, lambda i: zeros(x), eta=0.0, final="state"
         ),
-        "churn_0": lambda x, times: churn(predict, process, x, times, lambda i: zeros(x)),
     }
 
 
@@ -91,7 +90,6 @@ ORDERS = {
     "unipc_2": 3,
     "unipc_3": 3,
     "eta_0": 1,
-    "churn_0": 2,
 }
 
 

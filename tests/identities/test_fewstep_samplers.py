@@ -16,7 +16,6 @@ from distill.process.trig import TrigFlow
 from distill.process.vp import VPCosine, VPLinear, VPScaledLinear
 from distill.samplers.fewstep import (
     few_step,
-    few_step_times,
     lcm_boundary,
     lcm_custom_times,
     lcm_grid,
@@ -76,7 +75,7 @@ def variance_after(sampler: object, draws: int, start_std: float) -> float:
 def test_noise_floor_keeps_the_data_s_variance(end: float) -> None:
     """A perfect model that ends at level e returns data with e of noise after any number of steps, if the floor is e."""
     process = EDM()
-    times = few_step_times(process, [80.0, 5.0, 1.0, 0.2])
+    times = torch.tensor([80.0, 5.0, 1.0, 0.2, 0.0], dtype=torch.float64)
     start = (STD**2 + 80.0**2) ** 0.5
 
     def run(floor: float) -> float:
@@ -192,7 +191,7 @@ def test_differentiable_in_the_initial_noise(name: str) -> None:
             predictor = lcm_predictor(wavy, VPScaledLinear(), "v")
             return few_step(predictor, VPScaledLinear(), z, lcm_times(3), lambda i: fresh(i)[:2])
         process = EDM()
-        times = few_step_times(process, [80.0, 2.0, 0.5])
+        times = torch.tensor([80.0, 2.0, 0.5, 0.0], dtype=torch.float64)
 
         def f(x: Tensor, sigma: Tensor) -> Tensor:
             return Boundary("cm").apply(process, wavy(x / 10, sigma), x, sigma)
@@ -243,7 +242,7 @@ def test_nothing_is_read_on_the_host() -> None:
 
 
 def test_refusals_of_the_loop() -> None:
-    process, x, times = EDM(), noise(), few_step_times(EDM(), [80.0, 1.0])
+    process, x, times = EDM(), noise(), torch.tensor([80.0, 1.0, 0.0], dtype=torch.float64)
     for options in ({"noise_scale": -1.0}, {"noise_floor": -0.1}):
         with pytest.raises(ValueError, match="noise_scale, noise_floor: found"):
             few_step(wavy, process, x, times, fresh, **options)
@@ -257,19 +256,7 @@ def test_refusals_of_the_loop() -> None:
 
 
 def test_refusals_of_times() -> None:
-    process, levels = EDM(), karras_levels(40)
-    assert few_step_times(process, [80, 2]).tolist() == [80, 2, 0]
-    for starts in (
-        [],
-        [79.0, 2.0],
-        [80.0, 80.0],
-        [80.0, 2.0, 3.0],
-        [80.0, 0.0],
-        [2.0, 80.0],
-        [80.0, float("nan")],
-    ):
-        with pytest.raises(ValueError, match="expected times that descend from t_max = 80"):
-            few_step_times(process, starts)
+    levels = karras_levels(40)
     assert multistep_times(levels, (0, 22, 39)).tolist() == levels[[0, 22, 39]].tolist()
     for places in ((), (0,), (1, 39), (0, 22, 22), (0, 40), (39, 0), (0, -1)):
         with pytest.raises(ValueError, match="expected at least two rising places from 0 up to 39"):

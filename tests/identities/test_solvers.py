@@ -24,7 +24,7 @@ from distill.samplers.march import check_times
 from distill.samplers.multistep import dpmpp_2m, unipc
 from distill.samplers.ode import ddim, euler, heun
 from distill.samplers.solvers import CALLS, network_calls
-from distill.samplers.stochastic import churn, stochastic_ddim
+from distill.samplers.stochastic import stochastic_ddim
 
 PROCESSES = [Flow(), VPCosine(), VPLinear(), VPScaledLinear(), EDM()]
 SOME = [Flow(), VPCosine(), EDM()]
@@ -198,9 +198,6 @@ def samplers(process: Process, steps: int) -> dict[str, Callable[[Tensor, Tensor
         "heun": lambda x, times: heun(velocity, x, times, last_euler=True),
         "ddim": lambda x, times: ddim(predict, process, x, times),
         "eta": lambda x, times: stochastic_ddim(predict, process, x, times, noises[:, : len(x)], eta=0.7),
-        "churn": lambda x, times: churn(
-            predict, process, x, times, noises[:, : len(x)], s_churn=3, s_max=50.0, s_noise=1.01
-        ),
     }
     for name, solver in MULTISTEP.items():
         found[name] = lambda x, times, solver=solver: solver(predict, process, x, times)
@@ -347,7 +344,6 @@ def test_nothing_waits_for_the_device() -> None:
             for solver in (dpmpp_2m, partial(unipc, order=3), ddim):
                 assert solver(curved, process, z, times).shape == (3, 2)
             assert stochastic_ddim(curved, process, z, times, noises).shape == (3, 2)
-            assert churn(curved, process, z, times, noises, s_churn=1).shape == (3, 2)
             for sampler in (euler, heun):
                 assert sampler(curved, z, times).shape == (3, 2)
         with pytest.raises((RuntimeError, NotImplementedError)):

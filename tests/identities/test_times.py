@@ -32,7 +32,6 @@ from distill.process.times import (
     sid_level,
     uniform_grid,
     uniform_index,
-    uniform_log_snr,
 )
 from distill.process.trig import TrigFlow
 from distill.process.vp import VPCosine, VPLinear, VPLinearTable, VPScaledLinear
@@ -278,23 +277,12 @@ def test_index_of_draws_each_index_with_its_weight() -> None:
     torch.testing.assert_close(counts / 100_000.0, weights.float(), atol=2e-5, rtol=0.0)
 
 
-def test_uniform_log_snr() -> None:
-    u = torch.linspace(0, 1, 5, dtype=torch.float64)
-    for process in (Flow(), VPCosine(), TrigFlow()):
-        times = uniform_log_snr(u, process, -8.0, 6.0)
-        torch.testing.assert_close(2 * process.log_ratio(times), torch.linspace(6, -8, 5).double())
-    assert uniform_log_snr(u, VPScaledLinear())[[0, -1]].tolist() == [0.0, 999.0]  # clamped to the table
-    with pytest.raises(ValueError, match="log_snr_min < log_snr_max"):
-        uniform_log_snr(u, Flow(), 1.0, 1.0)
-
-
 def test_no_draw_is_read_on_the_host() -> None:
     """Tensors on ``meta`` have no values: reading one raises, as it would stall a device."""
     u = torch.empty(4, device="meta")
     for draw in (lognormal_level, karras_level, sid_level, karras_index_level):
         assert draw(u).shape == u.shape
     for process in PROCESSES:
-        assert uniform_log_snr(u, process).shape == u.shape
         assert default_grid(process, 4, device="meta").is_meta
     weights = lognormal_step_weights(torch.empty(8, device="meta"))
     assert index_of(u, weights).shape == u.shape

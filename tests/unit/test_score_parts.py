@@ -12,7 +12,7 @@ from torch import Tensor
 from distill.data.cond import Cond
 from distill.data.rng import Draws
 from distill.methods.losses.backtrack import Backtrack, node_steps
-from distill.methods.losses.gan import discriminator_loss, generator_loss, r1_penalty
+from distill.methods.losses.gan import discriminator_loss, generator_loss
 from distill.methods.losses.score_times import times_of, usual_times
 from distill.models.analytic import exact_denoiser
 from distill.nets.heads import GanHead
@@ -162,20 +162,9 @@ def test_adversarial_losses_are_log_likelihoods() -> None:
     assert generator_loss(far.bfloat16()).dtype == torch.float32
 
 
-def test_r1_is_the_squared_gradient_of_a_linear_discriminator() -> None:
-    """Averaged over noise with unit covariance: s^2 |w|^2, exactly."""
-    w, s = torch.tensor([0.5, -2.0, 1.5]).double(), 0.1
-    x = torch.tensor([[0.3, 0.1, -0.7]]).double().expand(6, 3)
-    n = math.sqrt(3) * torch.cat([torch.eye(3), -torch.eye(3)]).double()
-    found = r1_penalty(x @ w, (x + s * n) @ w).mean()
-    torch.testing.assert_close(found, s**2 * w.square().sum())
-
-
 def test_logits_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match=r"real \(4, 1\), fake \(3, 1\)"):
         discriminator_loss(torch.zeros(4, 1), torch.zeros(3, 1))
-    with pytest.raises(ValueError, match="logits must be"):
-        r1_penalty(torch.zeros(4, 1), torch.zeros(4, 2))
     with pytest.raises(ValueError, match="logits must be"):
         generator_loss(torch.zeros(()))
 

@@ -35,20 +35,6 @@ def generator_loss(fake: Tensor) -> Tensor:
     return _per_sample(softplus(-at_least_float32(fake)))
 
 
-def r1_penalty(real: Tensor, perturbed: Tensor) -> Tensor:
-    """(D(x + s n) - D(x))^2, [B]: approximate R1 without a second derivative (APT, arXiv 2501.08316).
-
-    ``real`` are the logits of real samples and ``perturbed`` those of the same samples plus normal noise of a
-    small standard deviation s (0.1, with a weight of 100 to 1000). To first order its mean over n is s^2
-    |grad D|^2.
-
-    Raises:
-        ValueError: shapes differ.
-    """
-    _check(real=real, perturbed=perturbed)
-    return _per_sample((at_least_float32(perturbed) - at_least_float32(real)).square())
-
-
 def _check(**logits: Tensor) -> None:
     if len({tensor.shape for tensor in logits.values()}) > 1 or min(t.dim() for t in logits.values()) < 1:
         found = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in logits.items())
