@@ -1,0 +1,333 @@
+"""Every option of every method: another value of it changes what the method does, or is refused by name."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from method_support import draws, mlp, noise, optim, ring_batch
+from tests_support import ROOT
+
+from distill.data.batch import Batch
+from distill.engine.module import DistillModule
+from distill.engine.update import Step
+from distill.models.denoiser import Denoiser
+from distill.process.base import Process
+from distill.process.edm import EDM
+from distill.process.flow import Flow
+from distill.process.vp import VPCosine, VPScaledLinear
+
+CLASSES = 8
+SCORE: dict[str, list[Any]] = {
+    "levels": [[4.0]],
+    "unit_noise": [(True, {"levels": [4.0]})],
+    "generator_times": [{"name": "uniform", "low": 0.3, "high": 0.6}],
+    "fake_times": [{"name": "uniform", "low": 0.3, "high": 0.6}],
+    "weighting": ["edm"],
+    "sigma_data": [(0.7, {"weighting": "edm"})],
+    "reduction": ["sum"],
+    "guidance_teacher": [2.0],
+    "null_prob": [0.5],
+    "fake_updates_per_generator": [3],
+    "labels": ["data"],
+    "noise_scale": [(0.5, {"levels": [4.0, 1.0]})],
+}
+MATCHING = SCORE | {
+    "input": [("real_noised", {"levels": [4.0, 1.0], "labels": "data"})],
+    "normalise": [False],
+    "floor": [5.0],
+    "gan": [{}, {"weight_g": 1.0}, {"weight_d": 1.0}, {"diffusion": False}, {"features": "teacher"}],
+}
+# option -> values that differ from the default, each alone or with what it needs.
+OTHERS: dict[str, dict[str, list[Any]]] = {
+    "consistency": {
+        "scales": [9],
+        "grid": ["karras"],
+        "solver": ["euler"],
+        "loss": ["huber", "l2", "l1"],
+        "huber_c": [0.3, (0.3, {"loss": "huber"})],
+        "weight": ["snr", "snr+1", "karras", "truncated-snr"],
+        "target_decay": [0.9],
+        "guidance_scale": [2.0],
+        "sample_steps": [[1, 3]],
+    },
+    "consistency_training": {
+        "curriculum": ["cm", "ict"],
+        "total_steps": [64],
+        "s0": [(4, {"curriculum": "cm"}), (20, {"curriculum": "ict"})],
+        "s1": [(15, {"curriculum": "cm"}), (40, {"curriculum": "ict"})],
+        "mu0": [(0.5, {"curriculum": "cm"})],
+        "q": [4.0],
+        "stages": [2],
+        "mean": [-0.5, (-0.5, {"curriculum": "ict"})],
+        "std": [1.0, (1.0, {"curriculum": "ict"})],
+        "huber_c": [0.1, (0.1, {"curriculum": "ict"})],
+        "sample_steps": [[1, 3]],
+    },
+    "degrade": {
+        key: SCORE[key]
+        for key in ("levels", "unit_noise", "fake_times", "weighting", "sigma_data", "reduction", "labels")
+    }
+    | {"total_steps": [7], "node_every": [2]},
+    "denoising": {
+        "null_prob": [0.5],
+        "times": ["lognormal"],
+        "mean": [(0.0, {"times": "lognormal"})],
+        "std": [(0.5, {"times": "lognormal"})],
+        "weight": [("edm", {"times": "lognormal", "process": EDM(), "kind": "x0"})],
+    },
+    "disback": MATCHING
+    | {
+        "steps_per_node": [3],
+        "criterion": ["plateau"],
+        "window": [(7, {"criterion": "plateau"})],
+        "tolerance": [(0.5, {"criterion": "plateau"})],
+    },
+    "dmd": MATCHING,
+    "flow_matching": {"null_prob": [0.5]},
+    "guided": {
+        "w_min": [(-0.5, {"w_max": 1.0, "w": 8})],
+        "w_max": [(2.0, {"w_max": 1.0, "w": 8})],
+        "weight": ["constant", "snr", "snr_trunc"],
+        "clip": [0.1],
+    },
+    "lcm": {
+        "w_min": [0.5],
+        "w_max": [3.0],
+        "ddim_steps": [25],
+        "loss": ["l2", "l1", "pseudo_huber"],
+        "huber_c": [0.1],
+        "target_decay": [0.5],
+        "timestep_scaling": [0.01],
+        "sample_steps": [[1, 2]],
+        "sample_w": [0.5],
+    },
+    "one_step": {"steps": [3], "t_eps": [0.1]},
+    "progressive": {
+        "steps": [4],
+        # One step starts where all but "snr" weigh the same: no signal is left.
+        "weight": [(name, {"steps": 4}) for name in ("constant", "snr", "snr+1")],
+        "guidance_scale": [2.0],
+        "w_min": [(-0.5, {"w_min": 0.0, "w_max": 1.0, "w": 8, "teacher_w": 8})],
+        "w_max": [(2.0, {"w_min": 0.0, "w_max": 1.0, "w": 8, "teacher_w": 8})],
+    },
+    "reflow": {"null_prob": [0.5]},
+    "sid": {key: value for key, value in SCORE.items() if key != "reduction"}
+    | {
+        "labels": ["uniform"],
+        "alpha": [1.2],
+        "guidance_fake": [(2.0, {"null_prob": 0.1})],
+        "guidance_fake_train": [(2.0, {"null_prob": 0.1})],
+        "loss_scale_g": [1.0],
+        "floor": [5.0],
+        "fake_updates_per_generator": [3],
+    },
+}
+SETTINGS: dict[str, tuple[Process, str]] = {
+    "guided": (VPCosine(), "v"),
+    "lcm": (VPScaledLinear(), "v"),
+    "progressive": (VPCosine(), "v"),
+}
+PATHS = {path.stem: path for path in sorted((ROOT / "configs" / "method").glob("*.yaml"))}
+CASES = [
+    pytest.param(stem, option, value, id=f"{stem}-{option}-{number}")
+    for stem, options in OTHERS.items()
+    for option, values in options.items()
+    for number, value in enumerate(values)
+]
+
+
+def method_class(path: Path) -> tuple[type[DistillModule], dict[str, Any]]:
+    config = yaml.safe_load(path.read_text())
+    module, _, name = config.pop("_target_").rpartition(".")
+    return getattr(importlib.import_module(module), name), config
+
+
+def made(stem: str, options: dict[str, Any]) -> DistillModule:
+    cls, known = method_class(PATHS[stem])
+    options = dict(options)
+    process, kind = SETTINGS.get(stem, (Flow(), "velocity"))
+    process, kind = options.pop("process", process), options.pop("kind", kind)
+    widths = {"student": options.pop("w", 8 if stem == "lcm" else 0), "teacher": options.pop("teacher_w", 0)}
+    taken = inspect.signature(cls).parameters
+    given: dict[str, Any] = {
+        role: mlp(process, kind, classes=CLASSES, w=widths.get(role, 0), seed=seed)
+        for seed, role in enumerate(("teacher", "generator", "student"))
+        if role in taken
+    }
+    given |= {"nodes": []} if "nodes" in taken else {}
+    if "total_steps" in taken:
+        known["total_steps"] = 16
+    method = cls(**given, **{**known, **options})
+    if hasattr(method, "fake"):  # it starts as the teacher, where distribution matching has no loss
+        for parameter in method.fake.parameters():
+            torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(4))
+    method.prepare({update.name: optim() for update in method.updates()}, seed=0)
+    for name, average in method.ema.items():  # a target that has fallen behind
+        for parameter in average.parameters():
+            parameter.data.mul_(1.0 if name in method.networks else 0.9)
+    return method
+
+
+def batch() -> Batch:
+    found = ring_batch(classes=CLASSES)
+    return Batch(**vars(found) | {"z": noise(len(found), dtype=torch.float32)})
+
+
+def seen(method: DistillModule) -> dict[str, Any]:
+    """What a method does: its losses, the course of its updates and averages, what its student is, its own rules."""
+    found: dict[str, Any] = {"result": method.result(), "snapshots": list(method.snapshots())}
+    for iteration in (0, 9):
+        for update in method.plan:
+            step = Step(iteration, draws(32), {})
+            found[f"{update.name}, {iteration}"] = update.loss(batch(), step).total.item()
+    found["updates"] = [(update.name, update.every, update.start) for update in method.plan]
+    found["averages"] = {name: [average.decay(k) for k in (0, 5)] for name, average in method.further.items()}
+    rules = ("path", "criterion", "window", "tolerance")  # of DisBack's walk, which needs nodes to show
+    found["rules"] = [copy.deepcopy(getattr(method, name, None)) for name in rules]
+    return found
+
+
+def test_every_option_is_here() -> None:
+    assert {stem: set(method_class(path)[1]) for stem, path in PATHS.items()} == {
+        stem: set(options) for stem, options in OTHERS.items()
+    }
+
+
+@pytest.mark.parametrize(("stem", "option", "value"), CASES)
+def test_another_value_does_something_else(stem: str, option: str, value: Any) -> None:
+    value, needs = value if isinstance(value, tuple) else (value, {})
+    one, other = seen(made(stem, needs)), seen(made(stem, needs | {option: value}))
+    assert one != other
+    assert seen(made(stem, needs)) == one
+
+
+IDLE: list[tuple[str, dict[str, Any], str]] = [
+    (
+        "consistency",
+        {"loss": "l2", "huber_c": 0.1},
+        "huber_c: found 0.1, which changes nothing with the loss 'l2'",
+    ),
+    ("consistency_training", {"mu0": 0.5}, "mu0: found 0.5, which changes nothing with the curriculum 'ect'"),
+    (
+        "consistency_training",
+        {"curriculum": "cm", "q": 4.0},
+        "q: found 4.0, which changes nothing with the curriculum 'cm'",
+    ),
+    ("consistency_training", {"curriculum": "cm", "stages": 4}, "stages: found 4, which changes nothing"),
+    ("consistency_training", {"curriculum": "cm", "mean": 0.0}, "mean: found 0.0, which changes nothing"),
+    (
+        "consistency_training",
+        {"curriculum": "cm", "huber_c": 0.1},
+        "huber_c: found 0.1, which changes nothing",
+    ),
+    ("consistency_training", {"curriculum": "ict", "mu0": 0.5}, "mu0: found 0.5, which changes nothing"),
+    ("consistency_training", {"curriculum": "ict", "q": 4.0}, "q: found 4.0, which changes nothing"),
+    ("consistency_training", {"s0": 4}, "s0, s1: found 4 and None, but 'ect' has no levels to count"),
+    (
+        "denoising",
+        {"mean": 0.0},
+        "mean: found 0.0, which changes nothing where times are uniform; expected -1.2",
+    ),
+    ("denoising", {"std": 0.5}, "std: found 0.5, which changes nothing where times are uniform"),
+    (
+        "degrade",
+        {"sigma_data": 0.7},
+        "sigma_data: found 0.7, which changes nothing with the weighting 'flow'",
+    ),
+    ("degrade", {"unit_noise": True}, "unit_noise: found true, which changes nothing"),
+    ("disback", {"window": 7}, "window: found 7, which changes nothing with the criterion 'steps'"),
+    ("disback", {"tolerance": 0.5}, "tolerance: found 0.5, which changes nothing with the criterion 'steps'"),
+    (
+        "disback",
+        {"criterion": "plateau", "steps_per_node": 3},
+        "steps_per_node: found 3, which changes nothing",
+    ),
+    (
+        "dmd",
+        {"normalise": False, "floor": 0.1},
+        "floor: found 0.1, which changes nothing without `normalise`",
+    ),
+    ("dmd", {"gan": {"groups": 4}}, "gan.groups: found 4, which changes nothing for features of shape"),
+    (
+        "dmd",
+        {"gan": {"weight_g": 0.0, "weight_d": 0.0}},
+        "gan.weight_g, weight_d: found 0 and 0, which changes nothing",
+    ),
+    ("dmd", {"noise_scale": 0.5}, "noise_scale: found 0.5, which changes nothing for a student of one step"),
+    ("dmd", {"sigma_data": 0.7}, "sigma_data: found 0.7, which changes nothing with the weighting 'flow'"),
+    ("lcm", {"loss": "l1", "huber_c": 0.1}, "huber_c: found 0.1, which changes nothing with the loss 'l1'"),
+    (
+        "lcm",
+        {"w_min": 1.0, "w_max": 1.0, "w": 0, "sample_w": 2.0},
+        "sample_w: found 2.0, expected 1.0 .. 1.0",
+    ),
+    ("sid", {"guidance_fake": 2.0}, "null_prob: found 0, but guidance_fake = 2.0 asks"),
+    ("sid", {"noise_scale": 0.5}, "noise_scale: found 0.5, which changes nothing for a student of one step"),
+    ("sid", {"unit_noise": True}, "unit_noise: found true, which changes nothing"),
+]
+
+
+@pytest.mark.parametrize(
+    ("stem", "options", "message"), IDLE, ids=[f"{n}-{case[0]}" for n, case in enumerate(IDLE)]
+)
+def test_what_would_do_nothing_is_refused(stem: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        made(stem, options)
+
+
+@pytest.mark.parametrize(
+    ("stem", "options", "message"),
+    [
+        (
+            "flow_matching",
+            {"null_prob": 0.5},
+            "null_prob: found 0.5, which changes nothing for a net without classes",
+        ),
+        (
+            "reflow",
+            {"null_prob": 0.5},
+            "null_prob: found 0.5, which changes nothing for a net without classes",
+        ),
+        (
+            "denoising",
+            {"null_prob": 0.5},
+            "null_prob: found 0.5, which changes nothing for a net without classes",
+        ),
+        (
+            "consistency",
+            {"guidance_scale": 2.0},
+            "guidance_scale: found 2.0, but the teacher was trained without a null",
+        ),
+        (
+            "progressive",
+            {"guidance_scale": 2.0},
+            "guidance_scale: found 2.0, but the teacher was trained without a null",
+        ),
+        ("guided", {"w_max": 2.0}, "w_max: found 2.0, but the teacher was trained without a null condition"),
+        ("lcm", {"w_max": 2.0}, "w_max: found 2.0, but the teacher was trained without a null condition"),
+        (
+            "sid",
+            {"guidance_teacher": 2.0},
+            "guidance_teacher: found 2.0, but the teacher was trained without a null",
+        ),
+        ("dmd", {"null_prob": 0.5}, "null_prob: found 0.5, but the teacher has no conditions to drop"),
+    ],
+)
+def test_models_without_conditions_are_neither_guided_nor_unguided(
+    stem: str, options: dict[str, Any], message: str
+) -> None:
+    cls, known = method_class(PATHS[stem])
+    process, kind = SETTINGS.get(stem, (Flow(), "velocity"))
+    w = 8 if stem in ("lcm", "guided") else 0
+    given: dict[str, Denoiser] = {"student": mlp(process, kind, seed=1, w=w, guidable=True)}
+    if "teacher" in inspect.signature(cls).parameters:
+        given["teacher"] = mlp(process, kind, guidable=True)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        cls(**given, **{**known, **options})
