@@ -3,6 +3,7 @@ runs; refusals; and what the suite costs."""
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,9 @@ import torch
 from tests_support import copied_run, refusal, shared_run
 
 torch.set_num_threads(1)
+gc.set_threshold(
+    50_000, 20, 20
+)  # composing configs makes many objects; looking through all of torch's as often takes longer
 pytest_plugins = ["budget"]
 
 

@@ -7,6 +7,7 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,9 @@ def recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
 
 
+@cache
 def register_recipes() -> None:
-    """Register every file of `recipes/` as an option of the group `recipe`, merged at the top of the config.
+    """Once a process: register every file of `recipes/` as an option of the group `recipe`, merged at the top of the config.
     A user's own recipes are `recipe/*.yaml` under `--config-dir` or a search path."""
     register_sources()
     store = ConfigStore.instance()

@@ -202,3 +202,22 @@ def test_bad_numbers_are_refused(overhead, capsys):
     with pytest.raises(SystemExit):
         overhead.main(["--blocks", "0"])
     assert "--blocks: expected a whole number of at least 1, found '0'" in capsys.readouterr().err
+
+
+def test_reliability_prints_its_table(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(BENCH))
+    monkeypatch.setattr(
+        sys, "argv", ["reliability.py", *["--width", "8", "--steps", "4", "--repeats", "1", "--threads", "1"]]
+    )
+    importlib.import_module("reliability").main()
+    rows = [
+        line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("| ")
+    ]
+    assert rows[1:] == [
+        "step with EMA / without",
+        "step with a checkpoint every 20 / without",
+        "the same twice (noise of this machine)",
+        "write a checkpoint (with fsync)",
+        "read one and restore",
+        "size of a checkpoint",
+    ]
