@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from distill.evaluation.protocol import Protocol
-from distill.evaluation.report import COLUMNS, SCALE, legend, prose
+from distill.evaluation.report import COLUMNS, SCALE, columns, legend, prose
 from distill.files import read_json
 from distill.typed import parse
 
 SCHEMA = 1
 METRICS = "metrics.json"
 NOTHING = "-"
-NO_METRICS = ("steps", "nfe", "guidance_scale")
+NO_METRICS = ("steps", "nfe", "guidance_scale", "guidance_w")
 # Columns with a direction whose best value says little: the distance to another teacher, the speed of another machine.
 UNMARKED = ("teacher_mse", "images_per_second")
 MARKING = (
@@ -169,14 +169,13 @@ def table(runs: Sequence[Run], mark: str = "**{}**") -> str:
     the guidance scale where it is 1 everywhere.
     The best of a column, and what is printed like it, is put into `mark`."""
     rows, names = [(run.name, row) for run in runs for row in run.rows], protocol(runs).names()
-    keys = [key for key in COLUMNS if any(row.get(key) is not None for _, row in rows)]
-    guided = any(row.get("guidance_scale") not in (None, 1) for _, row in rows)
+    keys = columns([row for _, row in rows])
     best = {key: _cell(key, _best(key, [row for _, row in rows])) for key in keys}
     lines = [
-        f"| run | model | steps |{' guidance |' * guided} "
+        "| run | model | steps | "
         + " | ".join(prose(printed(key, names)) + COLUMNS[key][1] for key in keys)
         + " |",
-        "|---|---|---|" + "---|" * (len(keys) + guided),
+        "|---|---|---|" + "---|" * len(keys),
     ]
     for name, row in rows:
         cells = [_cell(key, row.get(key)) for key in keys]
@@ -184,12 +183,10 @@ def table(runs: Sequence[Run], mark: str = "**{}**") -> str:
             mark.format(cell) if cell == best[key] != NOTHING else cell
             for key, cell in zip(keys, cells, strict=True)
         ]
-        scale = NOTHING if row.get("guidance_scale") is None else f"{row['guidance_scale']:g}"
         head = [
             prose(name),
             prose(row["model"]),
             NOTHING if row["steps"] is None else row["steps"],
-            *([scale] if guided else []),
         ]
         lines.append("| " + " | ".join(str(cell) for cell in [*head, *cells]) + " |")
     return "\n".join(lines)

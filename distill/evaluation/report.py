@@ -12,9 +12,9 @@ from distill.terminal import line
 
 # metric -> (heading where the protocol has no name for it, unit and direction, format)
 COLUMNS = {
-    "nfe": ("nfe", "", "d"),
     "guidance_scale": ("guidance", "", "g"),
     "guidance_w": ("w", "", "g"),
+    "nfe": ("nfe", "", "d"),
     "fd": ("fd", " ↓", ".3f"),
     "kid": ("kid", "·10³ ↓", ".1f"),
     "cmmd": ("cmmd", " ↓", ".3f"),
@@ -75,11 +75,19 @@ def legend(protocol: Protocol) -> str:
     return " ".join(parts)
 
 
+def columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The keys of `COLUMNS` that some row has a value for; a guidance scale of 1 is none."""
+    return [
+        key
+        for key in COLUMNS
+        if any(row.get(key) is not None and (key, row[key]) != ("guidance_scale", 1) for row in rows)
+    ]
+
+
 def table(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
     """Markdown table of rows of metrics.json under the names of `Protocol.names`; columns that are null everywhere are
     left out, and so is guidance where there is none."""
-    shown = [{**row, "guidance_scale": None} if row.get("guidance_scale") == 1 else row for row in rows]
-    keys = [key for key in COLUMNS if any(row.get(key) is not None for row in shown)]
+    keys = columns(rows)
     headings = [prose(names.get(key, COLUMNS[key][0])) + COLUMNS[key][1] for key in keys]
     lines = [
         "| model | steps | " + " | ".join(headings) + " |",

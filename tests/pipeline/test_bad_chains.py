@@ -35,7 +35,7 @@ CASES = [
         ["+halve.rounds.1.method={wieght: snr}"],
         f"stages.distill_1.method.wieght: {NO_OPTION}, did you",
     ),
-    ("progressive", ["eval.grid=[[student_3,3]]"], "grid, follows: name [('student_3', 3)]"),
+    ("progressive", ["eval.grid=[[student_3,3]]"], "stages.evaluate.grid[0]: names the row [student_3, 3]"),
     ("consistency", ["stages.distill.teacher=null"], "stages.distill.teacher: found None, but the method"),
     ("consistency", ["stages.distill.method.scale=9"], "did you mean stages.distill.method.scales?"),
     ("consistency_training", ["stages.distill.teacher=teacher"], "ConsistencyTraining takes no teacher"),
@@ -47,7 +47,7 @@ CASES = [
     (
         "lcm",
         ["+stages.distill.adapt.nett={}"],
-        "stages.distill.adapt: found {'net': {'guidance_embedding': 64}, 'nett'",
+        "stages.distill.adapt.nett: no such key, did you mean stages.distill.adapt.net?",
     ),
     (
         "lcm",

@@ -56,16 +56,16 @@ SMOKE = ("recipe=instaflow", "profile=smoke", "name=run")
         ("trainer.accelerator=tpu", "trainer.accelerator: found 'tpu', expected 'auto', 'cpu' or 'gpu'"),
         ("teacher.steps=abc", "stages.teacher.steps: found 'abc', expected int"),
         ("teacher.steps=0", "stages.teacher.steps: expected at least 1, found 0"),
-        ("teacher.kind=banana", "stages.teacher.unknown prediction kind 'banana'"),
+        ("teacher.kind=banana", "unknown prediction kind 'banana'"),
         ("teacher.kind=v", "kind 'v' needs alpha^2 + sigma^2 = 1, which Flow does not keep"),
-        ("stages.pairs.sampler.solver=rk9", "stages.pairs.sampler: found {'solver': 'rk9'"),
+        ("stages.pairs.sampler.solver=rk9", "stages.pairs.sampler.solver: found 'rk9', expected one of"),
         (
             "stages.pairs.sampler.steps=0",
-            "stages.pairs.sampler.steps: found 0, expected an integer of at least 1",
+            "stages.pairs.sampler.steps: found 0, expected an integer of 1 ..",
         ),
         ("eval.straightness.steps=1", "straightness.steps: found 1, expected at least 2"),
         ("eval.models.student.stage=distil", "stages.evaluate: refers to 'distil', expected one of"),
-        ("eval.follows=[teacher,3]", "grid, follows: name [('teacher', 3)]"),
+        ("eval.follows=[teacher,3]", "stages.evaluate.follows: names the row [teacher, 3]"),
         (
             "stages.reflow.data=teacher",
             "stages.reflow.data: 'teacher' is a Train stage, expected a Generate stage",
@@ -85,9 +85,11 @@ def test_overrides(refuse, override, expected):
 
 def test_gates_are_checked_before_anything_runs(refuse):
     gate = "eval.gates=[{name: g, row: [student, 7], metric: fd, at_most: 1}]"
-    assert "names the row ('student', 7)" in refuse("recipe=instaflow", "name=run", gate)
+    assert "gates[0].row: names the row [student, 7]" in refuse("recipe=instaflow", "name=run", gate)
     gate = "eval.gates=[{name: g, row: [student, 1], metric: fdd, at_most: 1}]"
-    assert "names the metric 'fdd'" in refuse("recipe=instaflow", "name=run", gate)
+    assert "gates[0].metric: no such metric as 'fdd', did you mean fd?" in refuse(
+        "recipe=instaflow", "name=run", gate
+    )
 
 
 def test_a_missing_teacher_is_named(refuse):

@@ -343,7 +343,7 @@ def test_the_default_place_is_not_inside_a_model(run, photos, tmp_path):
         ),
         (
             ["model={run}/export", "reference=digits", "steps=one"],
-            "steps: found 'one', expected int or list or null",
+            "steps: found 'one', expected",
         ),
         (
             ["model={run}/export", "reference=digits", "steps=[]"],
