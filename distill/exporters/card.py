@@ -7,6 +7,7 @@ from typing import Any
 
 from distill.evaluation.protocol import Protocol
 from distill.evaluation.report import prose, table
+from distill.models.build import build_process
 
 
 def card(
@@ -43,7 +44,7 @@ def card(
         f"- predicts {description['kind']} under {description['process']['_target_'].rpartition('.')[2]}; "
         "starts from "
         f"{sampler['start_scale']:g} x the noise of its process's end, at t = "
-        f"{max((t for ts in sampler['times'].values() for t in ts), default=1.0):g}",
+        f"{max((t for ts in sampler['times'].values() for t in ts), default=build_process(description['process']).t_max):g}",
     ]
     if description["coupling"] == "endpoint":
         facts.append("- knows the noisiest time alone: not a start for further reflow or multi-step sampling")

@@ -113,7 +113,7 @@ class Evaluate(Stage):
         if self.count < self.k + 2:
             raise ValueError(f"count: expected at least k + 2 = {self.k + 2} samples, found {self.count}")
         for label in self.models:
-            check_name(label, "models: row label")
+            check_name(label, "models: row label", reserved=PUBLISHED)
         rows = [(label, steps) for label, row in self.models.items() for steps in row.steps]
         for place, named in [
             ("follows", self.follows),

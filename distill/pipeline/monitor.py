@@ -4,6 +4,7 @@ one is kept."""
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -20,13 +21,14 @@ from distill.engine.logging import lines_of, read_entries
 from distill.engine.module import STUDENT, DistillModule
 from distill.evaluation.grid import image_grid, save_png, tile
 from distill.evaluation.measure import Reference, measure
-from distill.files import read_json, sha256_file, write_json, write_text
+from distill.files import make_folder, read_json, remove, sha256_file, write_json, write_text
 from distill.models.description import DESCRIPTION, WEIGHTS
 from distill.models.features import FeatureExtractor
 from distill.pipeline.stage import Room, check_types
 from distill.typed import parse
 
 MODEL_FILES = (WEIGHTS, DESCRIPTION)
+PICTURE = r"(step|diagnostics)_(\d{7,})\.png"  # no other picture is ours
 FOLDER, BEST, RECORD, SUMMARY = "monitor", "best", "evaluations.jsonl", "best.json"
 # Metrics that a best model can be chosen by: all of them are distances.
 METRICS = ("fd", "kid", "sliced_wasserstein")
@@ -103,12 +105,12 @@ class Monitor:
         self.room.world.barrier()  # all have read it
         if not self.room.world.main:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         write_text(path, lines_of(kept))
         for picture in self.folder.glob("*_*.png"):
-            number = picture.stem.rpartition("_")[2]
-            if number.isdecimal() and int(number) > step:
-                picture.unlink()
+            ours = re.fullmatch(PICTURE, picture.name)
+            if ours is not None and int(ours[2]) > step:
+                remove(picture)
 
     def _check_best(self, kept: list[dict[str, Any]], step: int) -> None:
         """What lies in `best/` is what `best.json` says, and no evaluation since then was better."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from distill.evaluation.comparison import MARKING
 from distill.pipeline.ownership import OF_A_RUN, has_record, is_run
 
 SAMPLED = "distill.sample"  # what pictures of samples say drew them
@@ -32,7 +33,8 @@ def check_file(path: Path, *, asked: bool, software: str) -> None:
     if path.is_dir():
         raise ValueError(f"out: {path} is a folder, expected a file")
     foreign = os.path.lexists(path) and not drawn_by(path, software)
-    if (kept := _keeper(path)) and (foreign or path.name in OF_A_RUN):
+    new = not os.path.lexists(path)  # in a stage or an export it would be taken for a part of it
+    if (kept := _keeper(path)) and (foreign or path.name in OF_A_RUN or (new and not is_run(kept))):
         raise ValueError(f"out: {path} is a file of {kept}, expected another place, as in out=samples.png")
     if foreign and not asked:
         raise ValueError(f"out: {path}, the default, is there and is no picture of {software}; give out=FILE")
@@ -40,8 +42,11 @@ def check_file(path: Path, *, asked: bool, software: str) -> None:
 
 def check_comparison(page: Path, picture: Path, software: str) -> None:
     """Raise ValueError unless page and picture are new, or those of an earlier comparison."""
-    earlier = page.is_file() and page.read_bytes().startswith(PAGE_BEGINS.encode())
-    for path, fits in ((page, earlier), (picture, earlier or drawn_by(picture, software))):
+    if (kept := _keeper(page)) and not is_run(kept):
+        raise ValueError(f"out: {page.parent} lies in {kept}, expected another folder, out=FOLDER")
+    text = page.read_bytes() if page.is_file() else b""
+    earlier = text.startswith(PAGE_BEGINS.encode()) and MARKING.encode() in text
+    for path, fits in ((page, earlier), (picture, drawn_by(picture, software))):
         if os.path.lexists(path) and not fits:
             raise ValueError(
                 f"out: {path} is there and is no comparison; expected another folder, out=FOLDER"

@@ -108,7 +108,7 @@ def run_place(recipe: Mapping[str, Any], name: str) -> tuple[Path, int]:
         raise ValueError(f"seed: found {seed!r}, expected an integer")
     if not isinstance(runs_dir, str):
         raise ValueError(f"runs_dir: found {runs_dir!r}, expected a folder")
-    return Path(runs_dir) / check_name(name, "name"), seed
+    return Path(runs_dir) / check_name(name, "name", reserved=OF_A_RUN), seed
 
 
 def check(recipe: Mapping[str, Any], *, name: str, processes: int) -> None:

@@ -184,7 +184,7 @@ class Train(ModelStage):
             return
         models = {*ROLES, "nodes", *(self.networks or {})}
         options = {name: known[name] for name in known if name not in models}
-        given = [name for name in self.method if not name.startswith("_")]
+        given = [name for name in self.method if name != "_target_"]
         if unknown := [name for name in given if name not in options]:
             near = difflib.get_close_matches(unknown[0], options, n=1)
             hint = f", did you mean method.{near[0]}?" if near else ""

@@ -12,7 +12,6 @@ from hydra.utils import get_object
 
 from distill.typed import parse, unknown_key
 
-HYDRA = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
 SCALARS = (int, float, bool, str, None, NoneType, Any)
 CONTAINERS = (list, tuple, dict, Sequence, Mapping)
 
@@ -61,7 +60,7 @@ def check_options(target: Callable[..., Any], config: Mapping[str, Any], where: 
         if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
     ]
     for key, value in config.items():
-        if key in HYDRA:
+        if key == "_target_":
             continue
         if key not in known and not anything:
             raise ValueError(unknown_key(where, str(key), known))

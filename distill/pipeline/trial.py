@@ -13,6 +13,7 @@ from torch import Tensor
 
 from distill.evaluation.measure import Reference, measure
 from distill.models.features import FeatureExtractor
+from distill.pipeline.targets import resolve
 
 TRIED = 64  # real images that a trial measures
 WIDTH = 8  # of the features that stand in: a distance of wide ones takes seconds
@@ -53,6 +54,8 @@ def try_images(
 
     Raises ValueError where samples and data differ in shape, where the feature space does not read such images, or
     where the real set is too small."""
+    for what, config in (("data", data), ("features", features)):
+        resolve(config, what)
     real = instantiate(dict(data))
     if tuple(real.sample_shape) != tuple(sample_shape):
         raise ValueError(

@@ -36,6 +36,7 @@ TIMES: dict[str, Any] = {
 # One group: of the small nets' few features, groups would hold two numbers each, whose norm is a sign, and then the order of
 # a sum decides.
 GAN = {"weight_g": 1.0, "weight_d": 1.0, "groups": 1}
+POINTS_GAN = {"weight_g": 1.0, "weight_d": 1.0}  # features of points have no groups
 SMALL = {"shape": (1, 8, 8), "width": 33, "depth": 2, "features": 8, "num_classes": 10, "time_scale": 30.0}
 
 
@@ -72,7 +73,7 @@ def gan_on_fake(student: Denoiser, teacher: Denoiser, nodes: Sequence[Path]) -> 
 
 def gan_on_teacher(student: Denoiser, teacher: Denoiser, nodes: Sequence[Path]) -> DistillModule:
     """A frozen net passes gradients on from its features; no noise before it."""
-    gan = {"features": "teacher", "diffusion": False, **GAN}
+    gan = {"features": "teacher", "diffusion": False, **POINTS_GAN}
     return DMD(student, teacher, fake_updates_per_generator=2, gan=gan, **TIMES)
 
 
@@ -83,7 +84,7 @@ def two_steps(student: Denoiser, teacher: Denoiser, nodes: Sequence[Path]) -> Di
 
 def disback(student: Denoiser, teacher: Denoiser, nodes: Sequence[Path]) -> DistillModule:
     """Targets change at steps 2, 4 and 6; the head sees features of the target, also between student steps."""
-    gan = {"features": "teacher", **GAN}
+    gan = {"features": "teacher", **POINTS_GAN}
     return DisBack(student, teacher, nodes, steps_per_node=2, fake_updates_per_generator=2, gan=gan, **TIMES)
 
 

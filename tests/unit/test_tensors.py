@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import pytest
@@ -48,19 +49,21 @@ def test_bad_tensors(arguments, message):
 
 
 def test_a_checkpoint_of_another_training_is_refused(tmp_path):
-    def run(config, steps=2):
-        method = OneStep(Denoiser(MLP(), Flow(), "velocity", (2,)))
-        method.prepare({"student": Optim(partial(torch.optim.AdamW, lr=1e-3), Constant())}, seed=0)
-        source = Tensors(torch.randn(8, 2), torch.randn(8, 2))
-        train(method, source, Fit(steps=steps, batch_size=4), folder=tmp_path, config=config)
-        return method
+    torch.manual_seed(0)
+    net, source = MLP(), Tensors(torch.randn(8, 2), torch.randn(8, 2))
 
-    run({"lr": 1e-3, "steps": 2})
-    run({"lr": 1e-3, "steps": 3}, steps=3)  # longer is the same training
+    def run(config, steps=2):
+        method = OneStep(Denoiser(copy.deepcopy(net), Flow(), "velocity", (2,)))
+        method.prepare({"student": Optim(partial(torch.optim.AdamW, lr=1e-3), Constant())}, seed=0)
+        train(method, source, Fit(steps=steps, batch_size=4), folder=tmp_path, config=config)
+
+    run({"lr": 1e-3})
+    run({"lr": 1e-3}, steps=3)  # longer is the same training
     with pytest.raises(
-        ValueError, match=r"last.ckpt: is the checkpoint of another training: lr: found 0.001, expected 0.1"
+        ValueError,
+        match=r"last.ckpt: is the checkpoint of another training: config.lr: found 0.001, expected 0.1",
     ):
-        run({"lr": 0.1, "steps": 3}, steps=3)
+        run({"lr": 0.1}, steps=3)
 
 
 def test_a_users_net_gets_times_of_its_own_precision():
