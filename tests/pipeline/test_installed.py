@@ -87,7 +87,7 @@ def test_sweeps_have_a_folder_a_run(installed, tmp_path):
         installed, tmp_path, "-m", "recipe=instaflow", "profile=smoke", "seed=0,1", "profile.steps=1"
     )
     assert swept.returncode == 0, swept.stderr[-3000:]
-    runs = sorted(p.name for p in (tmp_path / "runs").iterdir() if p.is_dir())
+    runs = sorted(p.name for p in (tmp_path / "runs").glob("[!.]*") if p.is_dir())
     assert runs == ["instaflow-smoke-seed-0", "instaflow-smoke-seed-1"]
     for run in runs:
         assert (tmp_path / "runs" / run / "export" / "model.safetensors").is_file()
