@@ -52,16 +52,60 @@ def environment() -> dict[str, str]:
 # the tests. One line of JSON a call; answers with the number of the fork, then with its exit code and its seconds of CPU.
 SERVER = """
 import gc, json, os, runpy, sys, traceback
-import distill.compare, distill.evaluate, distill.sample, distill.train
+import distill.compare, distill.evaluate, distill.launch, distill.sample, distill.train
 import distill.methods.disback, distill.pipeline.stages, scipy.linalg, sklearn.datasets
+import torch.distributed.fsdp, torch.distributed.tensor
 
+def run(module, arguments, before):
+    code = 0
+    try:
+        sys.argv = [module, *arguments]
+        sys.modules.pop(module, None)
+        exec(before, {})
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        if isinstance(ended.code, str):
+            print(ended.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # taking the interpreter apart takes longer than many a run
+
+class Forked:  # what distill.launch uses of subprocess.Popen, for `python -m module arguments`
+    def __init__(self, command, env, process_group, preexec_fn):
+        self.returncode, self.pid = None, os.fork()
+        if self.pid == 0:
+            os.setpgid(0, process_group)
+            preexec_fn()
+            os.environ.clear()
+            os.environ.update(env)
+            run(command[2], command[3:], "")
+
+    def poll(self):
+        if self.returncode is None:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if ended else None
+        return self.returncode
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+    def kill(self):
+        os.kill(self.pid, 9)
+
+class Popen:
+    Popen = Forked
+
+distill.launch.subprocess = Popen
 gc.collect()
 gc.freeze()  # else the forks' collector would copy all pages
 for line in sys.stdin:
     call = json.loads(line)
     pid = os.fork()
     if pid == 0:
-        code = 0
         try:
             os.setsid()
             os.chdir(call["folder"])
@@ -69,24 +113,15 @@ for line in sys.stdin:
             os.environ.update(call["env"])
             for number, name in enumerate([os.devnull, call["out"], call["err"]]):
                 os.dup2(os.open(name, os.O_WRONLY if number else os.O_RDONLY), number)
-            sys.argv = [call["module"], *call["arguments"]]
-            sys.modules.pop(call["module"])
-            exec(call["before"], {})
-            runpy.run_module(call["module"], run_name="__main__", alter_sys=True)
-        except SystemExit as ended:
-            code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-            if isinstance(ended.code, str):
-                print(ended.code, file=sys.stderr)
         except BaseException:
-            traceback.print_exc()
-            code = 1
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)  # taking the interpreter apart takes longer than many a run
+            os._exit(1)
+        run(call["module"], call["arguments"], call["before"])
     print(pid, flush=True)
     _, status, used = os.wait4(pid, 0)
     print(os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime, flush=True)
 """
+# For `before`: the processes of a run are started as by a user.
+STARTED_ANEW = "import distill.launch, subprocess; distill.launch.subprocess = subprocess"
 _server: list[subprocess.Popen[str]] = []
 cpu_of_forks = [0.0]  # seconds; this process is not their parent, so that its own times leave them out
 
@@ -154,8 +189,8 @@ def run_verb(
     return result
 
 
-def forked(function: Callable[..., object], *arguments: object) -> int:
-    """The exit code of a fork of this process that calls the function."""
+def fork(function: Callable[..., object], *arguments: object) -> int:
+    """The number of a fork of this process that calls the function; exit code 1 where it raises."""
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -166,7 +201,12 @@ def forked(function: Callable[..., object], *arguments: object) -> int:
             traceback.print_exc()
         finally:
             os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return pid
+
+
+def forked(function: Callable[..., object], *arguments: object) -> int:
+    """The exit code of a fork of this process that calls the function."""
+    return os.waitstatus_to_exitcode(os.waitpid(fork(function, *arguments), 0)[1])
 
 
 @contextlib.contextmanager

@@ -3,50 +3,51 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
-from tests_support import copied_run, environment, kill_when, refusal, run_verb
+import worker
+from tests_support import STARTED_ANEW, copied_run, fork, kill_when, refusal, run_verb
 
 from distill.launch import free_port
 
-WORKER = Path(__file__).with_name("worker.py")
+
+def work(folder: Path, log: Path, rank: int, world: dict[str, str], jobs: tuple[str, ...]) -> None:
+    """Run jobs of `worker.py` as one process of a world."""
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    sys.stdout = sys.stderr = os.fdopen(2, "w", closefd=False, buffering=1)
+    os.environ.update(world | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if world else {}))
+    worker.main(folder, jobs)
 
 
 def start(folder: Path, size: int, *jobs: str) -> None:
     """Run jobs of `worker.py` on `size` processes, to the end."""
-    base = environment() | (
-        {
-            "WORLD_SIZE": str(size),
-            "LOCAL_WORLD_SIZE": str(size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
-            "GLOO_SOCKET_IFNAME": "lo",
-        }
-        if size > 1
-        else {}
-    )
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(folder), *jobs],
-            env=base | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if size > 1 else base,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(size)
-    ]
-    try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:  # where one hangs, all do
-            process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output[-4000:]
+    world = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"}
+    world |= {"MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
+    logs = [folder / f"log-{size}-{rank}.txt" for rank in range(size)]
+    running = {
+        fork(work, folder, log, rank, world if size > 1 else {}, jobs): log for rank, log in enumerate(logs)
+    }
+    deadline, failed = time.monotonic() + 300, ""
+    while running:
+        for pid in list(running):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended and (log := running.pop(pid)) and status:
+                failed = failed or f"{os.waitstatus_to_exitcode(status)}: {log.read_text()[-4000:]}"
+        if failed or time.monotonic() > deadline:  # where one hangs or fails, all do
+            for pid in running:
+                os.kill(pid, signal.SIGKILL)
+            failed = failed or "took too long"
+        time.sleep(0.02)
+    assert not failed, failed
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +133,8 @@ SMOKE = ("recipe=instaflow", "profile=smoke", "name=run")
 def test_a_run_on_two_processes_makes_the_same_pairs_and_numbers(shared, tmp_path):
     one, two = shared("instaflow"), copied_run(shared("instaflow"), tmp_path)
     # Two processes make the pairs and the evaluation again, from the same trained models.
-    done = run_verb(two, "train", *SMOKE, "redo=[pairs2,evaluate]", "trainer.devices=2")
+    options = ("redo=[pairs2,evaluate]", "trainer.devices=2")
+    done = run_verb(two, "train", *SMOKE, *options, before=STARTED_ANEW)
     assert done.stdout.count("runs/run: done.") == 1
     shards = [f / "runs/run/pairs2/pairs-00000.safetensors" for f in (one, two)]
     assert shards[0].read_bytes() == shards[1].read_bytes()

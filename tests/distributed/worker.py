@@ -1,13 +1,13 @@
 """What the processes of the distributed tests run: trains, writes what it found, rank by rank. No test itself.
 
-`python worker.py FOLDER JOB [JOB ...]`, where a job is the end of a `job_NAME` below, or MODULE.NAME for one of another
-file. The world comes from the environment, and without one this is one process.
+A job is the end of a `job_NAME` below, or MODULE.NAME for one of another file. The
+world comes from the environment, and without one this is one process.
 """
 
 from __future__ import annotations
 
 import importlib
-import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -296,11 +296,12 @@ def job_mesh(world: World, folder: Path) -> None:
         torch.save({"cuts": cuts, "collected": collected, "noise": noise, "flags": flags}, folder / "mesh.pt")
 
 
-if __name__ == "__main__":
+def main(folder: Path, jobs: Sequence[str]) -> None:
+    """Do the jobs, one after the other, in the world of the environment."""
     place = join(torch.device("cpu"))
-    for job in sys.argv[2:]:
+    for job in jobs:
         module, _, name = job.rpartition(".")
-        getattr(importlib.import_module(module or "worker"), f"job_{name}")(place, Path(sys.argv[1]))
+        getattr(importlib.import_module(module or "worker"), f"job_{name}")(place, folder)
         place.barrier()
     leave()
     assert not dist.is_initialized()
