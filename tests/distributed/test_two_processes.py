@@ -36,7 +36,7 @@ def start(folder: Path, size: int, *jobs: str) -> None:
     running = {
         fork(work, folder, log, rank, world if size > 1 else {}, jobs): log for rank, log in enumerate(logs)
     }
-    deadline, failed = time.monotonic() + 300, ""
+    deadline, failed = time.monotonic() + 600, ""
     while running:
         for pid in list(running):
             ended, status = os.waitpid(pid, os.WNOHANG)
