@@ -315,8 +315,10 @@ def corruptions(
             if code == 0:
                 same_end(whole, folder)
                 outcome = "made again or not needed"
-            elif code == 1 and "Traceback" not in said and path.name in said:
-                outcome = "refused by name"
+            elif code == 1 and "Traceback" not in said and (path.name in said or f"{path.parent}:" in said):
+                outcome = (
+                    "refused by name"  # or by that of its folder, where the stage's record cannot be read
+                )
             else:
                 raise Failed(f"exit {code}: {said[-600:]}")
         except (Failed, OSError, ValueError) as error:

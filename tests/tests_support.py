@@ -55,6 +55,7 @@ import gc, json, os, runpy, sys, traceback
 import distill.compare, distill.evaluate, distill.launch, distill.sample, distill.train
 import distill.methods.disback, distill.pipeline.stages, scipy.linalg, sklearn.datasets
 import torch.distributed.fsdp, torch.distributed.tensor
+from hydra.core.global_hydra import GlobalHydra
 
 def run(module, arguments, before):
     code = 0
@@ -80,6 +81,7 @@ class Forked:  # what distill.launch uses of subprocess.Popen, for `python -m mo
         if self.pid == 0:
             os.setpgid(0, process_group)
             preexec_fn()
+            GlobalHydra.instance().clear()
             os.environ.clear()
             os.environ.update(env)
             run(command[2], command[3:], "")

@@ -32,9 +32,11 @@ def made_of(method: DistillModule, source: Source, batch_size: int, **settings: 
 
     The method's part is taken when its training begins and kept by it: the options and the weights change later."""
     if not method.begun:
+        if not isinstance(method.given, dict):
+            method.given = _options(method)  # the networks among them would be held beside the method's own
         method.begun = {
             "method": name_of(type(method)),
-            "options": _options(method),
+            "options": method.given,
             "start": {role: weights_of(network) for role, network in method.networks.items()},
             "frozen": {role: weights_of(network) for role, network in method.frozen.items()},
         }
