@@ -141,11 +141,12 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 def test_features_are_a_group_of_the_command_line(train: Any, tmp_path: Path) -> None:
     if importlib.util.find_spec("efficientnet_lite_pytorch") is not None:
         assert "evaluate  new" in train("features=efficientnet_lite0")
-    # The evaluation reads the chosen group: its stage is where the missing folder is noticed.
+    # The monitor and the evaluation read the chosen group; the first of them notices the missing folder.
     folder = tmp_path / "clip"
     found = train("features=clip", f"features.path={folder}")
     assert re.search(
-        rf"error: stages\.\w+: features clip: path: found no {re.escape(str(folder))}/config.json", found
+        rf"error: stages\.\w+: (monitor\.features: )?features clip: path: found no {re.escape(str(folder))}/config.json",
+        found,
     )
     assert "features is one of: clip, digits64, dino, efficientnet_lite0, inception" in train(
         "features=resnet"

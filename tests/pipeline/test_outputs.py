@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from test_ownership import go, snapshot
 
 from distill import sample
+from distill.evaluation.comparison import MARKING
 from distill.pipeline.outputs import check_comparison, check_evaluation, drawn_by
 
 
@@ -86,8 +88,14 @@ def test_comparisons_replace_comparisons(tmp_path: Path) -> None:
         ValueError, match=r"comparison.png is there and is no comparison; expected another folder"
     ):
         check_comparison(page, picture, "distill.compare")
-    page.write_text("# Comparison of a, b\n")
+    info = PngInfo()
+    info.add_text("Software", "distill.compare")
+    Image.new("L", (2, 2)).save(picture, pnginfo=info)
+    page.write_text(f"# Comparison of a, b\n\n{MARKING}\n")
     check_comparison(page, picture, "distill.compare")
+    page.write_text("# Comparison of a, b\n\nwritten by hand\n")
+    with pytest.raises(ValueError, match=r"comparison.md is there"):
+        check_comparison(page, picture, "distill.compare")
     page.write_text("# My thesis\n")
     with pytest.raises(ValueError, match=r"comparison.md is there"):
         check_comparison(page, picture, "distill.compare")
