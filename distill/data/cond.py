@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from distill.data.arguments import finite, labels
+from distill.data.arguments import finite, integer, labels
 
 NULL_LABEL = -1
 
@@ -40,6 +40,22 @@ class Cond:
     def nothing(cls, size: int) -> Cond:
         """`size` unconditional samples."""
         return cls(size)
+
+    def __post_init__(self) -> None:
+        integer("size", self.size, at_least=0)
+        for name, value, kinds in (
+            ("label", self.label, (torch.int64,)),
+            ("guidance_w", self.guidance_w, (torch.float32, torch.float64, torch.float16, torch.bfloat16)),
+        ):
+            if value is None:
+                continue
+            if not isinstance(value, Tensor) or value.dtype not in kinds or value.shape != (self.size,):
+                found = (
+                    f"{value.dtype} {list(value.shape)}"
+                    if isinstance(value, Tensor)
+                    else type(value).__name__
+                )
+                raise ValueError(f"{name}: expected a tensor [{self.size}] of {kinds[0]}, found {found}")
 
     def __len__(self) -> int:
         return self.size

@@ -46,6 +46,7 @@ def state_of(module: DistillModule, record: Mapping[str, Any]) -> dict[str, Any]
         "sampler": module.result().sampler.to_dict(),
         "method": module.state(),
         "record": dict(record),
+        "threads": torch.get_num_threads(),  # the last bits of sums depend on it
         "torch": str(torch.__version__),
     }
 

@@ -66,6 +66,7 @@ class Fit:
     shard: str = "none"
     checkpoint_every: int = 200
     log_every: int = 20
+    threads: int | None = None
     max_nonfinite: int = 10
     max_nonfinite_share: float = 0.05
 
@@ -239,6 +240,8 @@ def _train(
     snapshot: Callable[[int], None],
 ) -> None:
     world = method.world
+    if fit.threads is not None:
+        torch.set_num_threads(fit.threads)
     state, record = _begin(method, source, fit, path, config, seams)
     if state is not None:
         on_progress(method.progress.step, f"continues from step {method.progress.step}")
@@ -287,6 +290,8 @@ def _begin(
         state = checkpoint.read(path)
         record = continued(state, record, method, path, seams)
         checkpoint.restore(state, method, where=path)
+        if fit.threads is None and (threads := state.get("threads")) is not None:
+            torch.set_num_threads(int(threads))  # with another count, sums would differ in their last bits
         return state, record
     if seams:
         raise checkpoint.Refused(

@@ -28,6 +28,7 @@ from distill.engine.update import Average, Diagnostics, Optim, Step, Update
 from distill.models.denoiser import Denoiser
 from distill.models.generator import Generator
 from distill.models.result import Result
+from distill.typed import check_keys
 from distill.world import World
 
 STUDENT = "student"
@@ -154,9 +155,11 @@ class DistillModule(L.LightningModule):
             raise ValueError(f"updates: names must differ, found {names}")
         if not any(STUDENT in update.trains for update in self.plan):
             raise ValueError(f"updates: none of {names} trains the network {STUDENT!r}")
-        if sorted(names) != sorted(optim):
+        check_keys(optim, names, "optim")
+        if missing := [name for name in names if name not in optim]:
             raise ValueError(
-                f"optim: found settings for {sorted(optim)}, this method's updates need {sorted(names)}"
+                f"optim: found settings for {sorted(optim)}, this method has the updates {sorted(names)}; "
+                f"expected optim.{missing[0]} too"
             )
         self.optim = {key: v if isinstance(v, Optim) else Optim(**v) for key, v in optim.items()}
         self.progress, self.nonfinite, self.begun = Progress(), NonFinite(), {}

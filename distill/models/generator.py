@@ -49,6 +49,7 @@ class Generator:
     def one_step(self, z: Tensor, cond: Cond) -> Tensor:
         """[B,*S] noise -> [B,*S] samples in one step: what `generate` makes with `steps=1`, also where the model is not
         valid for it. Differentiable with respect to z."""
+        self._check(z, cond)
         model, spec = self.denoiser, self.spec
         if spec.mode == "ode":
             return self.generate(z, cond, 1, force=True)
@@ -56,6 +57,15 @@ class Generator:
         cond = cond.with_guidance(spec.embedded()).to(z.device)
         t = torch.full((len(z),), spec.start(model.process), dtype=torch.float32, device=z.device)
         return model.x0(model.process.prior(spec.start_scale * z), t, cond, spec.guidance_scale)
+
+    def _check(self, z: Tensor, cond: Cond) -> None:
+        shape = tuple(self.denoiser.sample_shape)
+        if not z.is_floating_point() or tuple(z.shape[1:]) != shape:
+            raise ValueError(
+                f"z: expected noise [B, {', '.join(map(str, shape))}], found {z.dtype} {list(z.shape)}"
+            )
+        if len(cond) != len(z):
+            raise ValueError(f"cond: found {len(cond)} conditions for {len(z)} samples, expected as many")
 
     def network_calls(self, steps: int | None = None, guidance_scale: float | None = None) -> int | None:
         """Network calls that `generate` makes for a sample, of its arguments; guidance counts twice. None: the solver chooses
@@ -87,6 +97,7 @@ class Generator:
         `noise` [steps, B,*S], or step -> [B,*S], is the fresh noise of stochastic samplers ("sde") with more than one
         step. With `return_path`, all states [steps + 1, B,*S] from the noise to the samples. Differentiable with respect
         to z."""
+        self._check(z, cond)
         model, spec = self.denoiser, self.spec.with_noise_scale(noise_scale)
         grid = spec.grid(model.process, steps, force=force)
         cond = cond.with_guidance(spec.embedded(guidance_w)).to(z.device)
@@ -172,6 +183,14 @@ class Generator:
         """The samples `ids` [n] of `sample`, in one batch; `labels` holds those of all samples. Raises FloatingPointError for
         samples that are not finite."""
         seed, force = integer("seed", seed), flag("force", force)
+        limit = None if labels is None else len(labels)
+        if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.ndim != 1:
+            raise ValueError(f"ids: expected int64 numbers of samples [n], found {ids!r}")
+        if len(ids) and (int(ids.min()) < 0 or (limit is not None and int(ids.max()) >= limit)):
+            raise ValueError(
+                f"ids: found {int(ids.min())} .. {int(ids.max())}, expected numbers of samples, 0 "
+                f"{'and up' if limit is None else f'.. {limit - 1}, those that have a label'}"
+            )
         z, fresh = self.noises(seed, stream, ids)
         cond = (Cond.nothing(len(ids)) if labels is None else Cond.of_labels(labels[ids])).to(self.device)
         samples = self.generate(

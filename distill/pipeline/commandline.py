@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import HydraException
 
 from distill.files import sha256_text
@@ -63,6 +64,27 @@ def _override(argument: str, sweep: bool) -> str:
             return argument
         return f"{key}={','.join(_letters(key, one.strip()) for one in value.split(','))}"
     return f"{key}={_letters(key, value)}"
+
+
+def check_choice(argument: str, groups: Path) -> None:
+    """Raise ValueError where an override gives a group (a folder of `groups`) a config in place of names of its options."""
+    key, _, value = argument.partition("=")
+    group = key.lstrip("+").partition("@")[0]
+    folder = groups / group
+    if not value.lstrip().startswith(("[", "{")) or not group.isidentifier() or not folder.is_dir():
+        return
+    try:
+        given = OverridesParser.create().parse_override(argument).value()
+    except HydraException:
+        return  # told when Hydra reads it
+    if isinstance(given, list) and all(isinstance(one, str | QuotedString) for one in given):
+        return
+    names = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
+    keys = f"; its keys are given one by one, {group}.KEY=VALUE" if isinstance(given, dict) else ""
+    raise ValueError(
+        f"{group}: found {value}, expected names of options among {names}{keys}; an option of your own is a file "
+        f"FOLDER/{group}/NAME.yaml, with --config-dir FOLDER"
+    )
 
 
 def _letters(key: str, value: str) -> str:

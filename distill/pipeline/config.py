@@ -22,7 +22,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from distill.pipeline.commandline import arguments, quoted, slug, swept, typed_again
+from distill.pipeline.commandline import arguments, check_choice, quoted, slug, swept, typed_again
 from distill.pipeline.sources import register_sources
 from distill.terminal import told
 
@@ -105,6 +105,8 @@ def run_verb(main: Callable[[], None]) -> None:
     with told(explain):
         register_sources()
         sys.argv[1:] = arguments(sys.argv[1:])
+        for argument in sys.argv[1:]:
+            check_choice(argument, CONFIGS)
         main()
 
 

@@ -165,6 +165,12 @@ def _state(entry: Planned, before: Mapping[str, Planned]) -> None:
         entry.made = files_digest(record)
     elif found and EMPTIED not in found and entry.stage.begun(entry.folder):
         inputs, finished = found.pop(INPUT_FILES, None), False
+        if inputs is None:
+            entry.state = "changed"
+            entry.broken = (
+                f"{begun}: {INPUT_FILES}: missing, expected what the stage was begun from: it was changed"
+            )
+            return
     else:
         return
     swapped = tuple(

@@ -322,6 +322,7 @@ class Train(ModelStage):
             shard=room.settings.shard,
             checkpoint_every=room.settings.checkpoint_every,
             log_every=room.settings.log_every,
+            threads=room.settings.threads,
             max_nonfinite=room.settings.max_nonfinite,
             max_nonfinite_share=room.settings.max_nonfinite_share,
         )

@@ -162,6 +162,23 @@ def test_plans_of_odd_names(plan, tmp_path):
     assert plan("recipe=instaflow", f"runs_dir={tmp_path}/a=b").startswith(f"{tmp_path}/a=b/instaflow-smoke:")
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "loggers=[{_target_: a.B}]",
+            "loggers: found [{_target_: a.B}], expected names of options among jsonl, wandb;",
+        ),
+        ("+loggers=[[jsonl]]", "loggers: found [[jsonl]], expected names"),
+        ("trainer={devices: 2}", "its keys are given one by one, trainer.KEY=VALUE"),
+    ],
+)
+def test_a_group_takes_names_of_options(plan, capsys, override, message):
+    with pytest.raises(SystemExit) as ended:
+        plan("recipe=toy_instaflow", override)
+    assert message in str(ended.value.code)
+
+
 def test_a_sweep_makes_a_folder_a_job(plan):
     told = plan("recipe=toy_instaflow", "-m", "name=sw", "seed=-1,1")
     folders = [line.partition(":")[0] for line in told.splitlines() if line.startswith("runs/")]

@@ -190,6 +190,20 @@ def test_an_interrupted_training_made_longer_has_a_seam_at_its_step(
     assert len(digests | {artifact(at_once)["digest"]}) == 3
 
 
+def test_an_interrupted_stage_says_what_it_was_begun_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_at(monkeypatch, 2, tmp_path, 4)
+    path = tmp_path / "r" / "teacher" / "identity.json"
+    content = json.loads(path.read_text())
+    for edited in ({k: v for k, v in content.items() if k != "input_files"}, content | {"input_files": None}):
+        path.write_text(json.dumps(edited))
+        with pytest.raises(ValueError, match=r"(?s)input_files: missing, .*redo=teacher"):
+            go(tmp_path, 4)
+    path.write_text(json.dumps(content))
+    assert states(tmp_path, 4)["teacher"] == "interrupted"
+
+
 def test_a_curriculum_over_the_steps_does_not_go_back(copied: Path) -> None:
     """It would start again at its wide levels; with its old length given it stays at its last ones."""
     refused = next(e for e in plan(recipe(copied, 4, 8), copied / "r", 0) if e.name == "tuned")

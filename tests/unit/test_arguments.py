@@ -251,3 +251,39 @@ def test_a_picture_is_saved_and_nothing_else(tmp_path: Path) -> None:
 def test_tensors_as_data(given: dict[str, Tensor], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         Tensors(**given)
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda: Cond(2.0), "size: found 2.0, expected an integer"),  # type: ignore[arg-type]
+        (lambda: Cond(-1), "size: expected at least 0"),
+        (lambda: Cond(2, torch.tensor([1])), r"label: expected a tensor \[2\] of torch.int64, found .*\[1\]"),
+        (
+            lambda: Cond(1, torch.tensor([1.0])),
+            r"label: expected a tensor \[1\] of torch.int64, found .*float",
+        ),
+        (lambda: Cond(1, [1]), "label: .*found list"),  # type: ignore[arg-type]
+        (lambda: Cond(2, None, torch.zeros(1)), r"guidance_w: expected a tensor \[2\] of torch.float32"),
+        (lambda: Cond(1, None, torch.tensor([True])), "guidance_w: .*found torch.bool"),
+    ],
+)
+def test_a_condition_made_by_hand_is_checked(made: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        made()  # type: ignore[operator]
+
+
+def test_noise_conditions_and_ids_that_do_not_belong_together(model: Generator) -> None:
+    z, cond = torch.randn(2, 1, 8, 8), Cond.of_labels([1, 2])
+    for call in (model.generate, model.one_step):
+        assert call(z, cond).shape == z.shape
+        with pytest.raises(ValueError, match="cond: found 2 conditions for 1 samples"):
+            call(z[:1], cond)
+        with pytest.raises(ValueError, match=r"z: expected noise \[B, 1, 8, 8\], found .*\[2, 8, 8\]"):
+            call(z[:, 0], cond)
+        with pytest.raises(ValueError, match=r"z: expected noise .* found torch.int64"):
+            call(z.long(), cond)
+    labels = torch.tensor([3, 4])
+    for ids in (torch.tensor([2]), torch.tensor([-1]), torch.tensor([0.5]), [0]):
+        with pytest.raises(ValueError, match="ids: "):
+            model.sample_ids(ids, labels, seed=0, stream="sample")  # type: ignore[arg-type]

@@ -382,3 +382,18 @@ def test_what_runs_between_iterations_is_outside_the_precision_of_the_step(tmp_p
         train(method, Points(), Fit(3, 8, precision="bf16-mixed", log_every=1), folder=tmp_path, **hooks)
     others = ("resume", "evaluation", "log", "snapshot", "progress")
     assert casts == {"loss": {True}, **{name: {False} for name in others}}
+
+
+def test_training_goes_on_with_the_threads_of_its_checkpoint(tmp_path: Path) -> None:
+    """The last bits of sums depend on their number."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        call(tmp_path)
+        torch.set_num_threads(1)
+        call(tmp_path, steps=4)
+        assert torch.get_num_threads() == 2
+        state = torch.load(tmp_path / checkpoint.NAME, weights_only=True)
+        assert state["threads"] == 2
+    finally:
+        torch.set_num_threads(before)

@@ -153,6 +153,7 @@ def test_frozen_networks_are_neither_registered_nor_saved(tmp_path):
         "record",
         "sampler",
         "schema",
+        "threads",
         "torch",
     ]
     assert sorted(state["networks"]) == ["fake", "student"]
@@ -228,9 +229,12 @@ def test_schedules_and_ramp():
 def test_errors_name_the_field(tmp_path):
     method = make()
     with pytest.raises(
-        ValueError, match=r"optim: found settings for \['student'\], this method's updates need"
+        ValueError,
+        match=r"optim: found settings for \['student'\], this method has .* expected optim.fake too",
     ):
         method.prepare({"student": settings()}, seed=0)
+    with pytest.raises(ValueError, match=r"optim.studnt: no such key, did you mean optim.student\?"):
+        method.prepare({"studnt": settings(), "fake": settings()}, seed=0)
     with pytest.raises(ValueError, match="batch_size: 8 samples a step cannot be split into accumulate=3"):
         fit(make(), tmp_path, steps=1, accumulate=3)
     with pytest.raises(ValueError, match="trains no network"):
