@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from distill.data.cond import Cond
 from distill.data.plain import plain_torch
-from distill.files import sha256_file, write_json, write_safetensors
+from distill.files import canonical_json, sha256_file, write_json, write_safetensors
 from distill.models.build import REFUSALS, at_most, build_net, build_process
 from distill.models.denoiser import Denoiser, embeds_guidance
 from distill.models.description import DESCRIPTION, SCHEMA, WEIGHTS, Description
@@ -203,6 +203,9 @@ def _check_net(description: Description, path: Path, where: str) -> nn.Module:
     return net
 
 
+_calls: set[str] = set()  # of nets that take their samples: a run loads the same ones again and again
+
+
 def _check_samples(description: Description, net: nn.Module, where: str) -> None:
     """A net on the meta device takes samples, classes and guidance as the description says."""
     classes = getattr(net, "num_classes", 0)
@@ -216,6 +219,9 @@ def _check_samples(description: Description, net: nn.Module, where: str) -> None
         )
     shape = description.sample_shape
     x, t = torch.empty(1, *shape, device="meta"), torch.empty(1, device="meta")
+    call = canonical_json({"net": description.net, "shape": shape, "classes": classes, "w": embeds})
+    if call in _calls:
+        return
     label = torch.zeros(1, dtype=torch.int64, device="meta") if classes else None
     w = torch.empty(1, device="meta") if embeds else None
     try:
@@ -227,3 +233,4 @@ def _check_samples(description: Description, net: nn.Module, where: str) -> None
         raise ValueError(
             f"{where}sample_shape: found {list(shape)}, but the net makes {list(made[1:])} of it"
         )
+    _calls.add(call)

@@ -196,9 +196,9 @@ def test_recipe_ends_in_an_exported_evaluated_student(smoke):
     assert metrics["schema"] == 1
     names = Protocol.from_dict(metrics["protocol"]).names()
     assert metrics["protocol"]["names"] == names
-    assert names["sliced_wasserstein"] == "sliced_wasserstein@40", "a smoke run's numbers have no plain name"
+    assert names["sliced_wasserstein"] == "sliced_wasserstein@20", "a smoke run's numbers have no plain name"
     for page in ("report.md", "export/README.md"):
-        assert "| sliced_wasserstein@40 ↓ |" in (run / page).read_text(encoding="utf-8")
+        assert "| sliced_wasserstein@20 ↓ |" in (run / page).read_text(encoding="utf-8")
     required = {
         "model",
         "steps",

@@ -50,7 +50,7 @@ def small() -> Denoiser:
 
 def unet() -> Denoiser:
     """A U-Net of one level."""
-    net = UNet(width=8, multipliers=(1,), embedding=16, groups=4)
+    net = UNet(width=8, multipliers=(1,), embedding=16, groups=4, attention="none")
     for parameter in net.parameters():
         nn.init.normal_(parameter, std=0.15)
     return Denoiser(net, Flow(), "velocity", (1, 8, 8), num_classes=10)
@@ -59,11 +59,6 @@ def unet() -> Denoiser:
 def sid(student: Denoiser, teacher: Denoiser, nodes: Sequence[Path]) -> DistillModule:
     """Teacher and fake score pass gradients on to their inputs."""
     return SiD(student, teacher, **TIMES)
-
-
-def dmd(student: Denoiser, teacher: Denoiser, nodes: Sequence[Path]) -> DistillModule:
-    """Three fake updates a student update."""
-    return DMD(student, teacher, fake_updates_per_generator=3, **TIMES)
 
 
 def gan_on_fake(student: Denoiser, teacher: Denoiser, nodes: Sequence[Path]) -> DistillModule:
@@ -78,8 +73,9 @@ def gan_on_teacher(student: Denoiser, teacher: Denoiser, nodes: Sequence[Path]) 
 
 
 def two_steps(student: Denoiser, teacher: Denoiser, nodes: Sequence[Path]) -> DistillModule:
-    """Backward simulation: one step of the student for all processes, and one for each sample of the fake score."""
-    return DMD(student, teacher, levels=[4.0, 1.0], fake_updates_per_generator=2, **TIMES)
+    """Backward simulation: one step of the student for all processes, and one for each sample of the fake score, which is
+    updated three times as often."""
+    return DMD(student, teacher, levels=[4.0, 1.0], fake_updates_per_generator=3, **TIMES)
 
 
 def disback(student: Denoiser, teacher: Denoiser, nodes: Sequence[Path]) -> DistillModule:
@@ -96,7 +92,6 @@ def plateau(student: Denoiser, teacher: Denoiser, nodes: Sequence[Path]) -> Dist
 
 METHODS = {
     sid: small,
-    dmd: small,
     gan_on_fake: unet,
     gan_on_teacher: small,
     two_steps: small,
@@ -106,6 +101,7 @@ METHODS = {
 # Also trained with blocks that are gathered on their own, as of large nets: features come from the middle of such a net, and
 # what lies behind them sees no backward.
 IN_UNITS, UNIT = (sid, gan_on_fake, gan_on_teacher), 100
+SLOW = (gan_on_fake,)  # the slow tests' alone: sharding costs by the tensor, and a U-Net has many
 Build = Callable[[Denoiser, Denoiser, Sequence[Path]], DistillModule]
 
 
@@ -171,22 +167,32 @@ def train(
 
 
 def job_train(world: World, folder: Path) -> None:
+    """What the default tests look at."""
+    train_all(world, folder, [build for build in METHODS if build not in SLOW])
+
+
+def job_slow(world: World, folder: Path) -> None:
+    """What the slow ones do."""
+    train_all(world, folder, SLOW)
+
+
+def train_all(world: World, folder: Path, builds: Sequence[Build]) -> None:
     """Every method, whole: alone (each process has its share of them), replicated, sharded; then the halves of each
     number of processes continued on each."""
-    alone = [build for number, build in enumerate(METHODS) if number % world.size == world.rank]
+    alone = [build for number, build in enumerate(builds) if number % world.size == world.rank]
     if world.main:
         write_nodes(folder / "nodes")
     world.barrier()
     for build in alone:
         train(build, World(), folder, "one")
     world.barrier()
-    for build in METHODS:
+    for build in builds:
         halves = {name: folder / build.__name__ / name / "half.ckpt" for name in ("one", "world")}
         train(build, world, folder, "none", shard="none")
         train(build, world, folder, "world", shard="world")
         train(build, world, folder, "two-on-two", shard="world", begun=halves["world"])
         train(build, world, folder, "one-on-two", shard="world", begun=halves["one"])
-    for build in IN_UNITS:
+    for build in [build for build in IN_UNITS if build in builds]:
         default, shard_net.__kwdefaults__["least"] = shard_net.__kwdefaults__["least"], UNIT
         train(build, world, folder, "units", shard="world")
         shard_net.__kwdefaults__["least"] = default

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from score_worker import HALF, IN_UNITS, METHODS, NODES, STEPS, UNIT, Build, make, plateau, write_nodes
+from score_worker import HALF, IN_UNITS, METHODS, NODES, SLOW, STEPS, UNIT, Build, make, plateau, write_nodes
 from test_two_processes import assert_close, load, start
 from torch import Tensor
 from worker import fit
@@ -23,15 +23,37 @@ from distill.models.native import read_weights
 from distill.world import World
 
 BUILDS = {build.__name__: build for build in METHODS}
-every_method = pytest.mark.parametrize("name", list(BUILDS))
+
+
+def marks(build: Build) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.slow] if build in SLOW else []
+
+
+every_method = pytest.mark.parametrize("name", [pytest.param(b.__name__, marks=marks(b)) for b in METHODS])
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> Path:
-    """The folder where two processes have trained every method: alone and together, whole and continued."""
+def quick(tmp_path_factory) -> Path:
+    """The folder where two processes have trained the methods: alone and together, whole and continued."""
     folder = tmp_path_factory.mktemp("score")
     start(folder, 2, "score_worker.train")
     return folder
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory) -> Path:
+    """The same of those that take long."""
+    folder = tmp_path_factory.mktemp("score_slow")
+    start(folder, 2, "score_worker.slow")
+    return folder
+
+
+@pytest.fixture
+def results(request) -> Path:
+    """The folder of the method that a test is about."""
+    name = getattr(request.node, "callspec", None) and request.node.callspec.params.get("name")
+    place: Path = request.getfixturevalue("long" if name in {build.__name__ for build in SLOW} else "quick")
+    return place
 
 
 def found(results: Path, name: str, run: str) -> dict[str, Tensor]:
@@ -53,10 +75,10 @@ def test_losses_norms_nodes_weights_and_averages_of_two_are_those_of_one(results
     assert_close(one, two)
 
 
-@pytest.mark.parametrize("build", IN_UNITS)
-def test_also_where_blocks_of_the_nets_are_gathered_on_their_own(results, build):
-    assert len(units(METHODS[build]().net, UNIT)) > 1
-    assert_close(found(results, build.__name__, "one"), found(results, build.__name__, "units"))
+@pytest.mark.parametrize("name", [pytest.param(b.__name__, marks=marks(b)) for b in IN_UNITS])
+def test_also_where_blocks_of_the_nets_are_gathered_on_their_own(results, name):
+    assert len(units(METHODS[BUILDS[name]]().net, UNIT)) > 1
+    assert_close(found(results, name, "one"), found(results, name, "units"))
 
 
 @pytest.mark.parametrize("run", ["one-on-two", "two-on-one"])

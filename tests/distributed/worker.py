@@ -35,13 +35,13 @@ from distill.process.flow import Flow
 from distill.world import World, join, leave
 
 torch.set_num_threads(1)
-STEPS, BATCH = 20, 16
+STEPS, BATCH = 12, 16
 Method = TypeVar("Method", bound=DistillModule)
 
 
 def net() -> Denoiser:
     """A small U-Net whose layers all matter."""
-    unet = UNet(width=8, embedding=16, groups=4)
+    unet = UNet(width=8, multipliers=(1,), embedding=16, groups=4)
     for parameter in unet.parameters():
         nn.init.normal_(parameter, std=0.15)
     return Denoiser(unet, Flow(), "velocity", (1, 8, 8), num_classes=10)

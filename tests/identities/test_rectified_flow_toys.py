@@ -157,6 +157,7 @@ def test_t1_reflow_of_the_exact_field(exact: Denoiser, field: Found, tmp_path: P
     assert squared(samples(student, pairs.z, STEPS), pairs.x0) < 0.03
 
 
+@pytest.mark.slow
 def test_t3_shuffled_pairs_straighten_nothing(exact: Denoiser, field: Found, tmp_path: Path) -> None:
     """Pairs whose ends were swapped carry the independent coupling: what is learned is 1-rectified flow again, which
     breaks every bound of T1 (but that on transport, which belongs to the data and not to the pairs)."""
@@ -170,6 +171,7 @@ def test_t3_shuffled_pairs_straighten_nothing(exact: Denoiser, field: Found, tmp
     assert squared(samples(student, pairs.z, STEPS), pairs.x0) > 1
 
 
+@pytest.mark.slow
 def test_t3_direct_distillation_of_the_exact_field(exact: Denoiser, tmp_path: Path) -> None:
     """The same budget, without reflow: one step lands where the field's 100 steps do."""
     pairs = Ends(exact, "pairs")

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from tests_support import ROOT, environment
+from tests_support import ROOT, call_verb, environment, run_verb
 
 MINE = """# @package _global_
 defaults:
-  - instaflow
+  - toy_instaflow
   - _self_
 stages:
   reflow: {steps: 3}
@@ -33,10 +34,15 @@ def installed(tmp_path_factory) -> dict[str, str]:
     return environment() | {"PYTHONPATH": str(folder / "site")}
 
 
-def verb(installed: dict[str, str], folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "distill.train", *arguments],
-        cwd=folder,
+def test_the_wheel_runs_the_recipe_from_an_empty_folder(installed, tmp_path):
+    code = "import distill; print(distill.__file__)"
+    where = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=installed, text=True, capture_output=True, check=True
+    )
+    assert str(ROOT) not in where.stdout
+    done = subprocess.run(
+        [sys.executable, "-m", "distill.train", "recipe=toy_instaflow", "profile=smoke"],
+        cwd=tmp_path,
         env=installed,
         text=True,
         capture_output=True,
@@ -44,59 +50,44 @@ def verb(installed: dict[str, str], folder: Path, *arguments: str) -> subprocess
         stdin=subprocess.DEVNULL,
         check=False,
     )
-
-
-def test_the_wheel_runs_the_recipe_from_an_empty_folder(installed, tmp_path):
-    code = "import distill; print(distill.__file__)"
-    where = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=installed, text=True, capture_output=True, check=True
-    )
-    assert str(ROOT) not in where.stdout
-    done = verb(installed, tmp_path, "recipe=instaflow", "profile=smoke")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert (tmp_path / "runs/instaflow-smoke/export/model.safetensors").is_file()
+    assert (tmp_path / "runs/toy_instaflow-smoke/export/model.safetensors").is_file()
     assert os.listdir(tmp_path) == ["runs"]
 
 
-def test_a_users_own_recipe(installed, tmp_path):
+@pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    """A folder with a recipe of the user's."""
     (tmp_path / "conf" / "recipe").mkdir(parents=True)
     (tmp_path / "conf" / "recipe" / "mine.yaml").write_text(MINE)
-    for where in (["--config-dir", "conf"], [f"hydra.searchpath=[file://{tmp_path}/conf]"]):
-        planned = verb(installed, tmp_path, *where, "recipe=mine", "plan=true")
-        assert planned.returncode == 0, planned.stderr[-3000:]
+    return tmp_path
+
+
+def test_a_users_own_recipe(mine):
+    for where in (["--config-dir", "conf"], [f"hydra.searchpath=[file://{mine}/conf]"]):
+        planned = call_verb(mine, "train", *where, "recipe=mine", "plan=true", check=True)
         assert "runs/mine: 7 stages" in planned.stdout
-        assert "Train     steps 3," in planned.stdout
-    wrong = verb(installed, tmp_path, "--config-dir", "conf", "recipe=mien")
-    assert "recipe is one of: " in wrong.stderr
-    assert " mine, " in wrong.stderr
-    assert "did you mean mine?" in wrong.stderr
+        assert re.search(r"reflow +new +Train +steps 3,", planned.stdout)
+    wrong = call_verb(mine, "train", "--config-dir", "conf", "recipe=mien").stderr
+    assert "recipe is one of: " in wrong
+    assert " mine, " in wrong
+    assert "did you mean mine?" in wrong
 
 
-def test_a_users_own_recipe_on_two_processes(installed, tmp_path):
-    (tmp_path / "conf" / "recipe").mkdir(parents=True)
-    (tmp_path / "conf" / "recipe" / "mine.yaml").write_text(MINE)
-    done = verb(
-        installed, tmp_path, "--config-dir", "conf", "recipe=mine", "profile=smoke", "trainer.devices=2"
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert (tmp_path / "runs/mine-smoke/export/model.safetensors").is_file()
+def test_a_users_own_recipe_on_two_processes(mine):
+    run_verb(mine, "train", "--config-dir", "conf", "recipe=mine", "profile=smoke", "trainer.devices=2")
+    assert (mine / "runs/mine-smoke/export/model.safetensors").is_file()
 
 
-def test_sweeps_have_a_folder_a_run(installed, tmp_path):
-    swept = verb(
-        installed, tmp_path, "-m", "recipe=instaflow", "profile=smoke", "seed=0,1", "profile.steps=1"
-    )
-    assert swept.returncode == 0, swept.stderr[-3000:]
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_sweeps_have_a_folder_a_run(tmp_path, devices):
+    command = ("-m", "recipe=toy_instaflow", "profile=smoke", "seed=0,1", "profile.steps=1")
+    command += (f"trainer.devices={devices}",)
+    run_verb(tmp_path, "train", *command)
     runs = sorted(p.name for p in (tmp_path / "runs").glob("[!.]*") if p.is_dir())
-    assert runs == ["instaflow-smoke-seed-0", "instaflow-smoke-seed-1"]
+    assert runs == ["toy_instaflow-smoke-seed-0", "toy_instaflow-smoke-seed-1"]
     for run in runs:
         assert (tmp_path / "runs" / run / "export" / "model.safetensors").is_file()
-    many = ("-m", "recipe=instaflow", "profile=smoke", "profile.steps=1", "seed=2,3", "trainer.devices=2")
-    two = verb(installed, tmp_path, *many)
-    assert two.returncode == 0, two.stderr[-3000:]
-    for seed in (2, 3):
-        assert (tmp_path / f"runs/instaflow-smoke-seed-{seed}/export/model.safetensors").is_file()
-    again = verb(
-        installed, tmp_path, "-m", "recipe=instaflow", "profile=smoke", "seed=0,1", "profile.steps=1"
-    )
-    assert again.stderr.count("finished before, skipped") == 14
+    again = run_verb(tmp_path, "train", *command)
+    stages = len(list((tmp_path / "runs" / runs[0]).glob("*/artifact.json")))
+    assert again.stderr.count("finished before, skipped") == 2 * stages
