@@ -24,22 +24,9 @@ from types import ModuleType
 from unittest import mock
 
 import torch
-from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
-from hydra.types import RunMode
 
 ROOT = Path(__file__).resolve().parents[1]
-_get_mode = Hydra.get_mode
-
-
-def mode_of(self: Hydra, config_name: str | None, overrides: Sequence[str]) -> RunMode | None:
-    """Hydra's mode, which it would compose every config once more to read; no config of ours sets it."""
-    if any(override.startswith("hydra.mode") for override in overrides):
-        return _get_mode(self, config_name, list(overrides))
-    return RunMode.RUN
-
-
-Hydra.get_mode = mode_of  # type: ignore[method-assign]
 
 
 def environment() -> dict[str, str]:

@@ -6,11 +6,14 @@ from __future__ import annotations
 import difflib
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+from hydra._internal.hydra import Hydra
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
@@ -107,7 +110,22 @@ def run_verb(main: Callable[[], None]) -> None:
         sys.argv[1:] = arguments(sys.argv[1:])
         for argument in sys.argv[1:]:
             check_choice(argument, CONFIGS)
-        main()
+        with _composed_once():
+            main()
+
+
+@contextmanager
+def _composed_once() -> Iterator[None]:
+    """Hydra composes every config once more to read `hydra.mode` (half a second). Ours do not set it; what the command line
+    adds (`hydra.*`, a folder of configs) may, and is read as ever."""
+    whole = Hydra.get_mode
+
+    def get_mode(self: Hydra, config_name: str | None, overrides: list[str]) -> Any:
+        theirs = any(o.startswith("hydra.") for o in overrides) or any("config-dir" in a for a in sys.argv)
+        return whole(self, config_name, overrides) if theirs else None  # None: as -m says
+
+    with mock.patch.object(Hydra, "get_mode", get_mode):
+        yield
 
 
 def explain(error: BaseException) -> str | None:

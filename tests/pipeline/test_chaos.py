@@ -28,7 +28,7 @@ def chaos() -> Iterator[ModuleType]:
 def told(chaos, tmp_path_factory) -> str:
     """What the script says of a few disturbances of each kind."""
     folder = tmp_path_factory.mktemp("chaos")
-    counts = ["--kills", "2", "--operations", "8", "--corruptions", "8"]
+    counts = ["--kills", "2", "--operations", "6", "--corruptions", "6"]
     command = ["chaos", *counts, "--recipe", "toy_instaflow", "profile=smoke", "trainer.checkpoint_every=2"]
     out = folder / "said.txt"
     with out.open("w") as file, pytest.MonkeyPatch.context() as patch, command_line(folder, *command):
@@ -48,13 +48,13 @@ def test_kills_at_file_operations(told):
     tried, survived = map(
         int, re.findall(r"^kills at file operations: (\d+) tried, (\d+) survived", told, flags=re.M)[0]
     )
-    assert tried == survived >= 6
+    assert tried == survived >= 5
     assert len(set(re.findall(r"^(?:before|half|after) (\w+) ", told, flags=re.M))) >= 3
 
 
 def test_corrupted_files(told):
     """Refused by name, or made again with the same bits."""
-    assert "corruptions: 8 tried, 8 survived" in told
+    assert "corruptions: 6 tried, 6 survived" in told
     assert "WRONG" not in told
 
 

@@ -139,7 +139,7 @@ def test_killed_between_the_two_optimizer_steps_of_an_iteration(tmp_path):
         if "/" not in name:  # logs of the last start alone
             assert torch.equal(value, other[name]), name
             compared += 1
-    assert compared > 300
+    assert compared > 200
 
 
 def test_what_a_killed_writer_left_is_swept_and_a_full_disk_leaves_the_old_file(whole, tmp_path):

@@ -190,7 +190,7 @@ def test_guided_students_are_compared_with_the_guided_teacher(tmp_path):
     teacher, student = load_model(folder / "teacher"), load_model(folder / "distill")
     assert student.spec.guidance_baked == 2
     assert load_model(folder / "reflow").spec.guidance_baked == 2
-    ids, labels = torch.arange(40), torch.arange(40) % 10
+    ids, labels = torch.arange(20), torch.arange(20) % 10
     z, _ = teacher.noises(5, "evaluate", ids)
     # Euler over 50 steps by hand, each with two calls of the network.
     x = z.clone()
@@ -198,10 +198,10 @@ def test_guided_students_are_compared_with_the_guided_teacher(tmp_path):
     grid = torch.linspace(1, 0, 51, dtype=torch.float64)
     with torch.no_grad():
         for a, b in pairwise(grid):
-            t = a.float().expand(40)
+            t = a.float().expand(20)
             c, u = teacher.denoiser.net(x, t, cond), teacher.denoiser.net(x, t, null)
             x = x + (b - a).float() * (u + 2 * (c - u))
-        made = z - student.denoiser.net(z, torch.ones(40), cond)
+        made = z - student.denoiser.net(z, torch.ones(20), cond)
     expected = (x.clamp(-1, 1) - made.clamp(-1, 1)).double().square().mean()
     assert rows["student", 1]["teacher_mse"] == pytest.approx(float(expected), rel=1e-3)
     assert rows["teacher", 50]["guidance_scale"] == 2

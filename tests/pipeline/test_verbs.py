@@ -455,7 +455,7 @@ def test_compare_puts_a_run_and_evaluations_into_one_table(run, evaluate, verb, 
     assert f"{SMOKE_COUNT} class-balanced samples" in page
     with Image.open(tmp_path / "both" / "comparison.png") as picture:
         assert picture.format == "PNG"
-    evaluate(f"model={run / 'reflow'}", "reference=digits", "count=20", "steps=1", out="fewer")
+    evaluate(f"model={run / 'reflow'}", "reference=digits", "count=15", "steps=1", out="fewer")
     _, message = verb("compare", run, "again", "fewer", "out=none")
     assert "the protocols differ" in message
     assert f"count: {SMOKE_COUNT} in run, again; 20 in fewer" in message

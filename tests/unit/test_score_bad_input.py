@@ -537,7 +537,7 @@ def test_a_begun_run_is_not_continued_with_other_settings(tmp_path: Path) -> Non
     """The planner compares identities: what changed is named, and nothing runs."""
     for entry in (begun := plan(composed(*BEGUN), tmp_path, 0)):
         entry.folder.mkdir(parents=True)
-        write_json(entry.folder / "identity.json", entry.identity)
+        write_json(entry.folder / "identity.json", entry.identity | {"input_files": {}})
         (entry.folder / "checkpoints").mkdir()
         (entry.folder / "checkpoints" / checkpoint.NAME).touch()
     again = plan(composed(*BEGUN), tmp_path, 0)
