@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 import worker
-from tests_support import STARTED_ANEW, copied_run, fork, kill_when, refusal, run_verb
+from tests_support import copied_run, fork, kill_when, refusal, run_verb
 
 from distill.launch import free_port
 
@@ -134,7 +134,7 @@ def test_a_run_on_two_processes_makes_the_same_pairs_and_numbers(shared, tmp_pat
     one, two = shared("toy_instaflow"), copied_run(shared("toy_instaflow"), tmp_path)
     # Two processes make the pairs and the evaluation again, from the same trained models.
     options = ("redo=[pairs2,evaluate]", "trainer.devices=2")
-    done = run_verb(two, "train", *SMOKE, *options, before=STARTED_ANEW)
+    done = run_verb(two, "train", *SMOKE, *options)
     assert done.stdout.count("runs/run: done.") == 1
     shards = [f / "runs/run/pairs2/pairs-00000.safetensors" for f in (one, two)]
     assert shards[0].read_bytes() == shards[1].read_bytes()

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests_support import ROOT, call_verb, environment, run_verb
+from tests_support import ROOT, STARTED_ANEW, call_verb, environment, run_verb
 
 MINE = """# @package _global_
 defaults:
@@ -81,9 +81,10 @@ def test_a_users_own_recipe_on_two_processes(mine):
 
 @pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_sweeps_have_a_folder_a_run(tmp_path, devices):
+    """Processes are started as by a user."""
     command = ("-m", "recipe=toy_instaflow", "profile=smoke", "seed=0,1", "profile.steps=1")
     command += (f"trainer.devices={devices}",)
-    run_verb(tmp_path, "train", *command)
+    run_verb(tmp_path, "train", *command, before=STARTED_ANEW)
     runs = sorted(p.name for p in (tmp_path / "runs").glob("[!.]*") if p.is_dir())
     assert runs == ["toy_instaflow-smoke-seed-0", "toy_instaflow-smoke-seed-1"]
     for run in runs:

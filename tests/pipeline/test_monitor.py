@@ -16,6 +16,7 @@ OPTIONS = (
     "profile=smoke",
     "profile.steps=12",
     "profile.count=30",
+    "profile.batch_size=16",
     "monitor.every_images=64",  # every 4 steps of 16
     "which=best",
     "name=run",
@@ -93,6 +94,7 @@ def test_a_kill_right_after_an_evaluation_changes_nothing(whole, tmp_path, after
         assert (tmp_path / STAGE / name).read_bytes() == (whole / STAGE / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_two_sharded_processes_measure_the_same(whole, tmp_path):
     run_verb(tmp_path, "train", *OPTIONS, "trainer.devices=2", "trainer.shard=world", "monitor.batch_size=25")
     for one, two in zip(evaluations(whole), evaluations(tmp_path), strict=True):
