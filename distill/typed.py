@@ -43,6 +43,15 @@ def unknown_key(where: str, key: str, known: Iterable[str]) -> str:
     return f"{_join(where, key)}: no such key{hint}; expected {', '.join(names) or 'none'}"
 
 
+def within(where: str, error: object, separator: str = ".") -> str:
+    """The message of an error, which is put behind the place where it came up; so is the key that it suggests."""
+    place = where.rpartition(": ")[2]
+    told = re.sub(
+        r"did you mean (?!stages\.)(\w[\w.]*)\?", lambda m: f"did you mean {_join(place, m[1])}?", str(error)
+    )
+    return f"{where}{separator}{told}"
+
+
 def check_keys(value: Mapping[str, Any], known: Iterable[str], where: str) -> None:
     """Raise ValueError for the first key of `value` that is not `known`."""
     names = list(known)
@@ -201,7 +210,8 @@ def _read_dataclass(schema: Any, value: Any, where: str) -> Any:
     except (ValueError, TypeError) as error:
         # `__post_init__` names its own fields: the place of the whole goes before them.
         first = re.split(r"\W", str(error), maxsplit=1)[0]
-        raise ValueError(_join(where, str(error)) if first in known else f"{where}: {error}") from error
+        separator = ": " if first not in known else "." if where and not where.endswith((": ", ".")) else ""
+        raise ValueError(within(where, error, separator)) from error
 
 
 def _wrong(schema: Any, value: Any, where: str) -> ValueError:

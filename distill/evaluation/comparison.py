@@ -136,7 +136,8 @@ def check_protocols(runs: Sequence[Run]) -> None:
         raise ValueError(
             "the protocols differ, so the numbers do not compare:\n"
             + "\n".join(lines)
-            + "\nexpected one protocol (all but the floor); distill.evaluate measures a model again under another one"
+            + "\nexpected runs that were measured alike: leave some out (runs with profile=smoke draw few samples), or measure "
+            "a model again with distill.evaluate"
         )
 
 

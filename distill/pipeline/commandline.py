@@ -21,7 +21,7 @@ MULTIRUN = ("-m", "--multirun")
 # Hydra's flags that take a value in the next argument.
 TAKES_VALUE = (
     *("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--package", "-p"),
-    "--experimental-rerun",
+    *("--experimental-rerun", "--cfg", "-c", "--info", "-i"),
 )
 QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
 # Overrides of a sweep that change no result: no part of a run's name unless the sweep goes over them.
@@ -46,8 +46,10 @@ def arguments(given: Sequence[str]) -> list[str]:
             flags.append(os.path.expanduser(argument) if before in ("--config-dir", "-cd") else argument)
         elif argument.startswith("--config-dir="):
             flags.append(f"--config-dir={os.path.expanduser(argument.partition('=')[2])}")
-        elif argument.startswith("-") or ("=" not in argument and not argument.startswith("~")):
+        elif argument.startswith("-"):
             flags.append(argument)
+        elif "=" not in argument and not argument.startswith("~"):
+            raise ValueError(f"{argument}: expected key=value, as in recipe={argument}")
         else:
             overrides.append(_override(argument, sweep))
     return [*overrides, *flags]

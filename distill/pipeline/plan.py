@@ -38,7 +38,7 @@ from distill.pipeline.stage import (
 )
 from distill.pipeline.targets import check_targets
 from distill.terminal import printable
-from distill.typed import parse
+from distill.typed import parse, within
 
 
 @dataclass
@@ -95,7 +95,7 @@ def build_stages(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Stage]:
             stage.check(stages)
             check_targets(config.get("method"), "method")
         except (ValueError, TypeError, KeyError, OSError, ImportError) as error:
-            raise ValueError(f"{where}.{error}") from error
+            raise ValueError(within(where, error)) from error
         stages[name] = stage
     return stages
 
@@ -111,7 +111,7 @@ def dry_run(stages: Mapping[str, Stage]) -> None:
         except InstantiationException as error:
             raise ValueError(f"stages.{name}: {error.__cause__ or error}") from error
         except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-            raise ValueError(f"stages.{name}: {error}") from error
+            raise ValueError(within(f"stages.{name}", error, ": ")) from error
 
 
 def plan(recipe: Mapping[str, Any], run_folder: Path, seed: int) -> list[Planned]:
@@ -138,7 +138,7 @@ def plan(recipe: Mapping[str, Any], run_folder: Path, seed: int) -> list[Planned
         except InstantiationException as error:
             raise ValueError(f"stages.{name}: {error.__cause__ or error}") from error
         except (ValueError, OSError) as error:
-            raise ValueError(f"stages.{name}: {error}") from error
+            raise ValueError(within(f"stages.{name}", error, ": ")) from error
         entry = Planned(name, stage, config, folder, content)
         _state(entry, {other.name: other for other in planned})
         digests[name] = entry.digest

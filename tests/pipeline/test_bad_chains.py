@@ -47,7 +47,7 @@ CASES = [
     (
         "lcm",
         ["+stages.distill.adapt.nett={}"],
-        "stages.distill.adapt.nett: no such key, did you mean adapt.net?",
+        "stages.distill.adapt.nett: no such key, did you mean stages.distill.adapt.net?",
     ),
     (
         "lcm",

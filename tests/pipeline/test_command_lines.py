@@ -162,6 +162,12 @@ def test_plans_of_odd_names(plan, tmp_path):
     assert plan("recipe=instaflow", f"runs_dir={tmp_path}/a=b").startswith(f"{tmp_path}/a=b/instaflow-smoke:")
 
 
+def test_a_word_without_a_key_is_no_recipe():
+    with pytest.raises(ValueError, match="instaflow: expected key=value, as in recipe=instaflow"):
+        arguments(["instaflow", "profile=smoke"])
+    assert arguments(["--info", "config", "-m", "seed=1"]) == ["seed=1", "--info", "config", "-m"]
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -78,7 +78,7 @@ def test_a_recipe_may_be_called_yml(plan):
             "stages.distill.stepz: no such key, did you mean stages.distill.steps?",
         ),
         (TOY + "stages: {pairs: {sampler: 3}}\n", "stages.pairs.sampler: found 3, expected"),
-        (TOY + "stages: {distill: {method: {stepz: 3}}}\n", "did you mean method.steps?"),
+        (TOY + "stages: {distill: {method: {stepz: 3}}}\n", "did you mean stages.distill.method.steps?"),
         (
             TOY + "stages: {distill: {optim: {student: {emma: 1}}}}\n",
             "stages.distill.optim.student.emma: no such key",
@@ -101,7 +101,7 @@ def test_a_recipe_may_be_called_yml(plan):
         ),
         (
             TOY + "stages: {distill: {adapt: {knid: v}}}\n",
-            "stages.distill.adapt.knid: no such key, did you mean adapt.kind?",
+            "stages.distill.adapt.knid: no such key, did you mean stages.distill.adapt.kind?",
         ),
         (TOY + "stages: {reflow: {net: {widht: 3}}}\n", "stages.reflow.net.widht: no such key, did you mean"),
         (

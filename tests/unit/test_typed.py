@@ -9,7 +9,7 @@ import pytest
 
 from distill.files import read_json
 from distill.names import check_name, inside
-from distill.typed import parse, settle
+from distill.typed import parse, settle, within
 
 
 @dataclass
@@ -148,3 +148,11 @@ def test_usual_names_are_taken(tmp_path):
     assert inside(tmp_path, "model.safetensors", "file") == tmp_path / "model.safetensors"
     with pytest.raises(ValueError, match="the run itself uses"):
         check_name("metrics.json", "stage", reserved=("metrics.json",))
+
+
+def test_a_message_behind_a_place_suggests_a_whole_key() -> None:
+    inner = "optim.studnt: no such key, did you mean optim.student?; expected student"
+    assert within("stages.distill", inner, ": ") == (
+        "stages.distill: optim.studnt: no such key, did you mean stages.distill.optim.student?; expected student"
+    )
+    assert within("stages.a", "b: did you mean stages.a.c?") == "stages.a.b: did you mean stages.a.c?"
