@@ -14,7 +14,7 @@ from pathlib import Path
 from distill import terminal
 from distill.evaluation import comparison, curve
 from distill.files import write_text
-from distill.pipeline.outputs import check_comparison
+from distill.stages.outputs import check_comparison
 
 PAGE, PICTURE = "comparison.md", "comparison.png"
 

@@ -10,16 +10,16 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from distill import interrupt, terminal
-from distill.pipeline import config
-from distill.pipeline.judge import judge, summary
-from distill.pipeline.request import Request, data_configs
+from distill.recipe import compose
+from distill.stages.judge import judge, summary
+from distill.stages.request import Request, data_configs
 
 
-@hydra.main(version_base="1.3", config_path=str(config.CONFIGS), config_name="evaluate")
+@hydra.main(version_base="1.3", config_path=str(compose.CONFIGS), config_name="evaluate")
 def main(cfg: DictConfig) -> None:
     """Compose, measure, print the table and the protocol. Wrong input ends in one message, not a traceback."""
     try:
-        with terminal.told(config.explain), interrupt.watch():
+        with terminal.told(compose.explain), interrupt.watch():
             plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
             assert isinstance(plain, dict)
             sources = HydraConfig.get().runtime.config_sources
@@ -32,4 +32,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    config.run_verb(main)
+    compose.run_verb(main)

@@ -12,7 +12,7 @@ import torch
 from distill import terminal
 from distill.evaluation.grid import save_samples
 from distill.models.native import load_model
-from distill.pipeline.outputs import SAMPLED, output_picture
+from distill.stages.outputs import SAMPLED, output_picture
 
 PASSED_ON = ("seed", "steps", "force", "guidance_scale", "guidance_w", "noise_scale")
 

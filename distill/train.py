@@ -9,27 +9,27 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from distill import interrupt, launch, terminal, world
-from distill.pipeline import config, schema
-from distill.pipeline.run import check, run, summary
+from distill.recipe import compose, schema
+from distill.recipe.run import check, run, summary
 
-config.register_recipes()
+compose.register_recipes()
 
 
-@hydra.main(version_base="1.3", config_path=str(config.CONFIGS), config_name="config")
+@hydra.main(version_base="1.3", config_path=str(compose.CONFIGS), config_name="config")
 def main(cfg: DictConfig) -> None:
     """Compose, run, say where everything lies. Wrong input ends in one message, not a traceback."""
     hydra_config = HydraConfig.get()
     try:
-        with terminal.told(config.explain), schema.typed_places(cfg):
-            recipe_name = config.chosen_recipe(hydra_config.runtime.choices)
+        with terminal.told(compose.explain), schema.typed_places(cfg):
+            recipe_name = compose.chosen_recipe(hydra_config.runtime.choices)
             plain = schema.read(cfg)
-            name = config.run_name(plain["name"], recipe_name, hydra_config, sys.argv[1:])
+            name = compose.run_name(plain["name"], recipe_name, hydra_config, sys.argv[1:])
             devices = plain["trainer"]["devices"]
             if launch.needed(devices) and not plain["plan"]:
                 # What is wrong is said once, before there are several processes to say it.
                 check(plain, name=name, processes=devices)
                 if code := launch.launch(
-                    "distill.train", config.process_arguments(hydra_config, name), devices
+                    "distill.train", compose.process_arguments(hydra_config, name), devices
                 ):
                     sys.exit(code)
                 return
@@ -45,4 +45,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    config.run_verb(main)
+    compose.run_verb(main)

@@ -44,8 +44,8 @@ from distill.methods.degrade import Degrade
 from distill.methods.denoising import Denoising
 from distill.methods.disback import DisBack
 from distill.methods.dmd import DMD
+from distill.methods.families.score import ScoreDistillation
 from distill.methods.lcm import LCM
-from distill.methods.losses.score_student import ScoreDistillation
 from distill.methods.one_step import OneStep
 from distill.methods.progressive import Progressive
 from distill.methods.reflow import Reflow

@@ -36,10 +36,10 @@ import disturb
 import safetensors.torch
 import torch
 
-import distill.pipeline.stages
+import distill.stages.train
 import distill.train  # noqa: F401  (forks have it)
 from distill.files import TEMPORARY_SUFFIX
-from distill.pipeline.stage import read_artifact, verify_files
+from distill.stages.base import read_artifact, verify_files
 
 TIMED = {"images_per_second", "train_seconds", "peak_memory_bytes"}
 PATIENCE = 600.0  # seconds; a start that takes longer hangs

@@ -39,7 +39,8 @@ ROOMS = (
     "methods",
     "evaluation",
     "exporters",
-    "pipeline",
+    "stages",
+    "recipe",
 )
 # Paragraphs of a method's docstring that become sections of its page.
 HEADINGS = {

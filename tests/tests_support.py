@@ -40,7 +40,7 @@ def environment() -> dict[str, str]:
 SERVER = """
 import gc, json, os, runpy, sys, traceback
 import distill.compare, distill.evaluate, distill.launch, distill.sample, distill.train
-import distill.methods.disback, distill.pipeline.stages, scipy.linalg, sklearn.datasets
+import distill.methods.disback, distill.stages.train, scipy.linalg, sklearn.datasets
 import torch.distributed.fsdp, torch.distributed.tensor
 from hydra.core.global_hydra import GlobalHydra
 

@@ -19,7 +19,7 @@ def decay_at(step: int, decay: float, ramp: bool) -> float:
     return min(decay, (2 + step) / (11 + step)) if ramp else decay
 
 
-class Follower:
+class EmaUpdater:
     """An average and the network that it follows, with their tensors looked up once: make it when the network lies
     where it is trained (sharding replaces parameters). Buffers are read anew, as a net may replace them."""
 

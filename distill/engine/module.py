@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from distill.data.batch import Batch
 from distill.data.rng import Draws
-from distill.engine.ema import Follower, shadow
+from distill.engine.ema import EmaUpdater, shadow
 from distill.engine.networks import check_apart, frozen_copy, in_training
 from distill.engine.nonfinite import NonFinite, nonfinite, step_unless
 from distill.engine.parallel import full_norm, make_mesh, shard_net, sync_gradients
@@ -36,12 +36,12 @@ Frozen = TypeVar("Frozen", bound=nn.Module)
 
 
 @dataclass(frozen=True)
-class _Turn:
+class _StepCache:
     """What an update touches in every step, looked up once: walking over a network's modules costs as much as a small
     layer. `followers`: averages, each with its decay as a function of the update's step."""
 
     parameters: list[nn.Parameter]
-    followers: list[tuple[Callable[[int], float], Follower]]
+    followers: list[tuple[Callable[[int], float], EmaUpdater]]
 
 
 class DistillModule(L.LightningModule):
@@ -73,7 +73,7 @@ class DistillModule(L.LightningModule):
         self.frozen: dict[str, nn.Module] = {}
         self.progress = Progress()
         self.nonfinite = NonFinite()
-        self._turns: dict[str, _Turn] = {}
+        self._step_caches: dict[str, _StepCache] = {}
         self.world, self.seed, self.stream = World(), 0, "train"
         self.begun: dict[str, Any] = {}  # what training began with, once it has: see `engine.made`
         self.latest: Mapping[str, Tensor] = {}  # what the last iteration logs, on the device
@@ -148,7 +148,7 @@ class DistillModule(L.LightningModule):
         """Derive everything from the updates: what is trained, averages, counters from zero. `optim` has one entry (an
         `Optim` or its fields) for each update, by its name."""
         self.seed, self.stream, self.world = seed, stream, world or World()
-        self._turns.clear()
+        self._step_caches.clear()
         self.plan = list(self.updates())
         names = [update.name for update in self.plan]
         if len(set(names)) != len(names):
@@ -186,7 +186,7 @@ class DistillModule(L.LightningModule):
     def distribute(self, shard: str, device: torch.device) -> None:
         """Move all networks to their device and, with several processes, shard them: each on its own, averages
         like what they average, so that averaging never communicates. Once, before optimizers are made."""
-        self._turns.clear()  # sharding replaces parameters
+        self._step_caches.clear()  # sharding replaces parameters
         mesh = make_mesh(self.world, shard, device)
         for network in [*self.networks.values(), *self.ema.values()]:
             network.to(device)
@@ -200,22 +200,22 @@ class DistillModule(L.LightningModule):
         """Parameters of everything that an update trains."""
         return [p for network in update.trains.values() for p in network.parameters()]
 
-    def _turn_of(self, update: Update) -> _Turn:
+    def _step_cache_of(self, update: Update) -> _StepCache:
         """What the update touches; for steps, once the networks lie where they are trained."""
-        if (turn := self._turns.get(update.name)) is None:
+        if (turn := self._step_caches.get(update.name)) is None:
             settings = self.optim[update.name]
-            followers: list[tuple[Callable[[int], float], Follower]] = []
+            followers: list[tuple[Callable[[int], float], EmaUpdater]] = []
             if settings.averaged:
                 decay = partial(settings.decay_at, images=self._images)
                 followers += [
-                    (decay, Follower(self.ema[role], network)) for role, network in update.trains.items()
+                    (decay, EmaUpdater(self.ema[role], network)) for role, network in update.trains.items()
                 ]
             followers += [
-                (average.decay, Follower(self.ema[name], update.trains[average.of]))
+                (average.decay, EmaUpdater(self.ema[name], update.trains[average.of]))
                 for name, average in self.further.items()
                 if average.of in update.trains
             ]
-            turn = self._turns[update.name] = _Turn(self.parameters_of(update), followers)
+            turn = self._step_caches[update.name] = _StepCache(self.parameters_of(update), followers)
         return turn
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
@@ -290,7 +290,7 @@ class DistillModule(L.LightningModule):
         A step whose loss or gradient is not finite anywhere changes no weight, on any process; it is counted,
         and it keeps its place in schedules and averages."""
         settings, optimizer = self.optim[update.name], self.optimizers_by_key[update.name]
-        turn = self._turn_of(update)
+        turn = self._step_cache_of(update)
         parameters = turn.parameters
         for role, network in self.networks.items():
             # What another update trains is asked as it will be used: without dropout.

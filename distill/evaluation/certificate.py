@@ -14,8 +14,8 @@ from torch import Tensor
 
 from distill.data.cond import Cond
 from distill.evaluation.checks import as_pair
-from distill.evaluation.energy import energy_distance
-from distill.evaluation.sliced import sliced_wasserstein
+from distill.evaluation.metrics.energy import energy_distance
+from distill.evaluation.metrics.sliced import sliced_wasserstein
 from distill.models.denoiser import Denoiser
 from distill.samplers.adaptive import rk45
 

@@ -14,13 +14,13 @@ from distill.data.arguments import integer, pixels, warn_of_span
 from distill.data.names import class_names
 from distill.data.plain import plain_torch
 from distill.evaluation.checks import as_rows, check_labels
-from distill.evaluation.cmmd import cmmd, mean_kernel, unit_rows
-from distill.evaluation.diversity import class_std, nn_train, pixel_std
-from distill.evaluation.frechet import frechet_distance, moments
-from distill.evaluation.kid import kid, self_similarity
-from distill.evaluation.precision import manifold, squared_radii
+from distill.evaluation.metrics.cmmd import cmmd, mean_kernel, unit_rows
+from distill.evaluation.metrics.diversity import class_std, nn_train, pixel_std
+from distill.evaluation.metrics.frechet import frechet_distance, moments
+from distill.evaluation.metrics.kid import kid, self_similarity
+from distill.evaluation.metrics.precision import manifold, squared_radii
+from distill.evaluation.metrics.sliced import quantile_distance, sorted_projections
 from distill.evaluation.protocol import Protocol, is_clip, real_floor, stratified_split
-from distill.evaluation.sliced import quantile_distance, sorted_projections
 from distill.models.extractors.images import rounded
 from distill.models.features import FeatureExtractor
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from distill.data.plain import plain_torch
 from distill.evaluation.checks import check_labels
-from distill.evaluation.cmmd import cmmd, unit_rows
-from distill.evaluation.frechet import frechet_distance, moments
-from distill.evaluation.kid import kid
-from distill.evaluation.sliced import sliced_wasserstein
+from distill.evaluation.metrics.cmmd import cmmd, unit_rows
+from distill.evaluation.metrics.frechet import frechet_distance, moments
+from distill.evaluation.metrics.kid import kid
+from distill.evaluation.metrics.sliced import sliced_wasserstein
 from distill.typed import parse
 
 # Metrics of a feature space: in another space they are other numbers, so they carry its name.

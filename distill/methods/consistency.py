@@ -27,9 +27,7 @@ from distill.data.batch import Batch
 from distill.data.rng import Draws
 from distill.engine.module import DistillModule
 from distill.engine.update import Average, Diagnostics, Loss, Step, Update
-from distill.methods.losses.consistency import grid_pair, teacher_step
-from distill.methods.losses.distances import distance
-from distill.methods.losses.suits import (
+from distill.methods.families.suits import (
     check_asked,
     check_own_clock,
     check_start,
@@ -37,7 +35,7 @@ from distill.methods.losses.suits import (
     refuse_unused,
     step_factors,
 )
-from distill.methods.losses.trajectory import (
+from distill.methods.families.trajectory import (
     boundary_at,
     by_thirds,
     check_pair_of_models,
@@ -47,6 +45,8 @@ from distill.methods.losses.trajectory import (
     target_network,
     trajectory_diagnostics,
 )
+from distill.methods.losses.consistency import grid_pair, teacher_step
+from distill.methods.losses.distances import distance
 from distill.models.denoiser import Denoiser, velocity_at_end
 from distill.models.guidance import check_guidance_scale
 from distill.models.result import Result

@@ -31,10 +31,8 @@ from distill.data.batch import Batch
 from distill.data.rng import Draws
 from distill.engine.module import DistillModule
 from distill.engine.update import Average, Diagnostics, Loss, Step, Update
-from distill.methods.losses.consistency import grid_pair, masked_target, pair_weight
-from distill.methods.losses.distances import ict_huber_c, l2, pseudo_huber
-from distill.methods.losses.suits import check_asked, check_start, refuse_unused
-from distill.methods.losses.trajectory import (
+from distill.methods.families.suits import check_asked, check_start, refuse_unused
+from distill.methods.families.trajectory import (
     boundary_at,
     by_thirds,
     check_sample_steps,
@@ -42,6 +40,8 @@ from distill.methods.losses.trajectory import (
     noise_level,
     trajectory_diagnostics,
 )
+from distill.methods.losses.consistency import grid_pair, masked_target, pair_weight
+from distill.methods.losses.distances import ict_huber_c, l2, pseudo_huber
 from distill.models.denoiser import Denoiser
 from distill.models.result import Result
 from distill.models.spec import SamplerSpec

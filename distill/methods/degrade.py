@@ -24,15 +24,15 @@ from distill.data.batch import Batch
 from distill.engine.module import DistillModule
 from distill.engine.networks import check_apart
 from distill.engine.update import Loss, Step, Update
-from distill.methods.losses.backtrack import node_steps
-from distill.methods.losses.score_student import (
+from distill.methods.families.score import (
     check_score_options,
     check_weighting,
     conditions_of,
     score_errors,
 )
+from distill.methods.families.student_input import StudentInput
+from distill.methods.losses.backtrack import node_steps
 from distill.methods.losses.score_times import times_of, usual_times
-from distill.methods.losses.student_input import StudentInput
 from distill.models.denoiser import Denoiser
 from distill.models.result import Result
 from distill.models.spec import SamplerSpec
@@ -47,7 +47,7 @@ class Degrade(DistillModule):
         total_steps, node_every: optimizer steps of the stage (null: the stage's), and steps between stored nodes; the last
             step always stores one.
         levels, unit_noise, fake_times, weighting, sigma_data, reduction, labels: as in the second stage, see
-            `losses.score_student.ScoreDistillation`.
+            `families.score.ScoreDistillation`.
     """
 
     def __init__(

@@ -16,7 +16,7 @@ from torch import Tensor
 from distill.data.batch import Batch
 from distill.engine.module import DistillModule
 from distill.engine.update import Loss, Step, Update
-from distill.methods.losses.suits import (
+from distill.methods.families.suits import (
     check_clean_end,
     check_null_prob,
     check_own_clock,

@@ -25,9 +25,9 @@ from torch import Tensor
 from distill.data.batch import Batch
 from distill.engine.parallel import copy_full
 from distill.engine.update import Loss, Step
+from distill.methods.families.matching import DistributionMatching
+from distill.methods.families.suits import refuse_unused
 from distill.methods.losses.backtrack import Backtrack
-from distill.methods.losses.matching import DistributionMatching
-from distill.methods.losses.suits import refuse_unused
 from distill.models.denoiser import Denoiser
 from distill.models.description import read_description
 from distill.models.native import read_weights

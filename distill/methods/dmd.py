@@ -23,7 +23,7 @@ skips and counts the step. DMD's regression on pairs is not part of the loss (DM
 
 from __future__ import annotations
 
-from distill.methods.losses.matching import DistributionMatching
+from distill.methods.families.matching import DistributionMatching
 
 
 class DMD(DistributionMatching):
@@ -43,5 +43,5 @@ class DMD(DistributionMatching):
             Generated samples have the labels that `labels` says, real ones their own.
         generator_times, fake_times: see `losses.score_times.times_of`; null: under EDM DMD2's table, indices 20 .. 980 and
             0 .. 999, else what suits the process (`losses.score_times.usual_times`).
-        The others: see `losses.score_student.ScoreDistillation`.
+        The others: see `families.score.ScoreDistillation`.
     """

@@ -21,8 +21,8 @@ import torch
 from distill.data.batch import Batch
 from distill.engine.module import DistillModule
 from distill.engine.update import Loss, Step, Update
+from distill.methods.families.suits import check_clean_end, check_own_clock, guides
 from distill.methods.losses.progressive import check_student, guided_target, progressive_loss, snr_weight
-from distill.methods.losses.suits import check_clean_end, check_own_clock, guides
 from distill.models.denoiser import Denoiser, check_same_samples
 from distill.models.guidance import check_guidance_range
 from distill.models.result import Result

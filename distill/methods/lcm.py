@@ -25,16 +25,16 @@ from distill.data.batch import Batch
 from distill.data.rng import Draws
 from distill.engine.module import DistillModule
 from distill.engine.update import Average, Diagnostics, Loss, Step, Update
-from distill.methods.losses.distances import distance
-from distill.methods.losses.lcm import check_teacher, guided_ddim_step, lcm_pair
-from distill.methods.losses.suits import check_start, guides, refuse_unused
-from distill.methods.losses.trajectory import (
+from distill.methods.families.suits import check_start, guides, refuse_unused
+from distill.methods.families.trajectory import (
     by_thirds,
     check_pair_of_models,
     check_sample_steps,
     target_network,
     trajectory_diagnostics,
 )
+from distill.methods.losses.distances import distance
+from distill.methods.losses.lcm import check_teacher, guided_ddim_step, lcm_pair
 from distill.models.boundary import Boundary
 from distill.models.denoiser import Denoiser
 from distill.models.guidance import check_guidance_range

@@ -26,8 +26,8 @@ from distill.data.cond import Cond
 from distill.data.rng import Draws
 from distill.engine.module import DistillModule
 from distill.engine.update import Diagnostics, Loss, Step, Update
+from distill.methods.families.suits import guides
 from distill.methods.losses.progressive import StudentGrid, check_student, progressive_loss, two_step_target
-from distill.methods.losses.suits import guides
 from distill.models.denoiser import Denoiser, check_same_samples
 from distill.models.guidance import check_guidance_range, check_guidance_scale
 from distill.models.result import Result

@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from distill.data.batch import Batch
 from distill.engine.module import DistillModule
 from distill.engine.update import Loss, Step, Update
+from distill.methods.families.suits import check_clean_end, check_null_prob
 from distill.methods.losses.flow import flow_matching_loss, require_flow
-from distill.methods.losses.suits import check_clean_end, check_null_prob
 from distill.models.denoiser import Denoiser
 from distill.models.result import Result
 from distill.models.spec import SamplerSpec

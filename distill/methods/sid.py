@@ -27,8 +27,8 @@ import torch
 
 from distill.data.batch import Batch
 from distill.engine.update import Loss, Step, Update
+from distill.methods.families.score import ScoreDistillation, check_ratio
 from distill.methods.losses.score import sid_loss
-from distill.methods.losses.score_student import ScoreDistillation, check_ratio
 from distill.methods.losses.score_times import usual_times
 from distill.models.denoiser import Denoiser
 
@@ -48,7 +48,7 @@ class SiD(ScoreDistillation):
         loss_scale_g: factor on the student's loss (the reference: 100); with Adam and beta1 = 0 it changes nothing but the
             distance to Adam's epsilon.
         floor: of the weight's normaliser.
-        The others: see `losses.score_student.ScoreDistillation`.
+        The others: see `families.score.ScoreDistillation`.
     """
 
     def __init__(

@@ -17,7 +17,7 @@ from distill.data.rng import sample_noise
 from distill.models.denoiser import Denoiser
 from distill.models.spec import SamplerSpec
 from distill.samplers.fewstep import few_step
-from distill.samplers.march import Noise
+from distill.samplers.integrate import Noise
 
 
 def value_range(sample_shape: Sequence[int]) -> list[float] | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distill.process.base import Process, at_least_float32, expand
 from distill.process.flow import Flow
-from distill.samplers.march import Field, OnState, check_times
+from distill.samplers.integrate import Field, OnState, check_times
 
 # The pair's tableau: stage i of 1 .. 6 stands at NODES[i - 1] and starts from the slopes before it with STAGES[i - 1]. The last
 # stage is the step itself, and its slope the first of the next step.

@@ -16,7 +16,7 @@ from torch import Tensor
 from distill.process.base import Process, combine
 from distill.process.indices import student_indices
 from distill.process.scalings import lcm_scalings
-from distill.samplers.march import Field, Noise, OnState, march, per_sample
+from distill.samplers.integrate import Field, Noise, OnState, integrate, per_sample
 from distill.samplers.ode import ddim
 
 
@@ -70,7 +70,7 @@ def few_step(
             noise[i] if isinstance(noise, Tensor) else noise(i),
         )
 
-    return march(step, x, times, on_state, return_path)
+    return integrate(step, x, times, on_state, return_path)
 
 
 def renoise(process: Process, x: Tensor, s: Tensor, m: Tensor, noise: Tensor) -> Tensor:

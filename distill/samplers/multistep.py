@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from distill.process.base import Process
-from distill.samplers.march import Field, OnState, as_x0, check_final, check_times, march
+from distill.samplers.integrate import Field, OnState, as_x0, check_final, check_times, integrate
 
 
 class _Levels(NamedTuple):
@@ -87,7 +87,7 @@ def dpmpp_2m(
         before.append(x0)
         return carry[i] * x + gain[i] * direction
 
-    return march(step, x, times, on_state, return_path)
+    return integrate(step, x, times, on_state, return_path)
 
 
 def unipc(
@@ -144,7 +144,7 @@ def unipc(
         del known[order:]
         return ahead
 
-    return march(step, x, times, on_state, return_path)
+    return integrate(step, x, times, on_state, return_path)
 
 
 def _advance(

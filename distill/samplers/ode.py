@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distill.process.base import Process
-from distill.samplers.march import Field, OnState, check_final, march, per_sample
+from distill.samplers.integrate import Field, OnState, check_final, integrate, per_sample
 
 __all__ = ["Field", "OnState", "ddim", "ddim_step", "euler", "heun", "rollout"]
 
@@ -30,7 +30,7 @@ def euler(
     def step(i: int, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
         return x + (s - t) * velocity(x, per_sample(t, x)).to(x.dtype)
 
-    return march(step, x, times, on_state, return_path)
+    return integrate(step, x, times, on_state, return_path)
 
 
 def heun(
@@ -54,7 +54,7 @@ def heun(
             return ahead
         return x + (s - t) * (slope + velocity(ahead, per_sample(s, x)).to(x.dtype)) / 2
 
-    return march(step, x, times, on_state, return_path)
+    return integrate(step, x, times, on_state, return_path)
 
 
 def ddim_step(
@@ -95,7 +95,7 @@ def ddim(
         x0, _, z_s = ddim_step(process, kind, predict(x, here), x, here, there)
         return x0 if final == "x0" and i == len(times) - 2 else z_s
 
-    return march(step, x, times, on_state, return_path)
+    return integrate(step, x, times, on_state, return_path)
 
 
 def rollout(velocity: Field, x: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,13 +10,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from distill.process.base import Process
-from distill.samplers.march import (
+from distill.samplers.integrate import (
     Field,
     Noise,
     OnState,
     check_final,
     check_times,
-    march,
+    integrate,
     noise_of,
     per_sample,
 )
@@ -64,4 +64,4 @@ def stochastic_ddim(
         eps = process.convert(kind, out, x, here, "eps")
         return alpha[i + 1] * x0 + kept[i] * eps + fresh[i] * draw(i)
 
-    return march(step, x, times, on_state, return_path)
+    return integrate(step, x, times, on_state, return_path)

@@ -26,14 +26,14 @@ from distill.methods.one_step import OneStep
 from distill.models.denoiser import SOLVERS, Denoiser
 from distill.models.native import describe, save_model
 from distill.nets.unet import UNet
-from distill.pipeline import config
-from distill.pipeline.commandline import arguments
-from distill.pipeline.expand import expand
-from distill.pipeline.halving import halve
-from distill.pipeline.monitor import Options
-from distill.pipeline.plan import build_stages
-from distill.pipeline.request import Request
 from distill.process.flow import Flow
+from distill.recipe.arguments import arguments
+from distill.recipe.compose import CONFIGS, register_recipes
+from distill.recipe.expand import expand
+from distill.recipe.halving import halve
+from distill.recipe.plan import build_stages
+from distill.stages.monitor import Options
+from distill.stages.request import Request
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -133,8 +133,8 @@ def commands() -> list[list[str]]:
 
 def composed(root: str, overrides: list[str]) -> dict[str, Any]:
     """A config as a verb would compose it, in plain containers."""
-    config.register_recipes()
-    with initialize_config_dir(version_base="1.3", config_dir=str(config.CONFIGS)):
+    register_recipes()
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
         plain = OmegaConf.to_container(compose(root, overrides), resolve=True, throw_on_missing=True)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
@@ -173,7 +173,7 @@ def test_the_halving_of_the_page():
     block = yaml.safe_load(yaml_block("docs/recipes.md", "halve:"))["halve"]
     template = yaml.safe_load((ROOT / "configs/stage/train.yaml").read_text())
     template |= {"init": "teacher", "teacher": "teacher", "data": None, "method": {}}
-    load = {"_target_": "distill.pipeline.stages.Load", "path": "runs/other/teacher"}
+    load = {"_target_": "distill.stages.load.Load", "path": "runs/other/teacher"}
     stages = halve({"teacher": load, block["stage"]: template}, block)
     named = re.findall(r"`(distill_\d+)`", text)
     assert list(stages) == ["teacher", *named]

@@ -16,7 +16,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from distill.models.extractors.inception import FILE as INCEPTION
-from distill.pipeline import config
+from distill.recipe import compose
 from distill.train import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,7 +130,7 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
         GlobalHydra.instance().clear()
         try:
-            config.run_verb(main)
+            compose.run_verb(main)
         except SystemExit as ended:
             return str(ended.code)
         return capsys.readouterr().out

@@ -17,7 +17,7 @@ from worker import fit
 from distill.engine import checkpoint
 from distill.engine.parallel import units
 from distill.engine.update import Loss
-from distill.methods.losses.matching import DistributionMatching
+from distill.methods.families.matching import DistributionMatching
 from distill.models.denoiser import Denoiser
 from distill.models.native import read_weights
 from distill.world import World

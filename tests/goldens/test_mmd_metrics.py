@@ -8,11 +8,11 @@ import torch
 from conftest import Load
 from torch import Tensor
 
-from distill.evaluation.cmmd import cmmd, mean_kernel, unit_rows
-from distill.evaluation.frechet import fd, frechet_distance, moments
-from distill.evaluation.inception_score import inception_score
-from distill.evaluation.kid import kid, self_similarity
-from distill.evaluation.precision import manifold, squared_radii
+from distill.evaluation.metrics.cmmd import cmmd, mean_kernel, unit_rows
+from distill.evaluation.metrics.frechet import fd, frechet_distance, moments
+from distill.evaluation.metrics.inception_score import inception_score
+from distill.evaluation.metrics.kid import kid, self_similarity
+from distill.evaluation.metrics.precision import manifold, squared_radii
 
 Golden = dict[str, Tensor]
 

@@ -43,7 +43,7 @@ from distill.models.guidance import guide
 from distill.process.edm import EDM
 from distill.process.times import karras_level, lognormal_level, sid_level
 from distill.process.vp import VPScaledLinear
-from distill.samplers.backward import few_step_output, mixture_output, visited_state
+from distill.samplers.student_rollout import few_step_output, mixture_output, visited_state
 
 FAMILY = "score_distillation"
 CLS_WEIGHT = 1e-2

@@ -19,7 +19,7 @@ from distill.engine.module import DistillModule
 from distill.engine.schedule import Linear
 from distill.engine.update import Optim
 from distill.evaluation.certificate import flow_map, share_near, trajectory_error
-from distill.evaluation.sliced import sliced_wasserstein
+from distill.evaluation.metrics.sliced import sliced_wasserstein
 from distill.methods.consistency import Consistency
 from distill.methods.consistency_training import ConsistencyTraining
 from distill.methods.denoising import Denoising

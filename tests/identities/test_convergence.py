@@ -23,7 +23,7 @@ from distill.process.flow import Flow
 from distill.process.times import default_grid, uniform_grid
 from distill.process.vp import VPCosine
 from distill.samplers.adaptive import rk45
-from distill.samplers.march import Field
+from distill.samplers.integrate import Field
 from distill.samplers.multistep import dpmpp_2m, unipc
 from distill.samplers.ode import ddim, euler, heun
 from distill.samplers.stochastic import stochastic_ddim

@@ -17,7 +17,7 @@ from distill.data.cond import Cond
 from distill.data.points import Points
 from distill.engine.schedule import Linear
 from distill.engine.update import Optim
-from distill.evaluation.energy import energy_distance, spread
+from distill.evaluation.metrics.energy import energy_distance, spread
 from distill.methods.denoising import Denoising
 from distill.methods.progressive import Progressive
 from distill.models.analytic import exact_denoiser

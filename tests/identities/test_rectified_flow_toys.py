@@ -24,7 +24,7 @@ from distill.engine.fit import Fit, train
 from distill.engine.module import DistillModule
 from distill.engine.schedule import Linear
 from distill.engine.update import Optim
-from distill.evaluation.energy import energy_distance
+from distill.evaluation.metrics.energy import energy_distance
 from distill.methods.flow_matching import FlowMatching
 from distill.methods.one_step import OneStep
 from distill.methods.reflow import Reflow

@@ -40,13 +40,13 @@ from distill.engine.module import DistillModule
 from distill.engine.schedule import Constant, Linear
 from distill.engine.update import Loss, Optim, Step, Update
 from distill.evaluation.certificate import modes_found, share_near
-from distill.evaluation.energy import energy_distance
-from distill.evaluation.precision import squared_distances
+from distill.evaluation.metrics.energy import energy_distance
+from distill.evaluation.metrics.precision import squared_distances
 from distill.methods.degrade import Degrade
 from distill.methods.denoising import Denoising
 from distill.methods.disback import DisBack
 from distill.methods.dmd import DMD
-from distill.methods.losses.score_student import ScoreDistillation
+from distill.methods.families.score import ScoreDistillation
 from distill.methods.sid import SiD
 from distill.models.denoiser import Denoiser
 from distill.models.generator import Generator

@@ -20,7 +20,7 @@ from distill.process.flow import Flow
 from distill.process.times import default_grid, uniform_grid
 from distill.process.vp import VPCosine, VPLinear, VPScaledLinear
 from distill.samplers.adaptive import rk45
-from distill.samplers.march import check_times
+from distill.samplers.integrate import check_times
 from distill.samplers.multistep import dpmpp_2m, unipc
 from distill.samplers.ode import ddim, euler, heun
 from distill.samplers.solvers import CALLS, network_calls

@@ -16,7 +16,7 @@ from distill.process.edm import EDM
 from distill.process.flow import Flow
 from distill.process.times import default_grid, karras_grid, uniform_grid
 from distill.process.vp import VPCosine, VPLinear, VPScaledLinear
-from distill.samplers.march import Noise
+from distill.samplers.integrate import Noise
 from distill.samplers.ode import ddim
 from distill.samplers.stochastic import stochastic_ddim
 

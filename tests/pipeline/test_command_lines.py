@@ -18,8 +18,8 @@ from tests_support import copied_run, environment
 
 from distill import compare, sample, terminal
 from distill.names import check_name
-from distill.pipeline import config
-from distill.pipeline.commandline import arguments, is_sweep, quoted, slug, typed_again
+from distill.recipe import compose
+from distill.recipe.arguments import arguments, is_sweep, quoted, slug, typed_again
 from distill.train import main
 
 ODD = [
@@ -150,7 +150,7 @@ def plan(tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", ["distill.train", *given, "plan=true", "profile=smoke"])
         GlobalHydra.instance().clear()
-        config.run_verb(main)
+        compose.run_verb(main)
         return capsys.readouterr().out
 
     return call

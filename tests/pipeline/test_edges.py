@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from distill.pipeline.monitor import Monitor
-from distill.pipeline.outputs import check_comparison, check_file
+from distill.stages.monitor import Monitor
+from distill.stages.outputs import check_comparison, check_file
 from distill.world import World
 
 
@@ -20,7 +20,7 @@ def test_a_resumed_monitor_deletes_its_own_pictures_alone(tmp_path):
         (folder / name).write_text("x")
     monitor = object.__new__(Monitor)
     monitor.folder, monitor.options = folder, SimpleNamespace(metric="fd")
-    monitor.room = SimpleNamespace(world=World(), folder=tmp_path, name="distill")
+    monitor.context = SimpleNamespace(world=World(), folder=tmp_path, name="distill")
     monitor.resume(10)
     assert sorted(p.name for p in folder.glob("*.png")) == sorted([*mine, *earlier])
 

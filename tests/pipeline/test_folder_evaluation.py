@@ -13,8 +13,8 @@ from distill.data.digits import Digits
 from distill.data.folder import ImageFolder
 from distill.evaluation.measure import Reference, measure
 from distill.models.features import load_digits64
-from distill.pipeline.judge import judge, summary
-from distill.pipeline.request import Request
+from distill.stages.judge import judge, summary
+from distill.stages.request import Request
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 FEATURES = {"_target_": "distill.models.features.load_digits64"}

@@ -14,10 +14,10 @@ from distill.cache.pairs import Pairs
 from distill.evaluation.comparison import read
 from distill.models.analytic import exact_denoiser
 from distill.models.extractors.transformer import _normalisation, _sha256
-from distill.pipeline.generate import Generate
-from distill.pipeline.nodes import read_nodes
 from distill.process.flow import Flow
 from distill.process.times import karras_grid
+from distill.stages.generate import Generate
+from distill.stages.nodes import read_nodes
 
 PROTOCOL = {
     "features": "digits64", "features_sha256": None, "count": 10, "class_balanced": True, "reference": "digits",

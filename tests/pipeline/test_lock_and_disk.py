@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from distill.pipeline import stages
 from test_ownership import STAGES, go, snapshot
 
 from distill import files
 from distill.files import Lost
-from distill.pipeline import stages
-from distill.pipeline.lock import lock
-from distill.pipeline.stage import read_artifact, verify_files
+from distill.stages.base import read_artifact, verify_files
+from distill.stages.lock import lock
 
 
 @pytest.fixture(scope="module")

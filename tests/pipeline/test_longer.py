@@ -14,8 +14,8 @@ import torch
 
 from distill.engine import checkpoint
 from distill.methods.denoising import Denoising
-from distill.pipeline.plan import plan
-from distill.pipeline.run import run
+from distill.recipe.plan import plan
+from distill.recipe.run import run
 
 DATA = {"_target_": "distill.data.points.Points", "ring": {"count": 8, "radius": 1.5}, "count": 64}
 OPTIM = {
@@ -25,7 +25,7 @@ OPTIM = {
         "ema": 0.5,
     }
 }
-BASE = {"_target_": "distill.pipeline.stages.Train", "data": DATA, "batch_size": 8, "optim": OPTIM}
+BASE = {"_target_": "distill.stages.train.Train", "data": DATA, "batch_size": 8, "optim": OPTIM}
 STAGES: dict[str, dict[str, Any]] = {
     "teacher": BASE
     | {

@@ -68,7 +68,7 @@ def test_the_best_is_kept_evaluated_and_exported(whole):
 
 KILL = """
 import os, signal
-from distill.pipeline.monitor import Monitor
+from distill.stages.monitor import Monitor
 
 whole, calls = Monitor.__call__, []
 

@@ -14,7 +14,7 @@ from test_ownership import go, snapshot
 
 from distill import sample
 from distill.evaluation.comparison import MARKING
-from distill.pipeline.outputs import check_comparison, check_evaluation, drawn_by
+from distill.stages.outputs import check_comparison, check_evaluation, drawn_by
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import safetensors.torch
+from distill.pipeline import nodes, ownership
 
 from distill import files
 from distill.files import sha256_file, write_json
-from distill.pipeline import nodes, ownership
-from distill.pipeline.run import run
-from distill.pipeline.stage import write_artifact
+from distill.recipe.run import run
+from distill.stages.base import write_artifact
 
 OPTIM = {
     "student": {
@@ -28,18 +28,18 @@ OPTIM = {
 }
 STAGES: dict[str, Any] = {
     "teacher": {
-        "_target_": "distill.pipeline.exact.Exact",
+        "_target_": "distill.stages.exact.Exact",
         "process": {"_target_": "distill.process.flow.Flow"},
         "ring": {"count": 3, "radius": 1.0},
     },
     "pairs": {
-        "_target_": "distill.pipeline.generate.Generate",
+        "_target_": "distill.stages.generate.Generate",
         "teacher": "teacher",
         "count": 12,
         "sampler": {"solver": "euler", "steps": 2},
     },
     "student": {
-        "_target_": "distill.pipeline.stages.Train",
+        "_target_": "distill.stages.train.Train",
         "method": {"_target_": "distill.methods.reflow.Reflow"},
         "data": "pairs",
         "net": {"_target_": "distill.nets.mlp.MLP", "shape": [2], "width": 8, "depth": 1, "features": 4},
@@ -500,7 +500,7 @@ def test_a_record_without_a_model_is_no_artifact(x: Path) -> None:
 def test_a_stage_that_leaves_no_model_is_not_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("distill.pipeline.exact.save_model", lambda *_: None)
+    monkeypatch.setattr("distill.stages.exact.save_model", lambda *_: None)
     with pytest.raises(
         FileNotFoundError, match=r"teacher/model.safetensors: missing at the end of the stage"
     ):
@@ -518,7 +518,7 @@ def test_nodes_are_verified_before_a_manifest_names_them(whole: Path, tmp_path: 
     def save(folder: Path) -> None:
         shutil.copytree(whole / ("student" if folder.name == "001" else "teacher"), folder)
 
-    keep = nodes.keeper(stage, [2, 4], save)
+    keep = nodes.node_saver(stage, [2, 4], save)
     keep(2)
     keep(4)
     nodes.check_stored(stage, [2, 4])

@@ -14,7 +14,7 @@ from tests_support import kill_when, run_verb
 from distill.engine import checkpoint
 from distill.files import sha256_file
 from distill.methods.losses.backtrack import Backtrack
-from distill.pipeline.nodes import read_nodes
+from distill.stages.nodes import read_nodes
 
 # Nodes are stored after steps 2, 4, 6 and 8, and targets change after 2, 4 and 6; checkpoints come after 3 and 6.
 SMOKE = (

@@ -14,31 +14,31 @@ import distill
 from distill.data.cond import Cond
 from distill.data.points import Points
 from distill.data.rng import sample_noise
-from distill.evaluation.energy import energy_distance
-from distill.evaluation.sliced import sliced_wasserstein
+from distill.evaluation.metrics.energy import energy_distance
+from distill.evaluation.metrics.sliced import sliced_wasserstein
 from distill.models.analytic import exact_denoiser, ring_means
 from distill.models.description import read_description
 from distill.models.native import load_model
-from distill.pipeline.display import Display
-from distill.pipeline.exact import Exact
-from distill.pipeline.expand import expand
-from distill.pipeline.generate import Generate
-from distill.pipeline.plan import build_stages
-from distill.pipeline.points import EvaluatePoints
-from distill.pipeline.stage import Room, Settings, Stage
 from distill.process.flow import Flow
 from distill.process.times import uniform_grid
 from distill.process.vp import VPCosine
+from distill.recipe.expand import expand
+from distill.recipe.plan import build_stages
 from distill.samplers.ode import rollout
 from distill.samplers.straightness import straightness
+from distill.stages.base import Settings, Stage, StageContext
+from distill.stages.display import Display
+from distill.stages.exact import Exact
+from distill.stages.generate import Generate
+from distill.stages.points import EvaluatePoints
 
 FLOW, RING = {"_target_": "distill.process.flow.Flow"}, {"count": 8, "radius": 1.5}
 MODELS = {"teacher": {"stage": "teacher", "steps": [30, 1], "follows_teacher": True}}
 DATA = {"_target_": "distill.data.points.Points", "ring": RING, "count": 700}
 
 
-def room(folder: Path, seed: int = 0, **inputs: Path) -> Room:
-    return Room(
+def room(folder: Path, seed: int = 0, **inputs: Path) -> StageContext:
+    return StageContext(
         name=folder.name,
         folder=folder,
         inputs=inputs,
@@ -113,7 +113,7 @@ class TestExact:
     )
     def test_wrong_options_are_named(self, options, message):
         with pytest.raises(ValueError, match=message):
-            build_stages({"teacher": {"_target_": "distill.pipeline.exact.Exact"} | options})
+            build_stages({"teacher": {"_target_": "distill.stages.exact.Exact"} | options})
 
 
 @pytest.fixture(scope="module")
@@ -204,8 +204,8 @@ class TestEvaluatePoints:
         ],
     )
     def test_wrong_options_are_named(self, options, message):
-        config = {"_target_": "distill.pipeline.points.EvaluatePoints", "models": MODELS, "data": DATA}
-        stages = {"teacher": {"_target_": "distill.pipeline.exact.Exact", "process": FLOW, "ring": RING}}
+        config = {"_target_": "distill.stages.points.EvaluatePoints", "models": MODELS, "data": DATA}
+        stages = {"teacher": {"_target_": "distill.stages.exact.Exact", "process": FLOW, "ring": RING}}
         with pytest.raises((ValueError, InstantiationException), match=message):
             build_stages(stages | {"evaluate": config | options})
 
@@ -216,8 +216,8 @@ def made_folder(folder: Path) -> Path:
 
 
 def test_pairs_come_from_models_alone():
-    stages = {"teacher": {"_target_": "distill.pipeline.exact.Exact", "process": FLOW, "ring": RING}}
-    generate = {"_target_": "distill.pipeline.generate.Generate", "teacher": "teacher", "count": 4}
+    stages = {"teacher": {"_target_": "distill.stages.exact.Exact", "process": FLOW, "ring": RING}}
+    generate = {"_target_": "distill.stages.generate.Generate", "teacher": "teacher", "count": 4}
     assert isinstance(build_stages(stages | {"pairs": generate})["pairs"], Generate)
     with pytest.raises(ValueError, match=r"stages.more.teacher: 'pairs' makes no model"):
         build_stages(stages | {"pairs": generate, "more": generate | {"teacher": "pairs"}})
@@ -225,10 +225,10 @@ def test_pairs_come_from_models_alone():
 
 def test_later_rounds_may_differ_from_the_first():
     stages = {
-        "teacher": {"_target_": "distill.pipeline.exact.Exact"},
-        "pairs": {"_target_": "distill.pipeline.generate.Generate", "teacher": "teacher", "stream": "p"},
+        "teacher": {"_target_": "distill.stages.exact.Exact"},
+        "pairs": {"_target_": "distill.stages.generate.Generate", "teacher": "teacher", "stream": "p"},
         "reflow": {
-            "_target_": "distill.pipeline.stages.Train",
+            "_target_": "distill.stages.train.Train",
             "data": "pairs",
             "net": {"width": 1},
             "init": None,

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from distill.pipeline import config
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
@@ -17,12 +18,11 @@ from PIL import Image
 
 from distill.data.cond import Cond
 from distill.models.native import load_model
-from distill.pipeline import config
-from distill.pipeline.expand import expand
-from distill.pipeline.made import LARGE_PARAMETERS, device_of
-from distill.pipeline.plan import Planned, build_stages, dry_run, plan
-from distill.pipeline.run import run
-from distill.pipeline.schema import check_loggers
+from distill.recipe.expand import expand
+from distill.recipe.plan import Planned, build_stages, dry_run, plan
+from distill.recipe.run import run
+from distill.recipe.schema import check_loggers
+from distill.stages.made import LARGE_PARAMETERS, device_of
 
 
 def composed(*overrides: str) -> dict[str, Any]:

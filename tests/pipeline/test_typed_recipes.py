@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from distill.pipeline import config
 from hydra.core.global_hydra import GlobalHydra
 
-from distill.pipeline import config
 from distill.train import main
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from distill.pipeline import config
 from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 from tests_support import ROOT, run_verb
@@ -22,8 +23,7 @@ from distill.data.digits import Digits
 from distill.data.folder import ImageFolder
 from distill.evaluation.measure import Reference, measure
 from distill.models.features import load_digits64
-from distill.pipeline import config
-from distill.pipeline.commandline import arguments
+from distill.recipe.arguments import arguments
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*covariance is singular")
 

@@ -11,22 +11,22 @@ from typing import Any
 
 import pytest
 import torch
+from distill.pipeline import execution
 from hydra.utils import instantiate
 
 from distill.engine.logging import Jsonl, lines_of, read_entries, wandb_id
 from distill.evaluation.measure import Reference, measure
 from distill.models.native import load_model
-from distill.pipeline import execution
-from distill.pipeline.display import Display
-from distill.pipeline.execution import PeakMemory, use_threads
-from distill.pipeline.run import run
-from distill.pipeline.stage import Room, Settings
+from distill.recipe.run import run
+from distill.stages.base import Settings, StageContext
+from distill.stages.display import Display
+from distill.stages.threads import PeakMemory, use_threads
 
 DATA = {"_target_": "distill.data.digits.Digits"}
 FEATURES = {"_target_": "distill.models.features.load_digits64"}
 MONITOR = {"every_images": 16, "data": DATA, "features": FEATURES, "count": 40, "columns": 4}
 TRAIN: dict[str, Any] = {
-    "_target_": "distill.pipeline.stages.Train",
+    "_target_": "distill.stages.train.Train",
     "method": {"_target_": "distill.methods.flow_matching.FlowMatching"},
     "data": DATA,
     "steps": 4,
@@ -174,7 +174,7 @@ def test_a_best_model_kept_after_the_last_checkpoint_comes_again(
     mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed between `best.json` and the model, and after both: the end is the same."""
-    from distill.pipeline.monitor import Monitor
+    from distill.stages.monitor import Monitor
 
     class Killed(BaseException):
         pass
@@ -251,11 +251,13 @@ def test_other_files_of_a_log(tmp_path: Path) -> None:
 # ---- threads and memory ----
 
 
-def room(folder: Path, threads: int | None = None) -> Room:
+def room(folder: Path, threads: int | None = None) -> StageContext:
     folder.mkdir(exist_ok=True)
     settings = Settings(accelerator="cpu", threads=threads)
     plain = {"name": "s", "folder": folder, "inputs": {}, "seed": 0, "settings": settings, "loggers": ()}
-    return Room(**plain, display=Display(silent=True), run_folder=folder.parent, recipe="toy", digest="0")
+    return StageContext(
+        **plain, display=Display(silent=True), run_folder=folder.parent, recipe="toy", digest="0"
+    )
 
 
 @pytest.fixture

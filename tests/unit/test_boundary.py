@@ -11,7 +11,7 @@ from method_support import mlp, noise
 from torch import Tensor
 
 from distill.data.cond import Cond
-from distill.methods.losses.trajectory import boundary_at, level_grid, noise_level
+from distill.methods.families.trajectory import boundary_at, level_grid, noise_level
 from distill.models.boundary import Boundary
 from distill.models.build import build_net
 from distill.models.denoiser import Denoiser

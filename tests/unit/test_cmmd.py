@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.evaluation.cmmd import cmmd, unit_rows
-from distill.evaluation.inception_score import inception_score
+from distill.evaluation.metrics.cmmd import cmmd, unit_rows
+from distill.evaluation.metrics.inception_score import inception_score
 
 
 def embeddings(count: int, seed: int, shift: float = 0.0, dim: int = 24) -> Tensor:
@@ -44,7 +44,7 @@ class TestCmmd:
     def test_does_not_depend_on_the_chunks(self, monkeypatch: pytest.MonkeyPatch) -> None:
         x, y = embeddings(70, 0), embeddings(50, 1, 0.3)
         whole = cmmd(x, y)
-        monkeypatch.setattr("distill.evaluation.cmmd.CHUNK", 13)
+        monkeypatch.setattr("distill.evaluation.metrics.cmmd.CHUNK", 13)
         assert cmmd(x, y) == pytest.approx(whole, rel=1e-12)
 
     def test_errors_name_the_set(self) -> None:

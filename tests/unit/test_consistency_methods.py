@@ -31,11 +31,11 @@ from distill.engine import checkpoint
 from distill.engine.module import DistillModule
 from distill.methods.consistency import Consistency
 from distill.methods.consistency_training import ConsistencyTraining
+from distill.methods.families.trajectory import level_grid, noise_level
 from distill.methods.lcm import LCM
 from distill.methods.losses.consistency import grid_pair, masked_target, pair_weight, teacher_step
 from distill.methods.losses.distances import elementwise_huber, ict_huber_c, l1, l2, pseudo_huber
 from distill.methods.losses.lcm import guided_ddim_step, lcm_pair
-from distill.methods.losses.trajectory import level_grid, noise_level
 from distill.models.analytic import exact_denoiser
 from distill.models.boundary import Boundary
 from distill.models.denoiser import Denoiser

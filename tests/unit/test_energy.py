@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from distill.evaluation import energy
-from distill.evaluation.energy import energy_distance, spread
+from distill.evaluation.metrics.energy import energy_distance, spread
 
 
 def normal(count: int, dim: int, seed: int) -> torch.Tensor:

@@ -28,14 +28,14 @@ from distill.models.generator import Generator
 from distill.models.native import describe, save_model
 from distill.models.spec import SamplerSpec
 from distill.nets.layers import GuidanceEmbedding
-from distill.pipeline.display import Display
-from distill.pipeline.generate import Generate
-from distill.pipeline.points import EvaluatePoints
-from distill.pipeline.stage import Room, Settings
 from distill.process.base import Process
 from distill.process.edm import EDM
 from distill.process.flow import Flow
 from distill.process.vp import VPCosine, VPScaledLinear
+from distill.stages.base import Settings, StageContext
+from distill.stages.display import Display
+from distill.stages.generate import Generate
+from distill.stages.points import EvaluatePoints
 
 TABLE = VPScaledLinear()
 
@@ -374,9 +374,9 @@ def saved(generator: Generator, folder: Path) -> Path:
     return folder
 
 
-def room(folder: Path, **inputs: Path) -> Room:
+def room(folder: Path, **inputs: Path) -> StageContext:
     folder.mkdir(exist_ok=True)
-    return Room(
+    return StageContext(
         name=folder.name,
         folder=folder,
         inputs=inputs,

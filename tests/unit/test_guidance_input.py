@@ -14,11 +14,11 @@ from distill.models.build import build_net
 from distill.models.denoiser import Denoiser
 from distill.models.guidance import check_guidance_range, check_guidance_scale
 from distill.nets.layers import GuidanceEmbedding
-from distill.pipeline.stages import adapted
 from distill.process.edm import EDM
 from distill.process.flow import Flow
 from distill.process.guidance_w import w_embedding
 from distill.process.vp import VPCosine
+from distill.stages.train import adapted
 
 LABELS, W = torch.tensor([3, 0, 5]), torch.tensor([0.5, 2.0, 7.0])
 

@@ -16,16 +16,16 @@ from distill.engine import checkpoint
 from distill.files import read_json
 from distill.methods.progressive import Progressive
 from distill.models.native import load_model
-from distill.pipeline import stages as pipeline_stages
-from distill.pipeline.expand import expand
-from distill.pipeline.halving import halve, merged, step_counts
-from distill.pipeline.plan import build_stages, plan, redo
-from distill.pipeline.references import redirect, reference_keys, references
-from distill.pipeline.run import run
 from distill.process.times import uniform_grid
 from distill.process.vp import VPCosine
+from distill.recipe.expand import expand
+from distill.recipe.halving import halve, merged, step_counts
+from distill.recipe.plan import build_stages, plan, redo
+from distill.recipe.references import redirect, reference_keys, references
+from distill.recipe.run import run
+from distill.stages import train as training_stage
 
-TRAIN, LOAD = "distill.pipeline.stages.Train", "distill.pipeline.stages.Load"
+TRAIN, LOAD = "distill.stages.train.Train", "distill.stages.load.Load"
 DATA = {"_target_": "distill.data.points.Points", "ring": {"count": 8, "radius": 1.5}, "count": 64}
 OPTIM = {
     "student": {
@@ -52,7 +52,7 @@ TEACHER = training(
 )
 DISTILL = training("progressive.Progressive", init="teacher", teacher="teacher")
 EVALUATE = {
-    "_target_": "distill.pipeline.points.EvaluatePoints",
+    "_target_": "distill.stages.points.EvaluatePoints",
     "data": DATA,
     "count": 32,
     "models": {
@@ -61,7 +61,7 @@ EVALUATE = {
     },
     "follows": ["teacher", 8],
 }
-EXPORT = {"_target_": "distill.pipeline.export.Export", "student": "distill", "evaluate": "evaluate"}
+EXPORT = {"_target_": "distill.stages.export.Export", "student": "distill", "evaluate": "evaluate"}
 
 
 def recipe(folder: Path | None = None, **changes: Any) -> dict[str, Any]:
@@ -508,7 +508,7 @@ def test_the_stage_fills_in_the_length_of_a_curriculum(
         seen.append(method)
         raise Stop
 
-    monkeypatch.setattr(pipeline_stages, "train", instead)
+    monkeypatch.setattr(training_stage, "train", instead)
     loaded = {"_target_": LOAD, "path": str(finished / "teacher")}
     for options in ({}, {"total_steps": None}) if given is None else ({"total_steps": given},):
         stage = training("consistency_training.ConsistencyTraining", init="teacher", steps=6, options=options)

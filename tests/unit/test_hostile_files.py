@@ -232,7 +232,7 @@ def edit(folder: Path, *place: Any, value: Any, file: str = "model.json") -> Non
         ("few_step", ("net", "_target_"), "distill.nets.layers.GroupNorm", "net._target_: found .*a net under"),
         ("few_step", ("net", "_target_"), "distill.nets.unet.partial", "net._target_: found .*a net under"),
         ("few_step", ("net", "_target_"), "distill.nets.unet.torch.nn.Linear", "net._target_: found .*a net under"),
-        ("few_step", ("net", "_target_"), "distill.pipeline.run.Run", "net._target_: found .*a net under"),
+        ("few_step", ("net", "_target_"), "distill.recipe.run.Run", "net._target_: found .*a net under"),
         ("few_step", ("process", "_target_"), "distill.process.base.Process", "process._target_: found"),
         ("few_step", ("process", "_target_"), "distill.process.times.grid", "process._target_: found"),
         ("few_step", ("net", "width"), "8", "net.width: found '8', expected int"),

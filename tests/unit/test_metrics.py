@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from distill.data.digits import Digits
-from distill.evaluation.diversity import class_std, nearest_distances, nn_train, pixel_std
-from distill.evaluation.frechet import fd, frechet_distance
-from distill.evaluation.kid import kid
 from distill.evaluation.measure import Reference, measure
-from distill.evaluation.precision import CHUNK, manifold, squared_radii
+from distill.evaluation.metrics.diversity import class_std, nearest_distances, nn_train, pixel_std
+from distill.evaluation.metrics.frechet import fd, frechet_distance
+from distill.evaluation.metrics.kid import kid
+from distill.evaluation.metrics.precision import CHUNK, manifold, squared_radii
+from distill.evaluation.metrics.sliced import quantile_distance, sliced_wasserstein
 from distill.evaluation.protocol import stratified_split
-from distill.evaluation.sliced import quantile_distance, sliced_wasserstein
 from distill.models.features import Digits64, load_digits64
 
 
@@ -90,7 +90,7 @@ class TestManifold:
         x, y = normal(90, 5, 0), normal(70, 5, 1)
         whole = manifold(x, y)
         assert CHUNK > 90
-        monkeypatch.setattr("distill.evaluation.precision.CHUNK", 13)
+        monkeypatch.setattr("distill.evaluation.metrics.precision.CHUNK", 13)
         assert manifold(x, y) == whole
 
     def test_repeated_samples_leave_recall_to_few_points(self) -> None:

@@ -17,7 +17,7 @@ from distill.engine.update import Step
 from distill.methods.consistency import Consistency
 from distill.methods.consistency_training import ConsistencyTraining
 from distill.methods.denoising import Denoising
-from distill.methods.losses.score_student import StudentInput
+from distill.methods.families.score import StudentInput
 from distill.methods.sid import SiD
 from distill.models.analytic import exact_denoiser
 from distill.models.boundary import Boundary

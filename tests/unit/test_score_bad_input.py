@@ -30,13 +30,13 @@ from distill.models.denoiser import Denoiser
 from distill.models.native import describe, save_model
 from distill.models.spec import SamplerSpec
 from distill.nets.unet import UNet
-from distill.pipeline import config
-from distill.pipeline.nodes import check_way, read_nodes, write_manifest
-from distill.pipeline.plan import plan, refuse_changes
 from distill.process.base import Process
 from distill.process.edm import EDM
 from distill.process.flow import Flow
 from distill.process.vp import VPCosine, VPScaledLinear
+from distill.recipe.compose import CONFIGS, register_recipes
+from distill.recipe.plan import plan, refuse_changes
+from distill.stages.nodes import check_way, read_nodes, write_manifest
 
 CLASSES = 8
 
@@ -513,8 +513,8 @@ def test_a_way_is_that_of_the_student_s_own_samples(tmp_path: Path) -> None:
 
 def composed(*overrides: str) -> dict[str, Any]:
     """A recipe as `distill.train` would compose it."""
-    config.register_recipes()
-    with initialize_config_dir(version_base="1.3", config_dir=str(config.CONFIGS)):
+    register_recipes()
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
         plain = OmegaConf.to_container(compose("config", list(overrides)), resolve=True)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}

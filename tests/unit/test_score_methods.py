@@ -37,8 +37,8 @@ from distill.engine.update import Loss, Step
 from distill.methods.degrade import Degrade
 from distill.methods.disback import DisBack
 from distill.methods.dmd import DMD
-from distill.methods.losses.matching import DistributionMatching
-from distill.methods.losses.score_student import ScoreDistillation
+from distill.methods.families.matching import DistributionMatching
+from distill.methods.families.score import ScoreDistillation
 from distill.methods.sid import SiD
 from distill.models.denoiser import Denoiser
 from distill.models.generator import Generator

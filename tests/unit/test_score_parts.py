@@ -19,8 +19,8 @@ from distill.nets.heads import GanHead
 from distill.process.edm import EDM
 from distill.process.flow import Flow
 from distill.process.vp import VPCosine, VPScaledLinear
-from distill.samplers.backward import few_step_output, mixture_output, visited_state
 from distill.samplers.fewstep import few_step
+from distill.samplers.student_rollout import few_step_output, mixture_output, visited_state
 
 TIMES = (1.0, 0.7, 0.4, 0.2)
 BATCH = 5

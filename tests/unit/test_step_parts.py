@@ -13,7 +13,7 @@ from torch import nn
 
 from distill.data import rng
 from distill.data.rng import Draws, philox
-from distill.engine.ema import Follower
+from distill.engine.ema import EmaUpdater
 from distill.engine.fit import Fit, train
 from distill.engine.nonfinite import flagged_step, nonfinite, step_unless
 
@@ -78,7 +78,7 @@ def test_a_follower_averages_parameters_and_copies_buffers_even_replaced_ones():
         for parameter in network.parameters():
             parameter.add_(1.0)
     expected = [0.75 * a + 0.25 * p for a, p in zip(average.parameters(), network.parameters(), strict=True)]
-    follower = Follower(average, network)
+    follower = EmaUpdater(average, network)
     network[1].running_mean = torch.tensor([5.0, 6.0])  # another tensor than the one that was looked up
     follower.update(0.75)
     for found, value in zip(average.parameters(), expected, strict=True):
@@ -88,7 +88,7 @@ def test_a_follower_averages_parameters_and_copies_buffers_even_replaced_ones():
 
 def test_a_follower_refuses_another_network():
     with pytest.raises(ValueError, match="average: found 2 parameters, the network that it follows has 4"):
-        Follower(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+        EmaUpdater(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
 
 
 def test_networks_are_walked_once_a_run_not_once_a_step(tmp_path, monkeypatch):
@@ -129,12 +129,12 @@ def test_what_is_logged_is_the_mean_over_micro_batches(tmp_path, accumulate):
 
 def test_what_was_looked_up_is_forgotten_where_parameters_may_be_replaced(tmp_path):
     method = fit(make(), tmp_path, steps=2)
-    assert sorted(method._turns) == ["fake", "student"]
+    assert sorted(method._step_caches) == ["fake", "student"]
     method.distribute("none", torch.device("cpu"))  # shards networks, where there are several processes
-    assert method._turns == {}
+    assert method._step_caches == {}
     fit(method, tmp_path, steps=4)
     method.prepare(method.optim, seed=0)
-    assert method._turns == {}
+    assert method._step_caches == {}
 
 
 def test_attributes_that_hold_nothing_or_text_stay_attributes_of_their_kind():

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from distill.data.digits import Digits
 from distill.evaluation.certificate import mode_of
-from distill.evaluation.cmmd import cmmd, unit_rows
-from distill.evaluation.diversity import class_std, nearest_distances, nn_train, pixel_std
-from distill.evaluation.energy import energy_distance
-from distill.evaluation.frechet import fd
-from distill.evaluation.kid import kid
 from distill.evaluation.measure import Reference, extract, measure
-from distill.evaluation.precision import manifold, squared_distances, squared_radii
-from distill.evaluation.sliced import sliced_wasserstein
+from distill.evaluation.metrics.cmmd import cmmd, unit_rows
+from distill.evaluation.metrics.diversity import class_std, nearest_distances, nn_train, pixel_std
+from distill.evaluation.metrics.energy import energy_distance
+from distill.evaluation.metrics.frechet import fd
+from distill.evaluation.metrics.kid import kid
+from distill.evaluation.metrics.precision import manifold, squared_distances, squared_radii
+from distill.evaluation.metrics.sliced import sliced_wasserstein
 from distill.models.features import load_digits64
 
 
@@ -75,7 +75,7 @@ def test_the_four_measures_are_those_of_direct_distances(name: str, monkeypatch:
     expected = pytest.approx(by_scipy(x, y), abs=1e-12)
     assert manifold(x, y) == expected
     for chunk in (7, 64):  # a pair has one distance, whatever block it is computed in
-        monkeypatch.setattr("distill.evaluation.precision.CHUNK", chunk)
+        monkeypatch.setattr("distill.evaluation.metrics.precision.CHUNK", chunk)
         assert manifold(x, y) == expected
 
 

@@ -23,13 +23,13 @@ from distill.data.order import Order
 from distill.data.plain import plain_torch
 from distill.data.points import Points
 from distill.data.rng import Draws, noise_checksum, sample_noise
-from distill.evaluation.energy import energy_distance
-from distill.evaluation.frechet import fd
-from distill.evaluation.kid import kid
 from distill.evaluation.measure import Reference, measure
-from distill.evaluation.precision import manifold
+from distill.evaluation.metrics.energy import energy_distance
+from distill.evaluation.metrics.frechet import fd
+from distill.evaluation.metrics.kid import kid
+from distill.evaluation.metrics.precision import manifold
+from distill.evaluation.metrics.sliced import sliced_wasserstein
 from distill.evaluation.protocol import stratified_split
-from distill.evaluation.sliced import sliced_wasserstein
 from distill.models.denoiser import Denoiser
 from distill.models.features import load_digits64
 from distill.models.generator import Generator

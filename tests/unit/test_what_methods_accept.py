@@ -21,10 +21,10 @@ from distill.methods.consistency_training import ConsistencyTraining
 from distill.methods.degrade import Degrade
 from distill.methods.denoising import Denoising
 from distill.methods.dmd import DMD
+from distill.methods.families.suits import error_factor
 from distill.methods.flow_matching import FlowMatching
 from distill.methods.guided import Guided
 from distill.methods.lcm import LCM
-from distill.methods.losses.suits import error_factor
 from distill.methods.one_step import OneStep
 from distill.methods.progressive import Progressive
 from distill.methods.reflow import Reflow

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from distill.data.rng import Draws
-from distill.methods.losses.suits import check_own_clock
+from distill.methods.families.suits import check_own_clock
 from distill.process.base import Process
 from distill.process.edm import EDM
 from distill.process.flow import Flow

@@ -2,7 +2,7 @@
 
 The protocol is clean-fid's mode `clean` (Parmar et al. 2022, 2104.11222): images rounded and clamped to uint8, each
 channel resized to 299x299 by PIL's antialiased bicubic filter on floats, clipped to 0..255 and not rounded again; the
-TorchScript Inception of 2015-12-05; pooled features. The moments and the distance are `distill.evaluation.frechet`'s.
+TorchScript Inception of 2015-12-05; pooled features. The moments and the distance are `distill.evaluation.metrics.frechet`'s.
 """
 
 from __future__ import annotations

@@ -1,0 +1,180 @@
+"""From a composed recipe to the list of stages that run: repeated rounds, pretrained teachers, profile
+limits."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from distill.recipe.halving import halve
+from distill.recipe.references import redirect, references, stage_class, stage_fields
+from distill.typed import check_keys, parse
+
+SIZES = ("steps", "count", "batch_size")
+LOAD, TRAIN = "distill.stages.load.Load", "distill.stages.train.Train"
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """The block `repeat`, see `repeat`."""
+
+    stages: list[str]
+    times: Any  # often the key `rounds` of a recipe
+    carry: dict[str, str] | None = None
+    then: dict[str, dict[str, Any]] | None = None
+
+
+def expand(recipe: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Stage configs by name, in order, from a composed config's `stages`, `repeat`, `halve` and `profile` (plain
+    containers)."""
+    stages: dict[str, dict[str, Any]] = {}
+    for name, config in parse(dict[str, dict[str, Any] | None], recipe["stages"], "stages").items():
+        if config is not None:  # null takes a stage out
+            stage_class(config, f"stages.{name}")
+            stages[name] = copy.deepcopy(config)
+    if not stages:
+        raise ValueError("stages: found none; expected a recipe's: a mapping of names to stages")
+    for name, config in stages.items():
+        if config["_target_"] == TRAIN and config.get("path") is not None:
+            stages[name] = {"_target_": LOAD, "path": config["path"]}
+    stages = in_order(stages)
+    if recipe.get("repeat"):
+        stages = repeat(stages, recipe["repeat"])
+    if recipe.get("halve"):
+        stages = halve(stages, recipe["halve"])
+    limits = _limits(recipe.get("profile"), stages)
+    return {name: limit(config, limits) for name, config in stages.items()}
+
+
+def _limits(profile: Any, stages: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    """Upper limits by field: those that every profile may set, and whatever whole number a stage of the recipe has."""
+    found = parse(dict[str, int | None], profile or {}, "profile")
+    fields = [part for config in stages.values() for part in (config, config.get("monitor"))]
+    numbers = {
+        key for part in fields if isinstance(part, Mapping) for key, v in part.items() if type(v) is int
+    }
+    check_keys(found, [*SIZES, *sorted(numbers - set(SIZES))], "profile")
+    if wrong := [key for key, value in found.items() if value is not None and value < 1]:
+        raise ValueError(f"profile.{wrong[0]}: found {found[wrong[0]]!r}, expected an integer of at least 1")
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def in_order(stages: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Stages with every stage after those it refers to, else as written (merging configs does not keep their
+    order)."""
+    ordered: dict[str, dict[str, Any]] = {}
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        if name in path:
+            raise ValueError(
+                f"stages: {' -> '.join([*path[path.index(name) :], name])} refer to each other in a circle"
+            )
+        for target in references(stages[name]):
+            if target not in stages:
+                raise ValueError(f"stages.{name}: refers to {target!r}, expected one of {list(stages)}")
+            visit(target, (*path, name))
+        ordered[name] = stages[name]
+
+    for name in stages:
+        visit(name, ())
+    return ordered
+
+
+def repeat(stages: dict[str, dict[str, Any]], block: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Insert rounds 2 .. times of the stages of `block` after their first round.
+
+    block: {stages: [pairs, reflow], times: k, carry: {teacher: reflow}, then: {reflow: {init: reflow}}}. In round
+    r > 1 a stage is named `<name>_round<r>`; its references to stages of the block mean this round's, and `carry` says
+    which earlier stage's place the previous round's result takes. `then` gives fields that a stage has from round 2
+    on; a stage of the block named there means the previous round's. Stages after the block refer to the last round;
+    evaluated models of the block get a row set a round.
+    """
+    told = parse(Repeat, block, "repeat")
+    names, times, carry, then = told.stages, told.times, told.carry or {}, told.then or {}
+    _check_repeat(told, stages)
+    result: dict[str, dict[str, Any]] = {}
+    order = list(stages)
+    last = max(order.index(name) for name in names)
+    current = {name: name for name in names}
+    for position, name in enumerate(order):
+        config = stages[name]
+        if position > last:
+            config = redirect(config, current)
+            if isinstance(config.get("models"), Mapping):
+                config["models"] = _rounds_of_models(stages[name]["models"], names, times)
+        result[name] = config
+        if position != last:
+            continue
+        for number in range(2, times + 1):
+            previous, current = current, {n: f"{n}_round{number}" for n in names}
+            mapping = current | {old: previous[new] for old, new in carry.items()}
+            for n in names:
+                copied = redirect(stages[n], mapping)
+                changed = {"_target_": copied["_target_"], **(then.get(n) or {})}
+                copied |= redirect(changed, previous)
+                if "stream" in copied:
+                    copied["stream"] = f"{copied['stream']}_round{number}"
+                result[current[n]] = copied
+    return result
+
+
+def _check_repeat(told: Repeat, stages: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse a `repeat` block that means nothing, in part or as a whole, or whose copies would take names that are there."""
+    names, carry, then = told.stages, told.carry or {}, told.then or {}
+    if isinstance(told.times, bool) or not isinstance(told.times, int) or told.times < 1:
+        raise ValueError(f"repeat.times, rounds: expected an integer of at least 1, found {told.times!r}")
+    if missing := [name for name in [*names, *carry, *carry.values(), *then] if name not in stages]:
+        raise ValueError(f"repeat: names the stages {missing}, found only {list(stages)}")
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"repeat.stages: found {names}, expected the names of stages, each once")
+    for key, inner in (("carry", carry.values()), ("then", then)):
+        if outside := [name for name in inner if name not in names]:
+            raise ValueError(
+                f"repeat.{key}: found {outside[0]!r}, expected a stage of repeat.stages: {names}"
+            )
+    for old in carry:
+        if not any(old in references(stages[name]) for name in names):
+            raise ValueError(
+                f"repeat.carry.{old}: no stage of {names} refers to it, so nothing would be carried"
+            )
+    for name, options in then.items():
+        check_keys(options, stage_fields(stages[name]), f"repeat.then.{name}")
+    copies = [f"{name}_round{number}" for name in names for number in range(2, told.times + 1)]
+    if taken := [name for name in copies if name in stages]:
+        raise ValueError(f"repeat.stages: the rounds need the names {taken}, which stages have")
+
+
+def _rounds_of_models(models: Mapping[str, Any], names: list[str], times: int) -> dict[str, Any]:
+    """Evaluated models, with one entry a round for those of the repeated block: reflow, reflow2, ..."""
+    rows: dict[str, Any] = {}
+    for label, model in models.items():
+        rows[label] = copy.deepcopy(model)
+        if isinstance(model, Mapping) and model.get("stage") in names:
+            for number in range(2, times + 1):
+                if f"{label}{number}" in models:
+                    raise ValueError(
+                        f"models.{label}{number}: is the row of round {number} of {label!r}; expected another label"
+                    )
+                rows[f"{label}{number}"] = dict(model) | {"stage": f"{model['stage']}_round{number}"}
+    return rows
+
+
+def limit(config: dict[str, Any], limits: Mapping[str, int]) -> dict[str, Any]:
+    """A stage with the profile's upper limits on its sizes; with any limit, quality gates say nothing and are
+    dropped."""
+    config = copy.deepcopy(config)
+    if not limits:
+        return config
+    for key, cap in limits.items():
+        if isinstance(config.get(key), int):
+            config[key] = min(config[key], cap)
+        if isinstance(config.get("monitor"), dict) and isinstance(config["monitor"].get(key), int):
+            config["monitor"][key] = min(config["monitor"][key], cap)
+    if "gates" in config:
+        config["gates"] = []
+        config["note"] = (
+            "The sizes of this run were limited by a profile: its numbers and images mean nothing."
+        )
+    return config

@@ -1,0 +1,315 @@
+"""What a run will do: every stage with its digest, held against what lies in its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import get_class
+
+from distill.files import read_json
+from distill.recipe.expand import expand
+from distill.recipe.references import stage_class
+from distill.stages.base import (
+    EXTENDED,
+    FIRST_NAMES,
+    INPUT_FILES,
+    Identity,
+    NewerSchema,
+    Stage,
+    differences,
+    digest_of,
+    files_digest,
+    identity,
+    lasting_identity,
+    read_artifact,
+)
+from distill.stages.made import Made
+from distill.stages.ownership import (
+    EMPTIED,
+    IDENTITY,
+    check_names,
+    check_stage_folder,
+    recorded_identity,
+)
+from distill.stages.targets import check_targets
+from distill.terminal import printable
+from distill.typed import parse, within
+
+
+@dataclass
+class Planned:
+    """A stage, what it depends on, and how far it is: "finished", "extend", "interrupted", "changed" or
+    "new"."""
+
+    name: str
+    stage: Stage
+    config: dict[str, Any]
+    folder: Path
+    identity: dict[str, Any]
+    state: str = "new"
+    changes: tuple[str, ...] = ()
+    # Why what lies there cannot be used, where it is not another config.
+    broken: str = ""
+    # Digest of the files that it has made, where it is finished.
+    made: str | None = None
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Patterns of the files that are the stage's, and of those of the stage that its folder was made by."""
+        config = recorded_identity(self.folder).get("config")
+        target = str(config.get("_target_")) if isinstance(config, Mapping) else ""
+        before: Any = None
+        now = {first: name for name, first in FIRST_NAMES.items()}.get(target, target)
+        if now.startswith("distill.stages."):  # a file must not choose code from elsewhere to run
+            with suppress(ImportError, ValueError):
+                before = get_class(now)
+        made = before.made() if isinstance(before, type) and issubclass(before, Stage) else ()
+        return tuple(dict.fromkeys([*self.stage.made(), *made]))
+
+    @property
+    def digest(self) -> str:
+        """Digest of the identity."""
+        return digest_of(self.identity)
+
+
+def build_stages(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Stage]:
+    """Make and check every stage before anything runs; errors name the stage and the field."""
+    stages: dict[str, Stage] = {}
+    for name, config in configs.items():
+        where = f"stages.{name}"
+        kind = stage_class(config, where)
+        fields = {key: value for key, value in config.items() if key != "_target_"}
+        later = ("method", "optim")  # the stage itself says more of them
+        try:
+            for key, value in fields.items():
+                if key not in later:
+                    check_targets(value, f"{where}.{key}")
+            stage = parse(kind, fields, where)
+        except (InstantiationException, KeyError, OSError, ImportError) as error:
+            raise ValueError(f"{where}.{error.__cause__ or error}") from error
+        try:
+            stage.check(stages)
+            check_targets(config.get("method"), "method")
+        except (ValueError, TypeError, KeyError, OSError, ImportError) as error:
+            raise ValueError(within(where, error)) from error
+        stages[name] = stage
+    return stages
+
+
+def dry_run(stages: Mapping[str, Stage]) -> None:
+    """Try every stage on what those before it will make: nothing is found out after hours of training that can be known
+    now. Errors name the stage and the field."""
+    made: dict[str, Made] = {}
+    for name, stage in stages.items():
+        try:
+            with torch.random.fork_rng(devices=[]):  # untrained networks are drawn and thrown away
+                made[name] = stage.dry_run(made)
+        except InstantiationException as error:
+            raise ValueError(f"stages.{name}: {error.__cause__ or error}") from error
+        except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+            raise ValueError(within(f"stages.{name}", error, ": ")) from error
+
+
+def plan(recipe: Mapping[str, Any], run_folder: Path, seed: int) -> list[Planned]:
+    """All stages in order with digests and states."""
+    configs = expand(recipe)
+    check_names(list(configs))
+    for name, config in configs.items():
+        path = config.get("path")
+        if path is not None and Path(path).resolve().is_relative_to(run_folder.resolve()):
+            raise ValueError(
+                f"stages.{name}.path: {path} lies in this run, whose stages replace their folders; expected another run's"
+            )
+    if any(value is not None for value in (recipe.get("profile") or {}).values()):
+        build_stages(expand({**recipe, "profile": None}))  # what a profile cuts away may be wrong, too
+    stages = build_stages(configs)
+    dry_run(stages)
+    planned: list[Planned] = []
+    digests: dict[str, str] = {}
+    for name, stage in stages.items():
+        config, folder = dict(configs[name]), run_folder / name
+        inputs = {role: digests[target] for role, target in stage.inputs().items()}
+        try:
+            content = identity(config, stage.REFERENCES, inputs, seed, stage.fingerprint())
+        except InstantiationException as error:
+            raise ValueError(f"stages.{name}: {error.__cause__ or error}") from error
+        except (ValueError, OSError) as error:
+            raise ValueError(within(f"stages.{name}", error, ": ")) from error
+        entry = Planned(name, stage, config, folder, content)
+        _state(entry, {other.name: other for other in planned})
+        digests[name] = entry.digest
+        planned.append(entry)
+    return planned
+
+
+def _state(entry: Planned, before: Mapping[str, Planned]) -> None:
+    """Compare a stage with what lies in its folder. `before`: the stages before it, by name."""
+    check_stage_folder(entry.folder, entry.stage.made())
+    begun = entry.folder / IDENTITY
+    try:
+        record = read_artifact(entry.folder, type(entry.stage))
+        found = record["identity"] if record is not None else read_json(begun) if begun.is_file() else {}
+        if found and EMPTIED not in found:
+            parse(Identity, found, f"{begun}: ")
+    except NewerSchema:
+        raise
+    except ValueError as error:
+        entry.state, entry.broken = "changed", str(error)
+        return
+    if record is not None:
+        inputs, finished = record.get(INPUT_FILES), True
+        entry.made = files_digest(record)
+    elif found and EMPTIED not in found and entry.stage.begun(entry.folder):
+        inputs, finished = found.pop(INPUT_FILES, None), False
+        if inputs is None:
+            entry.state = "changed"
+            entry.broken = (
+                f"{begun}: {INPUT_FILES}: missing, expected what the stage was begun from: it was changed"
+            )
+            return
+    else:
+        return
+    swapped = tuple(
+        f"inputs.{role}: {inputs.get(role)} -> {other}"
+        for role, target in entry.stage.inputs().items()
+        # None: the input is made first, and compared then
+        if inputs is not None and (other := before[target].made) not in (None, inputs.get(role))
+    )
+    _compare(entry, found, "finished" if finished else "interrupted", swapped)
+
+
+def _compare(entry: Planned, found: Mapping[str, Any], same: str, swapped: tuple[str, ...]) -> None:
+    """The state of a stage whose folder holds work of the identity `found`; `same` if it is today's. A stage that was made
+    longer keeps that in its identity: it is not what training to the same length at once makes. `swapped`: inputs whose
+    files are others."""
+    stage, kept = entry.stage, {EXTENDED: found[EXTENDED]} if EXTENDED in found else {}
+    if not differences(found, entry.identity | kept):
+        entry.state, entry.changes = "changed" if swapped else same, swapped
+        entry.identity = entry.identity | kept
+        return
+    old, new = found["config"].get(stage.LENGTH), entry.identity["config"].get(stage.LENGTH)
+    if swapped or not (isinstance(old, int) and isinstance(new, int) and new > old):
+        wanted = entry.identity if old == new else entry.identity | kept
+        entry.state, entry.changes = "changed", tuple(differences(found, wanted))
+        return
+    if changes := differences(lasting_identity(stage, found), lasting_identity(stage, entry.identity)):
+        raw = differences(_plain(found), entry.identity)
+        told = [line if line in raw else f"{line} ({_STRETCHED})" for line in changes]
+        entry.state, entry.changes = "changed", tuple(told)
+        return
+    if not stage.begun(entry.folder):
+        raise FileNotFoundError(
+            f"stages.{entry.name}: {entry.folder} cannot be trained further: its last checkpoint is gone; "
+            f"redo={entry.name} trains it from the start"
+        )
+    try:
+        seams = stage.seams(entry.folder, found)
+    except ValueError as error:
+        raise ValueError(
+            f"stages.{entry.name}: cannot be trained further: {error}; redo={entry.name} trains it from the start"
+        ) from error
+    entry.state = "extend" if same == "finished" else same
+    entry.changes = (f"{stage.LENGTH}: {old} -> {new}, trained further from {seams[-1]['reached']}",)
+    entry.identity = entry.identity | {EXTENDED: seams}
+
+
+_STRETCHED = (
+    "taken from the stage's steps: give this option its old value to train further, or redo the stage"
+)
+
+
+def _plain(content: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity as of a stage that is trained at once."""
+    return {key: value for key, value in content.items() if key != EXTENDED}
+
+
+def redo(planned: Sequence[Planned], named: str | Sequence[str] | None) -> list[Planned]:
+    """Mark the named stages and everything that depends on them as not made; returns them."""
+    if not (
+        named is None
+        or isinstance(named, str)
+        or (isinstance(named, Sequence) and all(isinstance(n, str) for n in named))
+    ):
+        raise ValueError(f"redo: found {named!r}, expected a stage or a list of stages")
+    names = [named] if isinstance(named, str) else list(named or ())
+    known = [entry.name for entry in planned]
+    if wrong := [name for name in names if name not in known]:
+        raise ValueError(f"redo: found {wrong}, expected stages of this recipe: {known}")
+    gone = set(names)
+    digests: dict[str, str] = {}
+    for entry in planned:
+        if entry.name in gone or gone & set(entry.stage.inputs().values()):
+            gone.add(entry.name)
+            entry.state, entry.changes, entry.broken = "new", (), ""
+            inputs = {role: digests[target] for role, target in entry.stage.inputs().items()}
+            # Made at once, from inputs that are.
+            entry.identity = _plain(entry.identity) | {"inputs": inputs}
+        digests[entry.name] = entry.digest
+    return [entry for entry in planned if entry.name in gone]
+
+
+def readable(change: str) -> str:
+    """A change of an identity for people: inputs and data are known by digests, which say nothing."""
+    where, _, what = change.partition(": ")
+    if where.startswith("inputs."):
+        return f"{where.removeprefix('inputs.')}: is not the one it was made from"
+    return "data: are not those it was made from" if where == "fingerprint" else f"{where}: {what}"
+
+
+def check_split(planned: Sequence[Planned], processes: int) -> None:
+    """Raise if a batch cannot be split over the processes, before any stage runs."""
+    for entry in planned:
+        batch, parts = entry.config.get("batch_size"), processes * entry.config.get("accumulate", 1)
+        if "accumulate" in entry.config and entry.state != "finished" and batch % parts:
+            raise ValueError(
+                f"stages.{entry.name}.batch_size: {batch} samples a step cannot be split into accumulate="
+                f"{entry.config['accumulate']} micro batches on {processes} processes; expected a multiple of {parts}"
+            )
+
+
+def refuse_changes(planned: Sequence[Planned], run_folder: Path) -> None:
+    """Raise if finished or begun work does not fit the config: what changed, and the two ways out."""
+    extended = [entry.name for entry in planned if entry.state == "extend"]
+    changed = [entry for entry in planned if entry.state == "changed"]
+    if not changed:
+        return
+    first = changed[0]
+    if first.broken:
+        raise ValueError(
+            f"stages.{first.name}: {first.broken}\nEither redo={first.name} (makes it and what depends on it again) "
+            f"or another name=... (a new run beside {run_folder})."
+        )
+    reason = f" (because {', '.join(extended)} would be trained further)" if extended else ""
+    lines = "\n".join(f"  {readable(line)}" for line in first.changes[:20])
+    raise ValueError(
+        f"stages.{first.name}: {first.folder} was made with other settings{reason}:\n{lines}\n"
+        f"Either redo={first.name} (makes it and what depends on it again) "
+        f"or another name=... (a new run beside {run_folder})."
+    )
+
+
+def describe_plan(planned: Sequence[Planned], run_folder: Path) -> str:
+    """The table that `plan=true` prints."""
+    width = max(len(entry.name) for entry in planned)
+    kinds = max(len(type(entry.stage).__name__) for entry in planned)
+    lines = [f"{run_folder}: {len(planned)} stages"]
+    for number, entry in enumerate(planned, 1):
+        size = ", ".join(
+            f"{key} {entry.config[key]}"
+            for key in ("steps", "batch_size", "count")
+            if isinstance(entry.config.get(key), int)
+        )
+        inputs = ", ".join(f"{role}={name}" for role, name in entry.stage.inputs().items())
+        kind = type(entry.stage).__name__
+        lines.append(
+            f"  {number}. {entry.name:<{width}}  {entry.state:<11}  {kind:<{kinds}}  {size}  {inputs}".rstrip()
+        )
+        lines += [f"       {readable(line)}" for line in entry.changes[:5]]
+        lines += [f"       {entry.broken}"] if entry.broken else []
+    return printable("\n".join(lines))

@@ -1,0 +1,235 @@
+"""Runs a recipe: plans, refuses what does not fit what is there, skips what is finished, continues what is
+not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.errors import InstantiationException
+
+from distill.files import make_folder, read_json, remove, sync, write_json, write_text
+from distill.names import check_name
+from distill.recipe.plan import Planned, check_split, describe_plan, plan, redo, refuse_changes
+from distill.stages.base import (
+    INPUT_FILES,
+    SCHEMA,
+    Settings,
+    StageContext,
+    input_digests,
+    read_artifact,
+    verify_files,
+    write_artifact,
+)
+from distill.stages.display import Display
+from distill.stages.lock import Held, lock
+from distill.stages.ownership import (
+    ARTIFACT,
+    CONFIG,
+    IDENTITY,
+    OF_A_RUN,
+    PLAN,
+    PUBLISHED,
+    REDO,
+    check_run_folder,
+    empty,
+    patterns,
+    read_object,
+    sweep,
+)
+from distill.typed import parse
+from distill.world import join
+
+
+def run(recipe: Mapping[str, Any], *, name: str, recipe_name: str) -> Path:
+    """Run (or continue) a composed recipe in `runs_dir/name`; returns the run folder. Several processes call it
+    together: all run every stage, the main one writes."""
+    run_folder, seed = run_place(recipe, name)
+    settings = parse(Settings, recipe["trainer"], "trainer")
+    check_run_folder(run_folder)
+    if recipe.get("plan"):
+        planned = plan(recipe, run_folder, seed)
+        redo(planned, recipe.get("redo"))
+        print(describe_plan(planned, run_folder))
+        return run_folder
+    world = join(settings.device)
+    with lock(run_folder) if world.main else nullcontext() as held:
+        world.barrier()
+        planned = plan(recipe, run_folder, seed)  # under the lock: nobody changes what it looks at
+        again = [] if pending(run_folder, planned, recipe.get("redo")) else redo(planned, recipe.get("redo"))
+        refuse_changes(planned, run_folder)
+        check_split(planned, world.size)
+        world.barrier()  # all have looked before anything changes
+        if world.main:
+            clean(run_folder, planned, again)
+            if again:
+                write_json(run_folder / REDO, redo_key(planned, recipe.get("redo")))
+            stages = {entry.name: entry.config for entry in planned}
+            write_json(run_folder / PLAN, {"recipe": recipe_name, "seed": seed, "stages": stages})
+        folders = {entry.name: entry.folder for entry in planned}
+        for number, entry in enumerate(planned, 1):
+            context = StageContext(
+                name=entry.name,
+                folder=entry.folder,
+                inputs={role: folders[target] for role, target in entry.stage.inputs().items()},
+                seed=seed,
+                settings=settings,
+                loggers=tuple(recipe.get("loggers") or ()),
+                display=Display(entry.name, number, len(planned), silent=not world.main),
+                run_folder=run_folder,
+                recipe=recipe_name,
+                digest=entry.digest,
+                world=world,
+                identity=entry.identity,
+            )
+            _advance(entry, context, held)
+        if world.main:
+            remove(run_folder / REDO)
+    return run_folder
+
+
+def redo_key(planned: Sequence[Planned], named: Any) -> dict[str, Any]:
+    """What a redo is known by: its stages and what they are to become."""
+    return {"redo": named, "digests": {entry.name: entry.digest for entry in planned}}
+
+
+def pending(run_folder: Path, planned: Sequence[Planned], named: Any) -> bool:
+    """Whether this very redo was begun and interrupted: then the same command continues it."""
+    return bool(named) and read_object(run_folder / REDO) == redo_key(planned, named)
+
+
+def run_place(recipe: Mapping[str, Any], name: str) -> tuple[Path, int]:
+    """(run folder, seed) of a composed recipe."""
+    seed, runs_dir = recipe["seed"], recipe["runs_dir"]
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise ValueError(f"seed: found {seed!r}, expected an integer")
+    if not isinstance(runs_dir, str):
+        raise ValueError(f"runs_dir: found {runs_dir!r}, expected a folder")
+    return Path(runs_dir) / check_name(name, "name", reserved=OF_A_RUN), seed
+
+
+def check(recipe: Mapping[str, Any], *, name: str, processes: int) -> None:
+    """Raise what `run` would raise before its first stage; changes nothing."""
+    parse(Settings, recipe["trainer"], "trainer")
+    run_folder, seed = run_place(recipe, name)
+    check_run_folder(run_folder)
+    planned = plan(recipe, run_folder, seed)
+    if not pending(run_folder, planned, recipe.get("redo")):
+        redo(planned, recipe.get("redo"))
+    refuse_changes(planned, run_folder)
+    check_split(planned, processes)
+    with lock(run_folder):  # held by nobody else
+        pass
+
+
+def clean(run_folder: Path, planned: Sequence[Planned], again: Sequence[Planned]) -> None:
+    """Delete the files of the stages that are made again, with what they published, and sweep what killed writers left
+    behind."""
+    for entry in again:
+        empty(entry.folder, entry.files)
+    for name in PUBLISHED if again else ():
+        remove(run_folder / name)
+    sweep(run_folder, patterns(*OF_A_RUN))
+    for entry in planned:
+        sweep(entry.folder, entry.files)
+
+
+def _advance(entry: Planned, context: StageContext, held: Held | None) -> None:
+    """Skip a finished stage after checking its files; run any other and record it. `held` is the main process's."""
+    world = context.world
+    if entry.state == "finished":
+        if world.main:
+            _check_finished(entry, context)
+            entry.stage.publish(context)
+        context.display.line("finished before, skipped")
+        return
+    watched: AbstractContextManager[None] = nullcontext()
+    if world.main:
+        made_of = input_digests(context.inputs)
+        if entry.state != "new":
+            record = read_artifact(entry.folder) or read_json(entry.folder / IDENTITY)
+            _check_inputs(entry, record.get(INPUT_FILES), made_of)
+        make_folder(entry.folder)
+        if entry.state == "new":
+            empty(entry.folder, entry.files)  # whatever lies there belongs to no stage that is known
+        remove(entry.folder / ARTIFACT)
+        sync(entry.folder)
+        write_json(entry.folder / IDENTITY, entry.identity | {INPUT_FILES: made_of})
+        write_text(entry.folder / CONFIG, yaml.safe_dump(entry.config, sort_keys=False))
+        assert held is not None
+        watched = held.also(entry.folder / IDENTITY)
+    world.barrier()
+    with watched:
+        facts = _run_stage(entry, context)
+        world.barrier()
+        if world.main:
+            _record(entry, facts, made_of)
+            entry.stage.publish(context)
+    world.barrier()  # the next stage reads it on every process
+
+
+def _record(entry: Planned, facts: Mapping[str, Any], made_of: Mapping[str, str]) -> None:
+    """Note that a stage is finished."""
+    stage = entry.stage
+    write_artifact(entry.folder, entry.identity, facts, stage.made(), stage.NEEDED, made_of)
+
+
+def _check_finished(entry: Planned, context: StageContext) -> None:
+    """Raise unless a finished stage's files are those that it made, from the inputs that are there. A record of an earlier
+    version is brought to this one."""
+    record = read_artifact(entry.folder, type(entry.stage))
+    assert record is not None
+    try:
+        verify_files(entry.folder, record)
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(
+            f"stages.{entry.name}: {error}; redo={entry.name} makes it and what depends on it again"
+        ) from error
+    made_of = input_digests(context.inputs)
+    _check_inputs(entry, record.get(INPUT_FILES), made_of)
+    if record["schema"] != SCHEMA:
+        _record(entry, record["facts"], made_of)
+
+
+def _check_inputs(entry: Planned, recorded: Mapping[str, str] | None, found: Mapping[str, str]) -> None:
+    """Raise ValueError unless a stage was made (or begun) from the files that its inputs hold now."""
+    for role, digest in found.items():
+        if recorded is not None and recorded.get(role) != digest:
+            raise ValueError(
+                f"stages.{entry.name}: {entry.folder} was made from another {role!r} than {entry.stage.inputs()[role]!r} holds "
+                f"now; redo={entry.name} makes it and what depends on it again"
+            )
+
+
+def _run_stage(entry: Planned, context: StageContext) -> dict[str, Any]:
+    """Run a stage; an error from building one of its parts is shown as that part's, with the stage's name."""
+    try:
+        return entry.stage.run(context)
+    except InstantiationException as error:
+        cause = error.__cause__ or error
+        raise ValueError(f"stages.{entry.name}: {cause}") from error
+    except (ValueError, OSError, RuntimeError, ImportError, FloatingPointError) as error:
+        raise ValueError(f"stages.{entry.name}: {error}") from error
+
+
+def summary(run_folder: Path) -> str:
+    """Where everything lies and which gates were missed, for the end of a run."""
+    places = {
+        "report.md": "table of all models, gates, protocol",
+        "metrics.json": "the same numbers for programs",
+        "grid.png": "teacher and students from the same noise",
+        "export": "the student: distill.load() or distill.sample",
+    }
+    lines = [
+        f"  {run_folder / name}  {what}" for name, what in places.items() if (run_folder / name).exists()
+    ]
+    metrics = run_folder / "metrics.json"
+    gates = read_json(metrics)["gates"] if metrics.is_file() else []
+    missed = [gate["name"] for gate in gates if not gate["passed"]]
+    if gates:
+        lines.append(f"  {len(gates) - len(missed)} of {len(gates)} quality gates passed")
+    lines += [f"  MISSED: {name}" for name in missed]
+    return "\n".join([f"{run_folder}: done.", *lines])

@@ -1,0 +1,189 @@
+"""The Generate stage: pairs of noise and teacher sample."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from distill.cache.pairs import HEADER, MANIFEST, Header, Pairs, read_manifest
+from distill.cache.writer import WRITTEN, write_pairs
+from distill.data.rng import noise_checksum
+from distill.files import copy, sha256_file
+from distill.models.denoiser import SOLVERS, Denoiser
+from distill.models.description import WEIGHTS
+from distill.models.generator import Generator
+from distill.models.native import load_model
+from distill.models.time_grid import TimeGrid
+from distill.process.times import MAX_STEPS
+from distill.stages.base import ModelStage, Stage, StageContext, check_types
+from distill.stages.made import Made, PairsMade
+from distill.stages.ownership import needed, patterns
+from distill.stages.threads import use_threads
+from distill.typed import check_keys
+
+
+@dataclass
+class Generate(Stage):
+    """Pairs of noise and teacher sample.
+
+    Attributes:
+        teacher: name of the stage whose model makes them.
+        count: pairs. guidance_scale: g in u + g (c - u).
+        sampler: {solver, steps, grid} of the transport; grid: {name: ..., option: ...}, a key of `process.times.GRIDS` and
+            the options of its function; without it, the process's default grid.
+        stream: names the noise; two stages with the same stream and seed start from the same noise.
+        path: a pair cache to use instead; it must have been made by this teacher in this way.
+    """
+
+    REFERENCES: ClassVar[tuple[str, ...]] = ("teacher",)
+    FILES: ClassVar[tuple[str, ...]] = (r"pairs-\d{5,}\.safetensors", *patterns(MANIFEST, HEADER, WRITTEN))
+    NEEDED: ClassVar[tuple[str, ...]] = (MANIFEST,)
+
+    teacher: str
+    count: int
+    sampler: dict[str, Any] = field(default_factory=lambda: {"solver": "euler", "steps": 25})
+    guidance_scale: float = 1.0
+    stream: str = "pairs"
+    batch_size: int = 256
+    path: str | None = None
+    _found: str | None = field(default=None, init=False, repr=False)  # digest of the cache at `path`
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if self.count < 1 or self.batch_size < 1:
+            raise ValueError(f"count, batch_size: expected at least 1, found {self.count}, {self.batch_size}")
+        check_keys(self.sampler, ("solver", "steps", "grid"), "sampler")
+        solver, steps = self.sampler.get("solver"), self.sampler.get("steps")
+        if solver not in SOLVERS:
+            raise ValueError(f"sampler.solver: found {solver!r}, expected one of {list(SOLVERS)}")
+        if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= MAX_STEPS:
+            raise ValueError(f"sampler.steps: found {steps!r}, expected an integer of 1 .. {MAX_STEPS}")
+        self._grid()
+
+    def _grid(self) -> TimeGrid | None:
+        """The named time grid, if there is one."""
+        named = self.sampler.get("grid")
+        return None if named is None else TimeGrid.from_dict(named, "sampler.grid")
+
+    def check(self, stages: Mapping[str, Stage]) -> None:
+        """The teacher comes from a stage that makes a model."""
+        super().check(stages)
+        if not isinstance(stages[self.teacher], ModelStage):
+            raise ValueError(f"teacher: {self.teacher!r} makes no model")
+
+    def fingerprint(self) -> str:
+        """The manifest of a cache that is there already."""
+        if self.path is None:
+            return ""
+        self._found = sha256_file(needed(Path(self.path) / MANIFEST, "a finished pair cache"))
+        return self._found
+
+    def dry_run(self, before: Mapping[str, Made]) -> Made:
+        """The teacher is a transport, takes the guidance, and has the solver's grid; a cache at `path` was made so."""
+        teacher = before[self.teacher].model
+        assert teacher is not None
+        denoiser = teacher.denoiser
+        self._check_teacher(denoiser)
+        if self.path is not None:
+            manifest = Path(self.path) / MANIFEST
+            found, _ = read_manifest(needed(manifest, "a finished pair cache"))
+            # Which weights made them is known once the teacher is there.
+            self._check_header(found, self._header(teacher.generator, found.seed, found.teacher))
+        guidance = teacher.spec.guidance_baked * self.guidance_scale
+        return Made(pairs=PairsMade(denoiser.sample_shape, denoiser.num_classes, guidance))
+
+    def begun(self, folder: Path) -> bool:
+        """A header or a shard is there."""
+        return (folder / HEADER).is_file() or any(folder.glob("pairs-*.safetensors"))
+
+    def run(self, context: StageContext) -> dict[str, Any]:
+        """Write the cache, continuing with the first shard that is missing, then read it back once."""
+        teacher = load_model(context.inputs["teacher"])
+        denoiser = teacher.denoiser
+        self._check_teacher(denoiser)
+        use_threads(context, sum(p.numel() for p in denoiser.parameters()))
+        header = self._header(teacher, context.seed, sha256_file(context.inputs["teacher"] / WEIGHTS))
+        if self.path is not None:
+            self._adopt(context, header)
+        else:
+            with context.display.bar(self.count, unit="pair") as bar:
+                write_pairs(
+                    context.folder,
+                    denoiser,
+                    header,
+                    batch_size=self.batch_size,
+                    device=context.device,
+                    world=context.world,
+                    on_samples=bar.update,
+                    tell=context.display.line,
+                )
+        Pairs(context.folder)
+        nfe = denoiser.network_calls(self.sampler["solver"], self.sampler["steps"], self.guidance_scale)
+        return {"count": self.count, "nfe_per_pair": nfe}
+
+    def _check_teacher(self, denoiser: Denoiser) -> None:
+        """Raise ValueError unless the model is an ODE from noise to data that takes the guidance."""
+        if denoiser.coupling == "endpoint":
+            raise ValueError(
+                f"teacher: {self.teacher!r} is a one-step student, valid at t_max alone; pairs need an ODE"
+            )
+        if denoiser.coupling == "few_step":
+            raise ValueError(
+                f"teacher: {self.teacher!r} is a few-step student, valid at its sampler's times alone; pairs need an ODE"
+            )
+        if denoiser.embeds_guidance:
+            raise ValueError(
+                f"teacher: {self.teacher!r} takes the guidance as an input; expected a teacher without"
+            )
+        if self.guidance_scale != 1 and not denoiser.guidable:
+            raise ValueError(
+                f"guidance_scale: found {self.guidance_scale}, but {self.teacher!r} was trained without a null "
+                "condition; expected 1"
+            )
+        if (grid := self._grid()) is not None:
+            grid.make(denoiser.process, self.sampler["steps"])
+
+    def _header(self, generator: Generator, seed: int, teacher_sha256: str) -> Header:
+        """What the cache must be."""
+        teacher = generator.denoiser
+        return Header(
+            sample_shape=teacher.sample_shape,
+            count=self.count,
+            seed=seed,
+            stream=self.stream,
+            noise_checksum=noise_checksum(seed, self.stream, teacher.sample_shape),
+            teacher=teacher_sha256,
+            solver=self.sampler["solver"],
+            steps=self.sampler["steps"],
+            guidance_scale=float(self.guidance_scale),
+            num_classes=teacher.num_classes,
+            guidance_learned=generator.spec.guidance_baked,
+            grid=None if (grid := self._grid()) is None else grid.to_dict(),
+        )
+
+    def _check_header(self, header: Header, wanted: Header) -> None:
+        """Raise ValueError unless the cache at `path` is what this stage would make."""
+        found, asked = header.to_dict(), {"grid": None} | wanted.to_dict()
+        # The reader checks what matters of these.
+        free = {"seed", "stream", "noise_checksum", "torch", "noise", "labels"}
+        if changed := [key for key, value in asked.items() if key not in free and found.get(key) != value]:
+            what = ", ".join(f"{key}: found {found.get(key)!r}, expected {asked[key]!r}" for key in changed)
+            raise ValueError(
+                f"path: {Path(str(self.path)) / MANIFEST}: not the pairs that this stage asks for: {what}"
+            )
+
+    def _adopt(self, context: StageContext, wanted: Header) -> None:
+        """Use a cache that is there already, if it was made by this teacher in this way."""
+        assert self.path is not None
+        source = Path(self.path)
+        pairs = Pairs(source)
+        self._check_header(pairs.header, wanted)
+        if context.world.main:
+            for shard in pairs.shards:
+                copy(source / shard.file, context.folder / shard.file)
+            copy(source / MANIFEST, context.folder / MANIFEST)
+            if self._found not in (None, sha256_file(context.folder / MANIFEST)):
+                raise ValueError(f"{source / MANIFEST}: changed since the run began; start it again")
+        context.world.barrier()

@@ -1,0 +1,54 @@
+"""The Load stage: a model that exists already."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from distill.files import copy, sha256_file
+from distill.models.description import DESCRIPTION, WEIGHTS, read_description
+from distill.models.native import load_model
+from distill.stages.base import ModelStage, StageContext
+from distill.stages.made import Made, try_part
+from distill.stages.ownership import needed
+
+
+@dataclass
+class Load(ModelStage):
+    """A model that exists already: the artifact of another run's training stage, or an export.
+
+    Attributes:
+        path: a model folder (model.safetensors and model.json).
+    """
+
+    path: str
+    _found: str | None = field(default=None, init=False, repr=False)  # digest of the model at `path`
+
+    def fingerprint(self) -> str:
+        """sha256 of the weights and of their description: where they lie does not matter, what they are
+        does."""
+        self._found = self._digest(Path(self.path))
+        return self._found
+
+    def dry_run(self, before: Mapping[str, Made]) -> Made:
+        """The model; of a large one, what it is without its weights."""
+        return Made(model=try_part(Path(self.path)))
+
+    def run(self, context: StageContext) -> dict[str, Any]:
+        """Copy the model into the run, and check the copy: it shares nothing with what lies at `path`."""
+        source = Path(self.path)
+        for name in (WEIGHTS, DESCRIPTION) if context.world.main else ():
+            copy(source / name, context.folder / name)
+        context.world.barrier()
+        if self._found not in (None, self._digest(context.folder)):
+            raise ValueError(f"path: {source} changed since the run began; start it again")
+        load_model(context.folder)
+        return {"train_seconds": None, "peak_memory_bytes": None}
+
+    @staticmethod
+    def _digest(folder: Path) -> str:
+        read_description(folder)
+        files = [needed(folder / name, "a model folder") for name in (WEIGHTS, DESCRIPTION)]
+        return "".join(sha256_file(file) for file in files)

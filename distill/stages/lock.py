@@ -1,0 +1,129 @@
+"""One process a run folder, for as long as it writes."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from distill.files import Lost, guarded, read_json, writing
+from distill.stages.ownership import LOCK, MARK, is_run, take_run_folder
+
+
+class Held:
+    """Files that must stay the ones they are while a run writes: its lock, and the identity of the stage that runs."""
+
+    def __init__(self, lock: Path, inode: tuple[int, int]) -> None:
+        self.lock, self._expected = lock, {lock: inode}
+
+    def check(self) -> None:
+        """Raise `Lost` if one of the files is gone or another one by now."""
+        for path, expected in self._expected.items():
+            try:
+                found = _inode(path.lstat())
+            except OSError:
+                found = None
+            if found != expected:
+                raise Lost(
+                    f"{path}: was {'removed' if found is None else 'replaced'} while the run was working, so its folder may "
+                    "belong to another process; this one stops and writes nothing more. The same command continues"
+                )
+
+    @contextmanager
+    def also(self, path: Path) -> Iterator[None]:
+        """Inside the block, `path` must stay as well."""
+        self._expected[path] = _inode(path.lstat())
+        try:
+            yield
+        finally:
+            del self._expected[path]
+
+
+@contextmanager
+def lock(run_folder: Path) -> Iterator[Held]:
+    """Take a run folder (`take_run_folder`) and hold it. The kernel releases the lock with the process, however that ends; the
+    file tells who holds it.
+
+    While it is held, nothing is written once the lock's path names another file (`files.guarded`). Raises ValueError where
+    another process holds it, or where the folder is not a run's."""
+    there, fresh = run_folder.exists(), not is_run(run_folder)
+    take_run_folder(run_folder)
+    path = run_folder / LOCK
+    handle = _locked(path)
+    with handle:
+        told = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
+        content = json.dumps(told).encode()
+        with writing(path, len(content)):
+            handle.truncate(0)
+            handle.write(content)
+            handle.flush()
+        held = Held(path, _inode(os.fstat(handle.fileno())))
+        try:
+            with guarded(held.check):
+                yield held
+        except BaseException:
+            if fresh:
+                _withdraw(held, there)
+            raise
+
+
+def _withdraw(held: Held, there: bool) -> None:
+    """Leave no trace of a run that was refused before it did anything; the folder stays where it was `there` before."""
+    run_folder = held.lock.parent
+    with suppress(OSError, Lost):
+        held.check()
+        if set(os.listdir(run_folder)) == {MARK, LOCK}:
+            (run_folder / MARK).unlink()
+            held.lock.unlink()
+            if not there:
+                run_folder.rmdir()
+
+
+def _locked(path: Path) -> BinaryIO:
+    """The lock file, open and locked, and still the one that the path names."""
+    while True:
+        with writing(path):
+            if path.is_symlink() or (path.exists() and not path.is_file()):
+                raise ValueError(f"{path}: is a link or no file, expected the lock of the run; delete it")
+            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+            handle = os.fdopen(os.open(path, flags, 0o666), "ab+")
+        try:
+            with writing(path):
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise ValueError(_holder(path)) from None
+            status = os.fstat(handle.fileno())
+            with suppress(FileNotFoundError):
+                if _inode(path.lstat()) == _inode(status):
+                    if status.st_nlink == 1:
+                        return handle
+                    path.unlink()  # a copy by hard links shares it, and would be written into
+        except BaseException:
+            handle.close()
+            raise
+        handle.close()
+
+
+def _holder(path: Path) -> str:
+    """Who holds the lock, as far as the file tells."""
+    owner = {}
+    with suppress(OSError, ValueError):
+        owner = read_json(path)
+    known = isinstance(owner, dict) and isinstance(owner.get("since"), int | float)
+    who = (
+        f"process {owner.get('pid')} on {owner.get('host')} for {time.time() - owner['since']:.0f} s"
+        if known
+        else "another process"
+    )
+    return f"{path}: this run is held by {who}; wait for it, stop it, or use another name=..."
+
+
+def _inode(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino

@@ -1,0 +1,277 @@
+"""Evaluation during training: many methods peak and then rot, so the average is measured as it changes and the best
+one is kept."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from torch import Tensor
+
+from distill.data.rng import Draws
+from distill.data.source import Source
+from distill.engine.logging import lines_of, read_entries
+from distill.engine.module import STUDENT, DistillModule
+from distill.evaluation.grid import image_grid, save_png, tile
+from distill.evaluation.measure import Reference, measure
+from distill.files import make_folder, read_json, remove, sha256_file, write_json, write_text
+from distill.models.description import DESCRIPTION, WEIGHTS
+from distill.models.features import FeatureExtractor
+from distill.stages.base import StageContext, check_types
+from distill.typed import parse
+
+MODEL_FILES = (WEIGHTS, DESCRIPTION)
+PICTURE = r"(step|diagnostics)_(\d{7,})\.png"  # no other picture is ours
+FOLDER, BEST, RECORD, SUMMARY = "monitor", "best", "evaluations.jsonl", "best.json"
+# Metrics that a best model can be chosen by: all of them are distances.
+METRICS = ("fd", "kid", "sliced_wasserstein")
+DIAGNOSED = 64  # samples of the data that a method's diagnostics are given
+LOGGED = (*METRICS, "recall", "coverage", "class_std", "pixel_std", "nn_train", "class_accuracy")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a training stage's `monitor` says.
+
+    Attributes:
+        every_images: images of the student's updates between evaluations; there is always one at the end.
+        count: samples an evaluation, always of the same noise and labels. batch_size: samples a network call.
+        metric: the distance by which the best model is kept: fd, kid or sliced_wasserstein.
+        columns: samples a row of the picture, which shows as many rows.
+        data, features: configs of the real data and of the feature extractor.
+        k: neighbours of recall and coverage.
+    """
+
+    every_images: int
+    data: dict[str, Any]
+    features: dict[str, Any]
+    count: int = 500
+    batch_size: int = 500
+    metric: str = "fd"
+    columns: int = 10
+    k: int = 5
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("every_images", "batch_size", "columns", "k"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        if self.count < self.k + 2:
+            raise ValueError(f"count: expected at least k + 2 = {self.k + 2}, found {self.count}")
+        if self.metric not in METRICS:
+            raise ValueError(f"metric: found {self.metric!r}, expected one of {list(METRICS)}")
+
+    def fingerprint(self) -> str:
+        """The real data and the feature extractor."""
+        features = instantiate(self.features)
+        return f"{instantiate(self.data).fingerprint()} {features.name} {features.sha256}"
+
+
+class Monitor:
+    """Evaluates the student of a running method; called by every process after the same steps.
+
+    Leaves in the stage's folder: `monitor/step_<n>.png`, `monitor/evaluations.jsonl`, what the method tells of itself
+    in `monitor/diagnostics_<n>.png`, and the best model so far in `best/` (through `save`, which writes a model folder;
+    called by every process) with `best.json`.
+    Everything is a function of the weights, so a resumed run decides as an uninterrupted one does."""
+
+    def __init__(
+        self, options: Options, context: StageContext, save: Callable[[Path], None], source: Source
+    ) -> None:
+        self.options, self.context, self.save, self.source = options, context, save, source
+        self.folder = context.folder / FOLDER
+        self._reference: Reference | None = None
+        self._extractor: FeatureExtractor | None = None
+        self._best: tuple[int, float] | None = None  # step and value of the model in `best/`
+        # The step of a best model that a killed run kept after its last checkpoint, in the place of an earlier one: it comes
+        # again at that step.
+        self._ahead: int | None = None
+
+    def due(self, before: int, now: int) -> bool:
+        """Whether an evaluation falls between two image counts."""
+        return before // self.options.every_images != now // self.options.every_images
+
+    def resume(self, step: int) -> None:
+        """Forget evaluations after the checkpoint at `step`: they come again. Raises ValueError where what was noted cannot
+        be read, or the best model is not the one that was noted."""
+        path = self.folder / RECORD
+        kept = [e for e in _entries(path, self.options.metric) if e["step"] <= step]
+        self._check_best(kept, step)
+        self.context.world.barrier()  # all have read it
+        if not self.context.world.main:
+            return
+        make_folder(self.folder)
+        write_text(path, lines_of(kept))
+        for picture in self.folder.glob("*_*.png"):
+            ours = re.fullmatch(PICTURE, picture.name)
+            if ours is not None and int(ours[2]) > step:
+                remove(picture)
+
+    def _check_best(self, kept: list[dict[str, Any]], step: int) -> None:
+        """What lies in `best/` is what `best.json` says, and no evaluation since then was better."""
+        path, values = self.context.folder / SUMMARY, self._values(kept)
+        self._best, self._ahead = min(values.items(), key=lambda pair: pair[1], default=None), None
+        again = f"redo={self.context.name} trains from the start"
+        if not path.exists():
+            if self._best is not None:
+                raise ValueError(f"{path}: missing, but {self.folder / RECORD} has evaluations; {again}")
+            return
+        summary = parse(Summary, read_json(path), f"{path}: ")
+        if summary.step > step:
+            self._ahead = summary.step
+            return
+        better = [at for at, value in values.items() if at > summary.step and value < summary.value]
+        if values.get(summary.step) != summary.value or summary.metric != self.options.metric or better:
+            raise ValueError(
+                f"{path}: found {summary.metric} {summary.value} of step {summary.step}, which does not fit "
+                f"{self.folder / RECORD}; {again}"
+            )
+        for name in MODEL_FILES:
+            file = self.context.folder / BEST / name
+            if not file.is_file() or sha256_file(file) != (summary.files or {}).get(name):
+                raise ValueError(f"{file}: is not the file that {path} was written for; {again}")
+        self._best = (summary.step, summary.value)
+
+    def _values(self, entries: list[dict[str, Any]]) -> dict[int, float]:
+        """step -> the metric, where it is finite."""
+        return {e["step"]: e[self.options.metric] for e in entries if e[self.options.metric] is not None}
+
+    def __call__(self, module: DistillModule) -> dict[str, float]:
+        """Evaluate now; returns what to log (on the main process)."""
+        samples = self._sample(module)
+        better = False
+        found: dict[str, float] = {}
+        if samples is not None:
+            found = self._measure(module, samples)
+            better = self._record(module, found)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            columns = self.options.columns
+            save_png(tile(samples[: columns * columns], columns), self._picture("step", module.progress.step))
+        if self.context.world.any(better):
+            self.save(self.context.folder / BEST)
+            if self.context.world.main:
+                self._summarize(module, found[self.options.metric], done=True)
+        told = self._diagnose(module)
+        return {f"eval/{name}": value for name, value in found.items()} | told if samples is not None else {}
+
+    def _picture(self, kind: str, step: int) -> Path:
+        return self.folder / f"{kind}_{step:07d}.png"
+
+    @torch.no_grad()
+    def _diagnose(self, module: DistillModule) -> dict[str, float]:
+        """What the method tells of itself, on the same samples and draws each time."""
+        rows = torch.arange(min(DIAGNOSED, len(self.source)))
+        draws = Draws(self.context.seed, "diagnostics", 0, rows.to(module.device))
+        networks = [*module.networks.values(), *module.ema.values()]
+        training = [network.training for network in networks]
+        for network in networks:
+            network.eval()
+        told = module.diagnostics(self.source.fetch(rows, rows).to(module.device), draws)
+        for network, mode in zip(networks, training, strict=True):
+            network.train(mode)
+        if told.rows and self.context.world.main:
+            shown = [(label, images[: self.options.columns].clamp(-1, 1)) for label, images in told.rows]
+            save_png(image_grid(shown), self._picture("diagnostics", module.progress.step))
+        return {f"diagnostics/{name}": float(value) for name, value in told.scalars.items()}
+
+    def _sample(self, module: DistillModule) -> Tensor | None:
+        """Samples 0 .. count - 1 on the main process. Every process makes the same number of network calls: the
+        networks may be sharded over them."""
+        model, world = module.best(STUDENT), self.context.world
+        training, _ = model.training, model.eval()
+        generator = module.as_generator()
+        labels = generator.labels(self.options.count)
+        chunks = list(torch.arange(self.options.count).split(self.options.batch_size))
+        parts: dict[int, Tensor] = {}
+        for number in range(world.rank, -(-len(chunks) // world.size) * world.size, world.size):
+            ids = chunks[number] if number < len(chunks) else chunks[0]
+            images = generator.sample_ids(ids, labels, seed=self.context.seed, stream="monitor")
+            if number < len(chunks):
+                parts[number] = images
+        model.train(training)
+        return world.collect(parts)
+
+    def _measure(self, module: DistillModule, samples: Tensor) -> dict[str, float]:
+        """The logged metrics of the samples; the real half of the work is done once."""
+        if self._reference is None:
+            self._extractor = instantiate(self.options.features, device=str(self.context.device))
+            data = instantiate(self.options.data)
+            images = data.images.to(self.context.device)
+            assert self._extractor is not None
+            self._reference = Reference(
+                images,
+                data.labels,
+                self._extractor,
+                k=self.options.k,
+                seed=self.context.seed,
+                classes=getattr(data, "classes", None),
+            )
+        assert self._extractor is not None
+        labels = module.as_generator().labels(self.options.count)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a small count is chosen knowingly here, and named so
+            row = measure(samples.to(self.context.device), labels, self._reference, self._extractor)
+        return {name: float(value) for name in LOGGED if (value := row[name]) is not None}
+
+    def _record(self, module: DistillModule, found: Mapping[str, float]) -> bool:
+        """Note an evaluation; whether it is the best so far (the first of equals; never one that is not finite)."""
+        path, step, value = self.folder / RECORD, module.progress.step, found[self.options.metric]
+        earlier = [e for e in _entries(path, self.options.metric) if e["step"] < step]
+        entry = {"step": step, "images": module.progress.images, "count": self.options.count, **found}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_text(path, lines_of([*earlier, entry]))
+        again = self._ahead is not None and step >= self._ahead
+        if not math.isfinite(value) or not (again or self._best is None or value < self._best[1]):
+            return False
+        self._best, self._ahead = (step, value), None
+        self._summarize(module, value, done=False)
+        return True
+
+    def _summarize(self, module: DistillModule, value: float, *, done: bool) -> None:
+        """`best.json`: before the model is replaced without its files, so that a kill in between shows; then with them."""
+        files = (
+            {name: sha256_file(self.context.folder / BEST / name) for name in MODEL_FILES} if done else None
+        )
+        options = asdict(self.options)
+        summary = Summary(self.options.metric, value, module.progress.step, options, files)
+        write_json(self.context.folder / SUMMARY, asdict(summary))
+
+    def facts(self) -> dict[str, Any]:
+        """What the artifact records: where the best model was found."""
+        path = self.context.folder / SUMMARY
+        if not path.is_file():
+            return {}
+        summary = parse(Summary, read_json(path), f"{path}: ")
+        return {"metric": summary.metric, "value": summary.value, "step": summary.step}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """`best.json`: the best evaluation, and the sha256 of the model's files; null while they are written."""
+
+    metric: str
+    value: float
+    step: int
+    options: dict[str, Any]
+    files: dict[str, str] | None = None
+
+
+def _entries(path: Path, metric: str) -> list[dict[str, Any]]:
+    """The evaluations noted so far; a line cut off by a kill is dropped."""
+    entries = read_entries(path)
+    for entry in entries:
+        if metric not in entry:
+            raise ValueError(f"{path}: step {entry['step']}: {metric}: missing")
+    return entries
+
+
+def model_folder(folder: Path, which: str) -> Path:
+    """Where the last or the best model of a training stage lies."""
+    return folder / BEST if which == "best" else folder

@@ -1,0 +1,63 @@
+"""What a training stage's `optim` says of each update, and the objects that it names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+
+from distill.engine.update import Optim
+from distill.stages.targets import check_targets, resolve
+from distill.typed import parse
+
+
+@dataclass(frozen=True)
+class OptimSettings:
+    """The entry of one update: configs of the optimizer and of the schedule; the rest as in `engine.update.Optim`."""
+
+    optimizer: dict[str, Any]
+    schedule: dict[str, Any]
+    clip: float | None = 1.0
+    ema: float | None = 0.999
+    ema_ramp: bool = True
+    ema_halflife: float | None = None
+
+
+def check_optim(optim: Mapping[str, Mapping[str, Any]], steps: int) -> None:
+    """Try every entry; a wrong option raises ValueError now, not when the stages before have run."""
+    for key, settings in optim.items():
+        where = f"optim.{key}"
+        parse(OptimSettings, settings, where)
+        for part, config in (("optimizer", settings["optimizer"]), ("schedule", _schedule(settings, steps))):
+            resolve(config, f"{where}.{part}")
+            check_targets(config, f"{where}.{part}")
+        try:
+            probe = Optim(**build_optim({key: settings}, steps)[key])
+            probe.optimizer([torch.zeros(1, requires_grad=True)])
+            probe.schedule(0)
+        except (TypeError, ValueError, RuntimeError, InstantiationException) as error:
+            told = str(error.__cause__ or error)
+            inner = told.startswith("optim.")
+            raise ValueError(f"{where}{'.' if inner else ': '}{told.removeprefix('optim.')}") from error
+
+
+def build_optim(optim: Mapping[str, Mapping[str, Any]], steps: int) -> dict[str, dict[str, Any]]:
+    """Optimizer settings with their objects built; schedules that have a `total` and were given none get `steps`."""
+    built: dict[str, dict[str, Any]] = {}
+    for key, settings in optim.items():
+        built[key] = dict(settings) | {
+            "optimizer": instantiate(settings["optimizer"], _partial_=True, _convert_="all"),
+            "schedule": instantiate(_schedule(settings, steps)),
+        }
+    return built
+
+
+def _schedule(settings: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    schedule = dict(settings["schedule"])
+    if "total" in schedule and schedule["total"] is None:
+        schedule["total"] = steps
+    return schedule

@@ -1,0 +1,392 @@
+"""The Train stage: a method, run by the engine on data or pairs."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from hydra.utils import instantiate
+
+from distill.cache.pairs import Pairs
+from distill.data.rng import stream_key
+from distill.data.source import Source
+from distill.engine import checkpoint
+from distill.engine.fit import PRECISIONS, Fit, train
+from distill.engine.logging import Jsonl, Logger
+from distill.engine.module import DistillModule
+from distill.engine.parallel import full_state
+from distill.files import make_folder
+from distill.models.build import build_net, build_process
+from distill.models.denoiser import Denoiser
+from distill.models.native import describe, save_model
+from distill.stages.adapt import Adapt, adapted
+from distill.stages.base import (
+    TRAINED_FILES,
+    ModelStage,
+    Stage,
+    StageContext,
+    check_types,
+    digest_of,
+    lasting_identity,
+)
+from distill.stages.extension import seams_after, seams_of
+from distill.stages.generate import Generate
+from distill.stages.made import (
+    Made,
+    PairsMade,
+    Part,
+    check_student,
+    copied,
+    device_of,
+    fresh_part,
+    read_part,
+    try_build,
+)
+from distill.stages.monitor import Monitor, Options
+from distill.stages.nodes import (
+    check_recorded,
+    check_stored,
+    check_way,
+    node_saver,
+    read_nodes,
+    write_manifest,
+)
+from distill.stages.optim import build_optim, check_optim
+from distill.stages.targets import resolve
+from distill.stages.threads import PeakMemory, use_threads
+from distill.stages.trial import try_images
+from distill.typed import parse
+
+CHECKPOINTS = "checkpoints"
+ROLES = ("student", "teacher")
+
+
+@dataclass
+class Train(ModelStage):
+    """Train a student with a method.
+
+    Attributes:
+        method: config of a `DistillModule`; its constructor takes `student` and, if it names it, `teacher`.
+        data: name of a Generate stage, or the config of a `Source`.
+        init: name of the stage whose model the student starts from; None: a fresh net from `net`, `process`,
+            `kind`.
+        teacher: name of the stage whose model the method asks; None where it needs none.
+        steps: optimizer steps of the student. batch_size: samples a step, over all processes.
+        optim: settings an update, see `engine.update.Optim`; a schedule without a total falls over `steps`.
+        stream: names the stage's random draws.
+        path: a model folder to use instead of training (the stage becomes a `Load`).
+        monitor: evaluation during training, see `stages.monitor.Options`; None for none. The best model so far is
+            kept in `best/`.
+        networks: further frozen models by the name under which the method's constructor takes them, and the stages that
+            made them.
+        nodes: name of a stage that stored nodes on its way (method `degrade`), for a method that takes them.
+        adapt: changes to the model of `init`, see `adapted`: {kind: v, net: {guidance_embedding: 64}}.
+    """
+
+    LENGTH: ClassVar[str] = "steps"
+    REFERENCES: ClassVar[tuple[str, ...]] = ("init", "teacher", "data", "nodes")
+    FILES: ClassVar[tuple[str, ...]] = TRAINED_FILES
+
+    method: dict[str, Any]
+    data: str | dict[str, Any]
+    steps: int
+    batch_size: int
+    optim: dict[str, dict[str, Any]]
+    init: str | None = None
+    teacher: str | None = None
+    net: dict[str, Any] | None = None
+    process: dict[str, Any] | None = None
+    kind: str = "velocity"
+    accumulate: int = 1
+    precision: str = "32-true"
+    stream: str = "train"
+    path: str | None = None
+    monitor: dict[str, Any] | None = None
+    adapt: dict[str, Any] | None = None
+    networks: dict[str, str] | None = None
+    nodes: str | None = None
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("steps", "batch_size", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision: found {self.precision!r}, expected one of {list(PRECISIONS)}")
+        if self.adapt is not None:
+            if self.init is None:
+                raise ValueError(f"adapt: found {self.adapt}, but no `init`; expected a model to change")
+            parse(Adapt, self.adapt, "adapt")
+        self._monitor = None if self.monitor is None else parse(Options, self.monitor, "monitor")
+        if self.init is None and (self.net is None or self.process is None):
+            raise ValueError("init: without a stage to start from, both `net` and `process` are needed")
+        if self.init is None and self.process is not None:
+            build_process(self.process).check_kind(self.kind)
+        check_optim(self.optim, self.steps)
+        self._takes = inspect.signature(resolve(self.method, "method")).parameters
+
+    @property
+    def keeps_best(self) -> bool:
+        """A monitor keeps the best model."""
+        return self.monitor is not None
+
+    def inputs(self) -> dict[str, str]:
+        """The references, and the further networks by their role."""
+        return super().inputs() | dict(self.networks or {})
+
+    def check(self, stages: Mapping[str, Stage]) -> None:
+        """References exist, and the method gets exactly the models that it wants."""
+        super().check(stages)
+        further = dict(self.networks or {})
+        if unknown := sorted(
+            set(further) - set(self._takes) | set(further) & {"init", "data", "nodes", *ROLES}
+        ):
+            raise ValueError(
+                f"networks: found {unknown}, which the method {self.method['_target_']} does not take as further networks"
+            )
+        for role, name in {"init": self.init, "teacher": self.teacher, **further}.items():
+            if name is not None and not isinstance(stages[name], ModelStage):
+                raise ValueError(f"{role}: {name!r} makes no model")
+        self._check_method()
+        if self.nodes is not None and "nodes" not in self._takes:
+            raise ValueError(
+                f"nodes: found {self.nodes!r}, but the method {self.method['_target_']} takes none"
+            )
+        if self.nodes is not None and self.teacher is None:
+            raise ValueError("nodes: found without a `teacher`, where their way begins")
+        if self.nodes is not None:
+            recorder = stages[self.nodes]
+            if not isinstance(recorder, Train):
+                raise ValueError(
+                    f"nodes: {self.nodes!r} does not train; expected a stage with the method `degrade`"
+                )
+            check_recorded(self.nodes, recorder.method, self.method)
+            if (samples := (recorder.networks or {}).get("generator")) != self.init:
+                raise ValueError(
+                    f"init: found {self.init!r}, but the nodes of {self.nodes!r} are recorded on samples of {samples!r}; "
+                    "expected the same"
+                )
+        if ("teacher" in self._takes) != (self.teacher is not None):
+            wants = "needs a teacher" if "teacher" in self._takes else "takes no teacher"
+            raise ValueError(
+                f"teacher: found {self.teacher!r}, but the method {self.method['_target_']} {wants}"
+            )
+        if isinstance(self.data, str) and not isinstance(stages[self.data], Generate):
+            found = type(stages[self.data]).__name__
+            raise ValueError(f"data: {self.data!r} is a {found} stage, expected a Generate stage")
+
+    def _check_method(self) -> None:
+        """Every option of the method is one that its constructor takes, and none is missing. Their values are the
+        constructor's business, when the stage starts and the networks are there."""
+        target, known = self.method["_target_"], dict(self._takes)
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+            return
+        models = {*ROLES, "nodes", *(self.networks or {})}
+        options = {name: known[name] for name in known if name not in models}
+        given = [name for name in self.method if name != "_target_"]
+        if unknown := [name for name in given if name not in options]:
+            near = difflib.get_close_matches(unknown[0], options, n=1)
+            hint = f", did you mean method.{near[0]}?" if near else ""
+            raise ValueError(
+                f"method.{unknown[0]}: {target} has no such option{hint}; expected some of {list(options)}"
+            )
+        for name, parameter in options.items():
+            if parameter.default is parameter.empty and name not in given:
+                raise ValueError(f"method.{name}: missing; {target} needs it")
+
+    def dry_run(self, before: Mapping[str, Made]) -> Made:
+        """Build the student and the method on what the stages before will make, and try the monitor's measurement."""
+        pairs = before[self.data].pairs if isinstance(self.data, str) else None
+        source: Source | PairsMade = pairs if pairs is not None else instantiate(self.data)
+        models = {role: copied(before[name].model) for role, name in self._models().items()}
+        if self.nodes is not None and not before[self.nodes].nodes:
+            raise ValueError(
+                f"nodes: {self.nodes!r} stores no nodes; expected a stage with the method `degrade`"
+            )
+        start = self._start(models.get("init"), 0, source, try_build)
+        method = self._method(start.denoiser, models, ())
+        method.prepare(build_optim(self.optim, self.steps), seed=0, stream=self.stream)
+        generator = method.as_generator()
+        spec = generator.spec
+        if pairs is not None and self.teacher is None:
+            spec = replace(spec, guidance_baked=pairs.guidance)
+        if (monitor := self._monitor) is not None:
+            shape, labels = generator.denoiser.sample_shape, generator.labels(monitor.count)
+            try:
+                try_images(monitor.data, monitor.features, shape, labels, monitor.k)
+            except ValueError as error:
+                raise ValueError(f"monitor.{error}") from error
+        part = Part(generator.denoiser, start.net, spec)
+        return Made(model=part, nodes=tuple(method.snapshots()), trained=True)
+
+    def fingerprint(self) -> str:
+        """The data's fingerprint, where it does not come from a stage, and what a monitor measures with."""
+        data = "" if isinstance(self.data, str) else instantiate(self.data).fingerprint()
+        return data if self._monitor is None else f"{data} {self._monitor.fingerprint()}".strip()
+
+    def begun(self, folder: Path) -> bool:
+        """A checkpoint is there."""
+        return (folder / CHECKPOINTS / checkpoint.NAME).is_file()
+
+    def lasting(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """All but `steps`, which only a schedule without a total may follow."""
+        return super().lasting(config) | {"method": self._method_options(config["method"], config["steps"])}
+
+    def _method_options(self, method: Mapping[str, Any], steps: int) -> dict[str, Any]:
+        """The method's config; its `total_steps`, where it is null, is the stage's."""
+        if "total_steps" not in self._takes or method.get("total_steps") is not None:
+            return dict(method)
+        return {**method, "total_steps": steps}
+
+    def seams(self, folder: Path, content: Mapping[str, Any]) -> list[dict[str, int]]:
+        """Those of the checkpoint, and the step that it is at."""
+        return seams_after(folder / CHECKPOINTS / checkpoint.NAME, content, self._compared(content))
+
+    def _compared(self, content: Mapping[str, Any]) -> dict[str, Any]:
+        """What checkpoints hold of the stage's identity."""
+        return {"stage": digest_of(lasting_identity(self, content))} if content else {}
+
+    def run(self, context: StageContext) -> dict[str, Any]:
+        """Train to `steps`, continuing from the last checkpoint, and save the student (its average where
+        there is one)."""
+        memory = PeakMemory(context.device)
+        source: Source = (
+            Pairs(context.inputs["data"]) if isinstance(self.data, str) else instantiate(self.data)
+        )
+        models = {role: read_part(context.inputs[role]) for role in self._models()}
+        start = self._start(models.get("init"), context.seed, source)
+        student, net = start.denoiser, start.net
+        threads = use_threads(context, sum(p.numel() for p in student.parameters()))
+        nodes: Sequence[Path] = ()
+        if self.nodes is not None:
+            nodes = read_nodes(context.inputs["nodes"], context.inputs["teacher"])
+            check_way(context.inputs["nodes"], context.inputs.get("init"), self.method)
+        method = self._method(student, models, nodes)
+        optim = build_optim(self.optim, self.steps)
+        method.prepare(optim, seed=context.seed, stream=self.stream, world=context.world)
+
+        def save(folder: Path) -> None:
+            """The student as it is now, as a model folder. Collective."""
+            made = method.as_generator()
+            weights, spec = full_state(made.denoiser.net), made.spec
+            if isinstance(source, Pairs) and self.teacher is None:  # else the data are not what is learned
+                spec = replace(spec, guidance_baked=source.header.guidance)
+            if context.world.main:
+                save_model(folder, weights, describe(made.denoiser, net, spec))
+
+        monitor = None if self._monitor is None else Monitor(self._monitor, context, save, source)
+        settings = {"method": self.method, "net": net, "steps": self.steps}
+        settings |= {"batch_size": self.batch_size, "threads": threads}
+        keep = node_saver(context.folder, method.snapshots(), save, context.world.main)
+        self._fit(context, method, source, settings, monitor, keep)
+        save(context.folder)
+        if method.snapshots() and context.world.main:
+            check_stored(context.folder, method.snapshots())
+            write_manifest(context.folder, method.snapshots(), context.inputs["init"])
+        return {
+            "train_seconds": method.progress.seconds,
+            "images": method.progress.images,
+            "steps": method.progress.step,
+            "skipped": {name: pair[0] for name, pair in method.nonfinite.to_dict().items()},
+            "parameters": sum(p.numel() for p in student.parameters()),
+            "peak_memory_bytes": memory.bytes(),
+            "threads": threads,
+            "processes": context.world.size,
+            "best": monitor.facts() if monitor is not None else {},
+        }
+
+    def _fit(
+        self,
+        context: StageContext,
+        method: DistillModule,
+        source: Source,
+        settings: dict[str, Any],
+        monitor: Monitor | None,
+        snapshot: Callable[[int], None],
+    ) -> None:
+        """Train with loggers and a bar; the main process alone logs."""
+        loggers: list[Logger] = []
+        if context.world.main:
+            logs = context.folder / "logs"
+            make_folder(logs)
+            loggers.append(Jsonl(logs))
+            loggers += [
+                instantiate(dict(logger), folder=logs, settings=settings, _recursive_=False)
+                for logger in context.loggers
+            ]
+        fit = Fit(
+            self.steps,
+            self.batch_size,
+            self.accumulate,
+            self.precision,
+            device=context.device.type,
+            shard=context.settings.shard,
+            checkpoint_every=context.settings.checkpoint_every,
+            log_every=context.settings.log_every,
+            threads=context.settings.threads,
+            max_nonfinite=context.settings.max_nonfinite,
+            max_nonfinite_share=context.settings.max_nonfinite_share,
+        )
+        with context.display.bar(self.steps) as bar:
+
+            def show(step: int, text: str) -> None:
+                if text:
+                    bar.set_postfix_str(text, refresh=False)
+                bar.update(step - bar.n)
+
+            try:
+                train(
+                    method,
+                    source,
+                    fit,
+                    folder=context.folder / CHECKPOINTS,
+                    config=self._compared(context.identity),
+                    seams=seams_of(context.identity) if context.identity else None,
+                    loggers=loggers,
+                    on_progress=show,
+                    evaluation=monitor,
+                    snapshot=snapshot,
+                )
+            except checkpoint.Refused as error:
+                raise ValueError(f"{error}; redo={context.name} trains from the start") from error
+            finally:  # also where the run is stopped: a half-open W&B run would swallow the next stage's
+                for logger in loggers:
+                    logger.close()
+            bar.update(self.steps - bar.n)
+
+    def _models(self) -> dict[str, str]:
+        """role -> stage, of the models that the method gets."""
+        named = {"init": self.init, "teacher": self.teacher, **(self.networks or {})}
+        return {role: name for role, name in named.items() if name is not None}
+
+    def _start(self, init: Part | None, seed: int, source: Source | PairsMade, make: Any = build_net) -> Part:
+        """The student before training: that of `init`, perhaps adapted, or a fresh one whose net `make` builds."""
+        if init is None or self.adapt is not None:
+            torch.manual_seed(stream_key(seed, self.stream, "init") % 2**63)
+        if init is None:
+            assert self.net is not None
+            assert self.process is not None
+            init = fresh_part(self.net, self.process, self.kind, source.sample_shape, make)
+        elif self.adapt is not None:
+            with device_of(init.denoiser.net):
+                init = Part(*adapted(init.denoiser, init.net, self.adapt), init.spec)
+        check_student(init.denoiser, source.sample_shape, source.num_classes)
+        return init
+
+    def _method(self, student: Denoiser, models: Mapping[str, Part], nodes: Sequence[Path]) -> DistillModule:
+        """The method on its networks."""
+        given: dict[str, Any] = {role: part.denoiser for role, part in models.items() if role != "init"}
+        if "nodes" in self._takes:
+            given["nodes"] = [str(folder) for folder in nodes]
+        options = self._method_options(self.method, self.steps)
+        method: DistillModule = instantiate(options, student=student, **given, _convert_="all")
+        if (last := max(method.snapshots(), default=0)) > self.steps:
+            raise ValueError(
+                f"method: stores a node after step {last}, but the stage has steps: {self.steps}"
+            )
+        return method
