@@ -39,7 +39,7 @@ import torch
 import distill.stages.train
 import distill.train  # noqa: F401  (forks have it)
 from distill.files import TEMPORARY_SUFFIX
-from distill.stages.base import read_artifact, verify_files
+from distill.stages.artifact import read_artifact, verify_files
 
 TIMED = {"images_per_second", "train_seconds", "peak_memory_bytes"}
 PATIENCE = 600.0  # seconds; a start that takes longer hangs

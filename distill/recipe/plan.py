@@ -15,13 +15,12 @@ from hydra.utils import get_class
 from distill.files import read_json
 from distill.recipe.expand import expand
 from distill.recipe.references import stage_class
-from distill.stages.base import (
+from distill.stages.artifact import (
     EXTENDED,
     FIRST_NAMES,
     INPUT_FILES,
     Identity,
     NewerSchema,
-    Stage,
     differences,
     digest_of,
     files_digest,
@@ -29,6 +28,7 @@ from distill.stages.base import (
     lasting_identity,
     read_artifact,
 )
+from distill.stages.base import Stage
 from distill.stages.made import Made
 from distill.stages.ownership import (
     EMPTIED,

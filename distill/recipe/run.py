@@ -14,16 +14,15 @@ from hydra.errors import InstantiationException
 from distill.files import make_folder, read_json, remove, sync, write_json, write_text
 from distill.names import check_name
 from distill.recipe.plan import Planned, check_split, describe_plan, plan, redo, refuse_changes
-from distill.stages.base import (
+from distill.stages.artifact import (
     INPUT_FILES,
     SCHEMA,
-    Settings,
-    StageContext,
     input_digests,
     read_artifact,
     verify_files,
     write_artifact,
 )
+from distill.stages.base import Settings, StageContext
 from distill.stages.display import Display
 from distill.stages.lock import Held, lock
 from distill.stages.ownership import (

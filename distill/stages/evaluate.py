@@ -26,7 +26,8 @@ from distill.models.generator import Generator
 from distill.models.native import load_model
 from distill.names import check_name
 from distill.samplers.straightness import straightness
-from distill.stages.base import ModelStage, Stage, StageContext, check_which, read_artifact
+from distill.stages.artifact import read_artifact
+from distill.stages.base import ModelStage, Stage, StageContext, check_which
 from distill.stages.made import Made
 from distill.stages.monitor import model_folder
 from distill.stages.ownership import PUBLISHED, patterns

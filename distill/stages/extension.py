@@ -9,7 +9,7 @@ from typing import Any
 
 from distill.engine import checkpoint
 from distill.engine.record import Seam, record_in
-from distill.stages.base import EXTENDED
+from distill.stages.artifact import EXTENDED
 from distill.typed import parse
 
 

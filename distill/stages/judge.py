@@ -32,7 +32,8 @@ from distill.models.description import WEIGHTS, read_description
 from distill.models.generator import Generator
 from distill.models.native import load_model
 from distill.models.spec import SamplerSpec
-from distill.stages.base import Settings, StageContext, digest_of
+from distill.stages.artifact import digest_of
+from distill.stages.base import Settings, StageContext
 from distill.stages.display import Display
 from distill.stages.evaluate import Evaluate
 from distill.stages.ownership import PUBLISHED, patterns, sweep

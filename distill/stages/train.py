@@ -25,15 +25,8 @@ from distill.models.build import build_net, build_process
 from distill.models.denoiser import Denoiser
 from distill.models.native import describe, save_model
 from distill.stages.adapt import Adapt, adapted
-from distill.stages.base import (
-    TRAINED_FILES,
-    ModelStage,
-    Stage,
-    StageContext,
-    check_types,
-    digest_of,
-    lasting_identity,
-)
+from distill.stages.artifact import digest_of, lasting_identity
+from distill.stages.base import TRAINED_FILES, ModelStage, Stage, StageContext, check_types
 from distill.stages.extension import seams_after, seams_of
 from distill.stages.generate import Generate
 from distill.stages.made import (

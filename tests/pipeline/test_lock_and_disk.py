@@ -17,7 +17,7 @@ from test_ownership import STAGES, go, snapshot
 
 from distill import files
 from distill.files import Lost
-from distill.stages.base import read_artifact, verify_files
+from distill.stages.artifact import read_artifact, verify_files
 from distill.stages.lock import lock
 
 

@@ -17,7 +17,7 @@ from distill.pipeline import nodes, ownership
 from distill import files
 from distill.files import sha256_file, write_json
 from distill.recipe.run import run
-from distill.stages.base import write_artifact
+from distill.stages.artifact import write_artifact
 
 OPTIM = {
     "student": {
