@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distill.pipeline import stages
 from test_ownership import STAGES, go, snapshot
 
 from distill import files
 from distill.files import Lost
+from distill.stages import train as stages
 from distill.stages.artifact import read_artifact, verify_files
 from distill.stages.lock import lock
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import safetensors.torch
-from distill.pipeline import nodes, ownership
 
 from distill import files
 from distill.files import sha256_file, write_json
 from distill.recipe.run import run
+from distill.stages import nodes, ownership
 from distill.stages.artifact import write_artifact
 
 OPTIM = {

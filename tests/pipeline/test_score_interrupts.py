@@ -42,7 +42,7 @@ DYING = """
 import os, signal
 from distill import files
 from distill.engine.fit import _Watch
-from distill.pipeline import stages
+from distill.stages import train as stages
 
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from distill.pipeline import config
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
@@ -18,6 +17,7 @@ from PIL import Image
 
 from distill.data.cond import Cond
 from distill.models.native import load_model
+from distill.recipe import compose as recipe_configs
 from distill.recipe.expand import expand
 from distill.recipe.plan import Planned, build_stages, dry_run, plan
 from distill.recipe.run import run
@@ -27,9 +27,9 @@ from distill.stages.made import LARGE_PARAMETERS, device_of
 
 def composed(*overrides: str) -> dict[str, Any]:
     """The resolved recipe of a command line."""
-    config.register_recipes()
+    recipe_configs.register_recipes()
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(config.CONFIGS), version_base="1.3"):
+    with initialize_config_dir(str(recipe_configs.CONFIGS), version_base="1.3"):
         plain = OmegaConf.to_container(compose("config", list(overrides)), resolve=True)
     assert isinstance(plain, dict)
     return plain

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from distill.pipeline import config
 from hydra.core.global_hydra import GlobalHydra
 
+from distill.recipe import compose as recipe_configs
 from distill.train import main
 
 
@@ -28,7 +28,7 @@ def plan(tmp_path, monkeypatch, capsys):
         GlobalHydra.instance().clear()
         message = ""
         try:
-            config.run_verb(main)
+            recipe_configs.run_verb(main)
         except SystemExit as ended:
             message = str(ended.code)
         return capsys.readouterr().out, message

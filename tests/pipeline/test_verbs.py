@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from distill.pipeline import config
 from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 from tests_support import ROOT, run_verb
@@ -23,6 +22,7 @@ from distill.data.digits import Digits
 from distill.data.folder import ImageFolder
 from distill.evaluation.measure import Reference, measure
 from distill.models.features import load_digits64
+from distill.recipe import compose as recipe_configs
 from distill.recipe.arguments import arguments
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*covariance is singular")
@@ -79,7 +79,7 @@ def verb(tmp_path, monkeypatch, capsys):
             if name == "compare":
                 compare_verb.main()
             else:
-                config.run_verb({"evaluate": evaluate_verb, "train": train_verb}[name].main)
+                recipe_configs.run_verb({"evaluate": evaluate_verb, "train": train_verb}[name].main)
         except SystemExit as ended:
             message = str(ended.code)
         return capsys.readouterr().out, message

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from distill.pipeline import execution
 from hydra.utils import instantiate
 
 from distill.engine.logging import Jsonl, lines_of, read_entries, wandb_id
@@ -264,7 +263,7 @@ def room(folder: Path, threads: int | None = None) -> StageContext:
 def four_cores(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A machine of 4 cores; returns what torch is told."""
     told: list[int] = []
-    monkeypatch.setattr(execution, "available_cores", lambda: 4)
+    monkeypatch.setattr(threads_of, "available_cores", lambda: 4)
     monkeypatch.setattr(torch, "set_num_threads", told.append)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     return told
