@@ -17,6 +17,7 @@ from distill.engine.logging import Jsonl, lines_of, read_entries, wandb_id
 from distill.evaluation.measure import Reference, measure
 from distill.models.native import load_model
 from distill.recipe.run import run
+from distill.stages import threads as threads_of
 from distill.stages.base import Settings, StageContext
 from distill.stages.display import Display
 from distill.stages.threads import PeakMemory, use_threads
