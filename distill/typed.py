@@ -47,7 +47,9 @@ def within(where: str, error: object, separator: str = ".") -> str:
     """The message of an error, which is put behind the place where it came up; so is the key that it suggests."""
     place = where.rpartition(": ")[2]
     told = re.sub(
-        r"did you mean (?!stages\.)(\w[\w.]*)\?", lambda m: f"did you mean {_join(place, m[1])}?", str(error)
+        r"(no such (?:key|option), did you mean )(?!stages\.)(\w[\w.]*)\?",  # a suggested value stays as it is
+        lambda m: f"{m[1]}{_join(place, m[2])}?",
+        str(error),
     )
     return f"{where}{separator}{told}"
 

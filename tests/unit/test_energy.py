@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from distill.evaluation import energy
+from distill.evaluation.metrics import energy
 from distill.evaluation.metrics.energy import energy_distance, spread
 
 

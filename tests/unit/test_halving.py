@@ -272,7 +272,7 @@ def refused(message: str, **stages: Mapping[str, Any]) -> None:
     [
         (
             {"wieght": "snr"},
-            "stages.distill.method.wieght: .*Progressive has no such option, did you mean method.weight",
+            "stages.distill.method.wieght: .*Progressive has no such option, did you mean stages.distill.method.weight",
         ),
         ({"student": "teacher"}, "stages.distill.method.student: .* has no such option"),
         (
@@ -292,7 +292,10 @@ def test_unknown_options_of_a_method_are_told_before_anything_runs(
 
 def test_a_round_s_own_options_are_checked_too() -> None:
     for rounds, message in (
-        ({1: {"method": {"wieght": "snr"}}}, "stages.distill_1.method.wieght: .* did you mean method.weight"),
+        (
+            {1: {"method": {"wieght": "snr"}}},
+            "stages.distill_1.method.wieght: .* did you mean stages.distill_1.method.weight",
+        ),
         ({2: {"stepz": 5}}, "stages.distill_2.*stepz"),
         ({2: {"steps": 0}}, "stages.distill_2.steps: expected at least 1, found 0"),
     ):
@@ -319,7 +322,7 @@ def test_a_method_gets_a_teacher_exactly_if_it_wants_one() -> None:
     ("adapt", "init", "message"),
     [
         ({"kind": "v"}, None, "adapt: found .* but no `init`; expected a model to change"),
-        ({"nett": {}}, "teacher", "adapt.nett: no such key, did you mean adapt.net\\?"),
+        ({"nett": {}}, "teacher", "adapt.nett: no such key, did you mean stages.d.adapt.net\\?"),
         ({"kind": "noise"}, "teacher", "adapt.kind: found 'noise', expected one of"),
         ({"net": 64}, "teacher", "adapt.net: found 64, expected a mapping or null"),
     ],

@@ -155,4 +155,8 @@ def test_a_message_behind_a_place_suggests_a_whole_key() -> None:
     assert within("stages.distill", inner, ": ") == (
         "stages.distill: optim.studnt: no such key, did you mean stages.distill.optim.student?; expected student"
     )
-    assert within("stages.a", "b: did you mean stages.a.c?") == "stages.a.b: did you mean stages.a.c?"
+    again = "no such key, did you mean stages.a.c?"
+    assert within("stages.a", f"b: {again}") == f"stages.a.b: {again}"
+    assert within("stages.a", "metric: no such metric, did you mean fd?").endswith("did you mean fd?"), (
+        "a value"
+    )
