@@ -16,6 +16,7 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from distill.data.arguments import integer
 from distill.data.source import Source, StepLoader
 from distill.engine import checkpoint
 from distill.engine.logging import Logger
@@ -54,6 +55,8 @@ class Fit:
         precision: "32-true" or "bf16-mixed".
         shard: how several processes hold the networks; see `engine.parallel`.
         checkpoint_every, log_every: student steps between checkpoints and between log entries.
+        threads: torch's threads; None: those of the checkpoint that training goes on from (with another count sums differ in
+            their last bits), else as torch is set. `train` leaves torch at that count.
         max_nonfinite: stop when this many steps of an update in a row had to be skipped.
         max_nonfinite_share: stop when more than this share of a thousand steps of an update had to be skipped.
     """
@@ -73,6 +76,8 @@ class Fit:
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision: found {self.precision!r}, expected one of {list(PRECISIONS)}")
+        if self.threads is not None:
+            integer("threads", self.threads, at_least=1)
 
 
 class Evaluation(Protocol):

@@ -38,10 +38,10 @@ Frozen = TypeVar("Frozen", bound=nn.Module)
 @dataclass(frozen=True)
 class _StepCache:
     """What an update touches in every step, looked up once: walking over a network's modules costs as much as a small
-    layer. `followers`: averages, each with its decay as a function of the update's step."""
+    layer. `updaters`: averages, each with its decay as a function of the update's step."""
 
     parameters: list[nn.Parameter]
-    followers: list[tuple[Callable[[int], float], EmaUpdater]]
+    updaters: list[tuple[Callable[[int], float], EmaUpdater]]
 
 
 class DistillModule(L.LightningModule):
@@ -202,21 +202,21 @@ class DistillModule(L.LightningModule):
 
     def _step_cache_of(self, update: Update) -> _StepCache:
         """What the update touches; for steps, once the networks lie where they are trained."""
-        if (turn := self._step_caches.get(update.name)) is None:
+        if (cache := self._step_caches.get(update.name)) is None:
             settings = self.optim[update.name]
-            followers: list[tuple[Callable[[int], float], EmaUpdater]] = []
+            updaters: list[tuple[Callable[[int], float], EmaUpdater]] = []
             if settings.averaged:
                 decay = partial(settings.decay_at, images=self._images)
-                followers += [
+                updaters += [
                     (decay, EmaUpdater(self.ema[role], network)) for role, network in update.trains.items()
                 ]
-            followers += [
+            updaters += [
                 (average.decay, EmaUpdater(self.ema[name], update.trains[average.of]))
                 for name, average in self.further.items()
                 if average.of in update.trains
             ]
-            turn = self._step_caches[update.name] = _StepCache(self.parameters_of(update), followers)
-        return turn
+            cache = self._step_caches[update.name] = _StepCache(self.parameters_of(update), updaters)
+        return cache
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """One optimizer an update, in the order of their names."""
@@ -290,8 +290,8 @@ class DistillModule(L.LightningModule):
         A step whose loss or gradient is not finite anywhere changes no weight, on any process; it is counted,
         and it keeps its place in schedules and averages."""
         settings, optimizer = self.optim[update.name], self.optimizers_by_key[update.name]
-        turn = self._step_cache_of(update)
-        parameters = turn.parameters
+        cache = self._step_cache_of(update)
+        parameters = cache.parameters
         for role, network in self.networks.items():
             # What another update trains is asked as it will be used: without dropout.
             if in_training(network) != (role in update.trains):
@@ -319,8 +319,8 @@ class DistillModule(L.LightningModule):
         for parameter in parameters:
             parameter.grad = None
             parameter.requires_grad_(False)
-        for decay, follower in turn.followers:
-            follower.update(decay(step))
+        for decay, updater in cache.updaters:
+            updater.update(decay(step))
         if update is self.student_update:
             self.progress.step += 1
             self.progress.images += self._images

@@ -288,7 +288,7 @@ class Train(ModelStage):
             "skipped": {name: pair[0] for name, pair in method.nonfinite.to_dict().items()},
             "parameters": sum(p.numel() for p in student.parameters()),
             "peak_memory_bytes": memory.bytes(),
-            "threads": threads,
+            "threads": torch.get_num_threads(),  # of a stage that was continued, those of its checkpoint
             "processes": context.world.size,
             "best": monitor.facts() if monitor is not None else {},
         }

@@ -190,6 +190,21 @@ def test_an_interrupted_training_made_longer_has_a_seam_at_its_step(
     assert len(digests | {artifact(at_once)["digest"]}) == 3
 
 
+def test_a_stage_goes_on_with_the_threads_of_its_checkpoint_whatever_its_folder_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"accelerator": "cpu", "checkpoint_every": 1, "log_every": 1}
+    before = torch.get_num_threads()
+    try:
+        stop_at(monkeypatch, 2, tmp_path, 4, trainer=options | {"threads": 2})
+        (tmp_path / "r" / "teacher" / "execution.json").write_text('{"threads": 1}')
+        longer = go(tmp_path, 4, trainer=options)
+    finally:
+        torch.set_num_threads(before)
+    assert artifact(longer)["facts"]["threads"] == 2
+    assert artifact(longer, "tuned")["facts"]["threads"] == 1, "one of its own, by the size of the net"
+
+
 def test_an_interrupted_stage_says_what_it_was_begun_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

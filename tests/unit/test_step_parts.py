@@ -71,22 +71,22 @@ def test_a_flagged_step_changes_nothing_and_another_is_the_plain_one(step):
     assert int(states[1][0]["step"]) == 2
 
 
-def test_a_follower_averages_parameters_and_copies_buffers_even_replaced_ones():
+def test_a_updater_averages_parameters_and_copies_buffers_even_replaced_ones():
     network = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     average = copy.deepcopy(network)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(1.0)
     expected = [0.75 * a + 0.25 * p for a, p in zip(average.parameters(), network.parameters(), strict=True)]
-    follower = EmaUpdater(average, network)
+    updater = EmaUpdater(average, network)
     network[1].running_mean = torch.tensor([5.0, 6.0])  # another tensor than the one that was looked up
-    follower.update(0.75)
+    updater.update(0.75)
     for found, value in zip(average.parameters(), expected, strict=True):
         assert torch.allclose(found, value, atol=1e-7)
     assert torch.equal(average[1].running_mean, torch.tensor([5.0, 6.0]))
 
 
-def test_a_follower_refuses_another_network():
+def test_a_updater_refuses_another_network():
     with pytest.raises(ValueError, match="average: found 2 parameters, the network that it follows has 4"):
         EmaUpdater(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
 
