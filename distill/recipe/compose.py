@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from hydra._internal.hydra import Hydra
 from hydra.core.config_store import ConfigStore
@@ -121,11 +120,15 @@ def _composed_once() -> Iterator[None]:
     whole = Hydra.get_mode
 
     def get_mode(self: Hydra, config_name: str | None, overrides: list[str]) -> Any:
-        theirs = any(o.startswith("hydra.") for o in overrides) or any("config-dir" in a for a in sys.argv)
+        theirs = any(o.lstrip("+").startswith("hydra.") for o in overrides)
+        theirs |= any(a.startswith(("--config", "-c")) for a in sys.argv[1:])
         return whole(self, config_name, overrides) if theirs else None  # None: as -m says
 
-    with mock.patch.object(Hydra, "get_mode", get_mode):
+    Hydra.get_mode = get_mode  # type: ignore[method-assign]
+    try:
         yield
+    finally:
+        Hydra.get_mode = whole  # type: ignore[method-assign]
 
 
 def explain(error: BaseException) -> str | None:

@@ -9,12 +9,18 @@ from typing import Any
 
 from hydra.utils import get_class
 
+from distill.stages.artifact import FIRST_NAMES
 from distill.stages.base import Stage
 from distill.stages.targets import resolve
 
 
 def stage_class(config: Any, where: str) -> type[Stage]:
     """The class of a stage config. Raises ValueError naming the place where it is none."""
+    for name, first in FIRST_NAMES.items():
+        if isinstance(config, Mapping) and config.get("_target_") == first:
+            raise ValueError(
+                f"{where}._target_: found {first!r}, which is called {name!r} now; expected that"
+            )
     found = resolve(config, where)
     if not (isinstance(found, type) and issubclass(found, Stage)):
         raise ValueError(f"{where}._target_: found {config['_target_']!r}, expected a stage")

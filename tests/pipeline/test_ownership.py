@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -13,11 +15,13 @@ from typing import Any
 import pytest
 import safetensors.torch
 
-from distill import files
+from distill import files, stages
 from distill.files import sha256_file, write_json
+from distill.recipe.references import stage_class
 from distill.recipe.run import run
 from distill.stages import nodes, ownership
-from distill.stages.artifact import write_artifact
+from distill.stages.artifact import FIRST_NAMES, digest_of, identity, write_artifact
+from distill.stages.base import Stage
 
 OPTIM = {
     "student": {
@@ -506,6 +510,39 @@ def test_a_stage_that_leaves_no_model_is_not_finished(
     ):
         go(tmp_path)
     assert not (tmp_path / "x" / "teacher" / "artifact.json").exists()
+
+
+# ---- records of versions whose stages lay in other files ----
+
+
+def test_digests_keep_the_names_that_stages_had_first(x: Path) -> None:
+    """Else every run that was made before a file of stages was moved would be another one."""
+    folder = Path(stages.__file__).parent
+    found = {
+        f"{module}.{name}"
+        for path in folder.glob("*.py")
+        for module in [f"distill.stages.{path.stem}"]
+        for name, kind in vars(importlib.import_module(module)).items()
+        if isinstance(kind, type) and issubclass(kind, Stage) and kind.__module__ == module
+    }
+    assert found - {
+        "distill.stages.base.Stage",
+        "distill.stages.base.ModelStage",
+        "distill.stages.judge.Judge",
+    } == set(FIRST_NAMES)
+    for name, first in FIRST_NAMES.items():
+        content = identity({"_target_": name, "count": 3, "path": "a"}, (), {}, 0, "f")
+        text = '{"config":{"_target_":"FIRST","count":3},"fingerprint":"f","inputs":{},"seed":0}'
+        assert digest_of(content) == hashlib.sha256(text.replace("FIRST", first).encode()).hexdigest()
+    recorded = json.loads((x / "student" / "artifact.json").read_text())["identity"]["config"]["_target_"]
+    assert recorded == "distill.pipeline.stages.Train"
+
+
+def test_a_recipe_that_names_a_stage_by_its_first_name_is_told_the_other() -> None:
+    with pytest.raises(
+        ValueError, match=r"'distill.pipeline.exact.Exact', which is called 'distill.stages.exact.Exact' now"
+    ):
+        stage_class({"_target_": "distill.pipeline.exact.Exact"}, "stages.teacher")
 
 
 # ---- nodes that an interrupted recording goes on with ----
