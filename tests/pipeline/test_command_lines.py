@@ -236,22 +236,34 @@ def test_printable_text():
     assert terminal.line("a\nb") == "a\\nb"
 
 
-@pytest.mark.parametrize(
-    "options", [(), pytest.param(("-O",), marks=pytest.mark.slow)], ids=["as usual", "without asserts"]
-)
-def test_shells_and_notebooks(shared, tmp_path, options):
-    """An ASCII terminal, a closed pipe, a backend that is not installed, asserts left out: no traceback."""
-    run = copied_run(shared("toy_instaflow"), tmp_path) / "runs" / "run"
-    run = run.rename(run.with_name("été"))
-    command = [sys.executable, *options, "-m", "distill.compare"]
-    command += [str(run), f"out={tmp_path / 'out'}", "metric=energy"]
-    odd = {"PYTHONIOENCODING": "ascii", "MPLBACKEND": "module://not_installed.backend"}
+ODD_SHELL = {"PYTHONIOENCODING": "ascii", "MPLBACKEND": "module://not_installed.backend"}
+
+
+def in_odd_shells(folder: Path, command: list[str]) -> bytes:
+    """What a command prints to an ASCII terminal; with a closed pipe it ends without a word."""
     read, write = os.pipe()
     os.close(read)
+    printed = b""
     for out, code in ((subprocess.PIPE, 0), (write, terminal.CLOSED)):
         done = subprocess.run(
-            command, cwd=tmp_path, env=environment() | odd, stdout=out, stderr=subprocess.PIPE
+            command, cwd=folder, env=environment() | ODD_SHELL, stdout=out, stderr=subprocess.PIPE
         )
         assert (done.returncode, done.stderr) == (code, b"")
-        assert not done.stdout or b"\\xe9t\\xe9" in done.stdout
+        printed += done.stdout or b""
     os.close(write)
+    return printed
+
+
+def test_shells_and_notebooks(shared, tmp_path):
+    """An ASCII terminal, a closed pipe, a backend that is not installed: no traceback."""
+    run = copied_run(shared("toy_instaflow"), tmp_path) / "runs" / "run"
+    run = run.rename(run.with_name("été"))
+    command = [sys.executable, "-m", "distill.compare", str(run), f"out={tmp_path / 'out'}", "metric=energy"]
+    assert b"\\xe9t\\xe9" in in_odd_shells(tmp_path, command)
+
+
+@pytest.mark.slow
+def test_plans_in_odd_shells_without_asserts(tmp_path):
+    command = [sys.executable, "-O", "-m", "distill.train", "recipe=instaflow", "profile=smoke"]
+    printed = in_odd_shells(tmp_path, [*command, "plan=true", "name=été"])
+    assert printed.startswith(b"runs/\\xe9t\\xe9: 7 stages")

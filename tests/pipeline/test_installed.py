@@ -40,8 +40,9 @@ def test_the_wheel_runs_the_recipe_from_an_empty_folder(installed, tmp_path):
         [sys.executable, "-c", code], cwd=tmp_path, env=installed, text=True, capture_output=True, check=True
     )
     assert str(ROOT) not in where.stdout
+    # Two processes, started as a user's are; the other tests fork theirs.
     done = subprocess.run(
-        [sys.executable, "-m", "distill.train", "recipe=toy_instaflow", "profile=smoke"],
+        [sys.executable, "-m", "distill.train", "recipe=toy_instaflow", "profile=smoke", "trainer.devices=2"],
         cwd=tmp_path,
         env=installed,
         text=True,
