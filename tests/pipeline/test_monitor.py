@@ -16,7 +16,6 @@ OPTIONS = (
     "profile=smoke",
     "profile.steps=12",
     "profile.count=30",
-    "profile.batch_size=16",
     "monitor.every_images=64",  # every 4 steps of 16
     "which=best",
     "name=run",

@@ -55,7 +55,7 @@ TOY = "defaults: [toy_instaflow, _self_]\n"
 def test_a_recipe_needs_no_header(plan, text):
     printed, message = plan("profile.steps=null", recipe=text)
     assert message == ""
-    assert "Train           steps 3, batch_size 20" in printed
+    assert "Train           steps 3, batch_size 16" in printed
 
 
 def test_a_recipe_may_be_called_yml(plan):

@@ -28,7 +28,7 @@ from distill.recipe.arguments import arguments
 pytestmark = pytest.mark.filterwarnings("ignore:.*covariance is singular")
 
 TIMING = {"images_per_second", "train_seconds", "peak_memory_bytes"}
-SMOKE_COUNT, SMOKE_BATCH = 20, 20
+SMOKE_COUNT, SMOKE_BATCH = 20, 16
 
 
 @pytest.fixture(scope="module")
