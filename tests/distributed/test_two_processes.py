@@ -137,7 +137,9 @@ def test_a_run_on_two_processes_makes_the_same_pairs_and_numbers(shared, tmp_pat
     done = run_verb(two, "train", *SMOKE, *options)
     assert done.stdout.count("runs/run: done.") == 1
     plan = json.loads((two / "runs/run/plan.json").read_text())["stages"]
-    assert plan["pairs2"]["count"] > plan["pairs2"]["batch_size"], "one batch alone would be made by one process"
+    assert plan["pairs2"]["count"] > plan["pairs2"]["batch_size"], (
+        "one batch alone would be made by one process"
+    )
     shards = [f / "runs/run/pairs2/pairs-00000.safetensors" for f in (one, two)]
     assert shards[0].read_bytes() == shards[1].read_bytes()
     rows = [json.loads((f / "runs/run/metrics.json").read_text())["rows"] for f in (one, two)]
