@@ -25,7 +25,7 @@ from omegaconf.errors import (
 )
 
 from distill.recipe.arguments import arguments, check_choice, quoted, slug, swept, typed_again
-from distill.recipe.sources import register_sources
+from distill.recipe.sources import SUFFIXES, register_sources
 from distill.terminal import told
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -146,9 +146,10 @@ def explain(error: BaseException) -> str | None:
         wanted = str(error.missing_cfg_file)
         group, _, option = wanted.rpartition("/")
         listed = ", ".join(error.options)
-        return (
+        told = (
             f"{group}: found no option {option!r}; {group} is one of: {listed}{_near(option, error.options)}"
         )
+        return f"{told}{_own_option(group, option)}"
     told = str(error)
     if told.startswith("Error merging override") and error.__cause__ is not None:
         told = f"{told.removeprefix('Error merging override ')}: {str(error.__cause__).splitlines()[0]}"
@@ -167,6 +168,8 @@ def _unknown_key(error: Any) -> str:
         if where or "stages" not in keys
         else ["recipe", "data", "net", "teacher", "trainer", "profile", "eval", "loggers"]
     )
+    if not where and (others := _recipes_with(key)):
+        return f"{path}: no such key in this recipe; expected another key, or one of the recipes {', '.join(others)}"
     keys = sorted(set(keys))
     inside = f"{where} has" if where else "the options are"
     near = _near(key, keys, where)
@@ -187,6 +190,19 @@ def _group_behind(where: str) -> str | None:
         if isinstance(node, str) and node.startswith("${"):
             return node.strip("${}")
     return None
+
+
+def _own_option(group: str, option: str) -> str:
+    """How to name the folder of a user's own option: the one in which a file of that name lies, where it is near."""
+    for folder in (Path(), *sorted(path for path in Path().glob("*") if path.is_dir())):
+        if any((folder / group / f"{option}{suffix}").is_file() for suffix in SUFFIXES):
+            return f"; to use {folder / group / option}.yaml, add --config-dir {folder}"
+    return f"; an option of your own is a file FOLDER/{group}/NAME.yaml, with --config-dir FOLDER"
+
+
+def _recipes_with(key: str) -> list[str]:
+    """Recipes of the package that have a key of their own at the top."""
+    return [name for name, file in recipes().items() if key in OmegaConf.load(file)]
 
 
 def _near(found: str, valid: Sequence[str], where: str = "") -> str:

@@ -254,12 +254,18 @@ def redo(planned: Sequence[Planned], named: str | Sequence[str] | None) -> list[
     return [entry for entry in planned if entry.name in gone]
 
 
+class Changed(ValueError):
+    """Finished or begun work does not fit the config."""
+
+
 def readable(change: str) -> str:
     """A change of an identity for people: inputs and data are known by digests, which say nothing."""
-    where, _, what = change.partition(": ")
+    where = change.partition(": ")[0]
     if where.startswith("inputs."):
         return f"{where.removeprefix('inputs.')}: is not the one it was made from"
-    return "data: are not those it was made from" if where == "fingerprint" else f"{where}: {what}"
+    return (
+        "data: are not those it was made from" if where == "fingerprint" else change.removeprefix("config.")
+    )
 
 
 def check_split(planned: Sequence[Planned], processes: int) -> None:
@@ -281,13 +287,13 @@ def refuse_changes(planned: Sequence[Planned], run_folder: Path) -> None:
         return
     first = changed[0]
     if first.broken:
-        raise ValueError(
+        raise Changed(
             f"stages.{first.name}: {first.broken}\nEither redo={first.name} (makes it and what depends on it again) "
             f"or another name=... (a new run beside {run_folder})."
         )
     reason = f" (because {', '.join(extended)} would be trained further)" if extended else ""
     lines = "\n".join(f"  {readable(line)}" for line in first.changes[:20])
-    raise ValueError(
+    raise Changed(
         f"stages.{first.name}: {first.folder} was made with other settings{reason}:\n{lines}\n"
         f"Either redo={first.name} (makes it and what depends on it again) "
         f"or another name=... (a new run beside {run_folder})."

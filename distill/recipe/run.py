@@ -39,6 +39,7 @@ from distill.stages.ownership import (
     read_object,
     sweep,
 )
+from distill.terminal import printable
 from distill.typed import parse
 from distill.world import join
 
@@ -53,6 +54,7 @@ def run(recipe: Mapping[str, Any], *, name: str, recipe_name: str) -> Path:
         planned = plan(recipe, run_folder, seed)
         redo(planned, recipe.get("redo"))
         print(describe_plan(planned, run_folder))
+        print(refusal(planned, run_folder, settings), end="")
         return run_folder
     world = join(settings.device)
     with lock(run_folder) if world.main else nullcontext() as held:
@@ -88,6 +90,16 @@ def run(recipe: Mapping[str, Any], *, name: str, recipe_name: str) -> Path:
         if world.main:
             remove(run_folder / REDO)
     return run_folder
+
+
+def refusal(planned: Sequence[Planned], run_folder: Path, settings: Settings) -> str:
+    """For `plan=true`: the error that the same command ends with when it runs; empty where it runs."""
+    try:
+        refuse_changes(planned, run_folder)
+        check_split(planned, settings.devices if isinstance(settings.devices, int) else 1)
+    except ValueError as error:
+        return printable(f"\nWithout plan=true this command is refused:\n{error}\n")
+    return ""
 
 
 def redo_key(planned: Sequence[Planned], named: Any) -> dict[str, Any]:

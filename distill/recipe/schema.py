@@ -11,6 +11,7 @@ from omegaconf import Container, DictConfig, OmegaConf
 from omegaconf.basecontainer import BaseContainer
 from omegaconf.errors import OmegaConfBaseException
 
+from distill.recipe.plan import Changed
 from distill.stages.base import Settings
 from distill.stages.targets import check_options, resolve
 from distill.typed import parse, unknown_key
@@ -112,6 +113,8 @@ def typed_places(cfg: DictConfig) -> Iterator[None]:
     typed as `eval.k`."""
     try:
         yield
+    except Changed:
+        raise
     except ValueError as error:
         place = re.match(r"[\w.]+", str(error))
         typed = None if place is None else _origin(cfg, place[0].rstrip("."))

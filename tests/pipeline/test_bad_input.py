@@ -36,6 +36,7 @@ SMOKE = ("recipe=instaflow", "profile=smoke", "name=run")
             "data: found no option 'digit'; data is one of: digits, folder, ring, did you mean digits?",
         ),
         ("profile=smok", "did you mean smoke?"),
+        ("data=mine", "an option of your own is a file FOLDER/data/NAME.yaml, with --config-dir FOLDER"),
         ("method@stages.reflow.method=reflo", "did you mean reflow?"),
         # wrong values
         ("seed=abc", "seed: found 'abc', expected an integer"),
@@ -194,7 +195,7 @@ def test_extension_and_what_it_makes_stale(finished, tmp_path):
         for x in (tmp_path / "runs/run/teacher/logs/metrics.jsonl").read_text().splitlines()
     ]
     assert steps == [4, 6]
-    assert "config.steps: 6 -> 5" in refusal(tmp_path, "train", *SMOKE, "profile.steps=5")
+    assert "\n  steps: 6 -> 5" in refusal(tmp_path, "train", *SMOKE, "profile.steps=5")
     (tmp_path / "runs/run/teacher/checkpoints/last.ckpt").unlink()
     gone = refusal(tmp_path, "train", *SMOKE, "profile.steps=9", "redo=[pairs]")
     assert "its last checkpoint is gone; redo=teacher" in gone
@@ -309,3 +310,21 @@ def test_a_changed_record_is_found(run):
         assert "reflow/artifact.json: digest: does not fit its identity" in refused
     finally:
         path.write_text(text)
+
+
+def test_a_key_of_another_recipe_is_named_with_its_recipes(tmp_path):
+    message = refusal(tmp_path, "train", "recipe=disback", "rounds=2", "plan=true")
+    assert "rounds: no such key in this recipe" in message
+    assert "one of the recipes instaflow, toy_instaflow" in message
+
+
+def test_a_recipe_of_ones_own_is_named_with_its_folder(tmp_path):
+    file = tmp_path / "my" / "recipe" / "mine.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text("defaults: [toy_instaflow, _self_]\n")
+    message = refusal(tmp_path, "train", "recipe=mine", "plan=true")
+    assert "to use my/recipe/mine.yaml, add --config-dir my" in message
+    assert (
+        "7 stages"
+        in call_verb(tmp_path, "train", "--config-dir", "my", "recipe=mine", "plan=true", check=True).stdout
+    )

@@ -226,9 +226,7 @@ def test_a_curriculum_over_the_steps_does_not_go_back(copied: Path) -> None:
     assert refused.changes[0].startswith(
         "config.method.total_steps: 4 -> 8 (taken from the stage's steps: give"
     )
-    with pytest.raises(
-        ValueError, match=r"stages.tuned: .* method.total_steps: 4 -> 8|config.method.total_steps: 4"
-    ):
+    with pytest.raises(ValueError, match=r"stages.tuned: .*\n  method.total_steps: 4 -> 8"):
         go(copied, 4, 8)
     kept = recipe(copied, 4, 8)
     kept["stages"]["tuned"]["method"]["total_steps"] = 4

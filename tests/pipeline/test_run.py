@@ -36,9 +36,19 @@ def test_plan_runs_nothing(tmp_path):
 def test_a_changed_option_is_refused_with_what_changed_and_the_ways_out(finished):
     refused = refusal(finished, "train", *SMOKE, "teacher.method.null_prob=0.3")
     assert "stages.teacher" in refused
-    assert "config.method.null_prob: 0.1 -> 0.3" in refused
+    assert "\n  method.null_prob: 0.1 -> 0.3" in refused
     assert "redo=teacher" in refused
     assert "name=" in refused
+    assert "typed as" not in refused
+    planned = call_verb(
+        finished, "train", *SMOKE, "teacher.method.null_prob=0.3", "plan=true", check=True
+    ).stdout
+    assert "Without plan=true this command is refused:\nstages.teacher: " in planned
+    assert "redo=teacher" in planned
+    again = call_verb(
+        finished, "train", *SMOKE, "teacher.method.null_prob=0.3", "plan=true", "redo=teacher", check=True
+    )
+    assert "is refused" not in again.stdout
 
 
 def test_execution_options_change_nothing(finished):
