@@ -4,6 +4,7 @@ scikit-learn)."""
 from __future__ import annotations
 
 import hashlib
+from functools import cache
 
 import torch
 from sklearn.datasets import load_digits
@@ -25,11 +26,9 @@ class Digits:
 
     @plain_torch()
     def __init__(self) -> None:
-        data = load_digits()
-        self.images: Tensor = (
-            torch.from_numpy(data.images).to(torch.float32).div_(8.0).sub_(1.0).unsqueeze(1).contiguous()
-        )
-        self.labels: Tensor = torch.from_numpy(data.target).to(torch.int64)
+        images, labels = _read()
+        self.images: Tensor = images.clone()
+        self.labels: Tensor = labels.clone()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -43,3 +42,11 @@ class Digits:
         digest = hashlib.sha256(self.images.numpy().tobytes())
         digest.update(self.labels.numpy().tobytes())
         return digest.hexdigest()
+
+
+@cache
+def _read() -> tuple[Tensor, Tensor]:
+    """(images, labels), read once a process: a plan builds the data of every stage, and the file is text."""
+    data = load_digits()
+    images = torch.from_numpy(data.images).to(torch.float32).div_(8.0).sub_(1.0).unsqueeze(1).contiguous()
+    return images, torch.from_numpy(data.target).to(torch.int64)

@@ -82,7 +82,7 @@ def refuse_unread(cfg: DictConfig, plain: Mapping[str, Any]) -> None:
     raw = OmegaConf.to_container(cfg, resolve=False)
     assert isinstance(raw, dict)
     for key in raw:
-        if key in known:
+        if key in known or _named(str(key), raw):  # the usual case; what follows resolves the whole config
             continue
         others = OmegaConf.create({other: value for other, value in raw.items() if other != key})
         try:
@@ -93,6 +93,15 @@ def refuse_unread(cfg: DictConfig, plain: Mapping[str, Any]) -> None:
             name = str(key)
             told = unknown_key("", name, known)
             raise ValueError(f"{told}; a key of your own is one that some ${{{name}}} reads")
+
+
+def _named(key: str, raw: Any) -> bool:
+    """Whether ${key} or a part of it stands as a whole value somewhere below `raw`."""
+    if isinstance(raw, Mapping):
+        return any(_named(key, value) for value in raw.values())
+    if isinstance(raw, list):
+        return any(_named(key, value) for value in raw)
+    return isinstance(raw, str) and re.fullmatch(rf"\$\{{{re.escape(key)}(\.[\w.]+)?\}}", raw) is not None
 
 
 def check_loggers(loggers: Any) -> None:
