@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distill.data.digits import Digits
-from distill.evaluation.protocol import stratified_split
+from distill.evaluation.samples import stratified_split
 from distill.files import sha256_file, write_json, write_safetensors
 from distill.models.features import Digits64
 

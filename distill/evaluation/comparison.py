@@ -9,17 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distill.evaluation.metric import Metric, metric
 from distill.evaluation.protocol import Protocol
-from distill.evaluation.report import COLUMNS, SCALE, columns, legend, prose
+from distill.evaluation.report import columns, legend, prose
 from distill.files import read_json
 from distill.typed import parse
 
 SCHEMA = 1
 METRICS = "metrics.json"
 NOTHING = "-"
-NO_METRICS = ("steps", "nfe", "guidance_scale", "guidance_w")
-# Columns with a direction whose best value says little: the distance to another teacher, the speed of another machine.
-UNMARKED = ("teacher_mse", "images_per_second")
 MARKING = (
     "Bold: the best of a column that has a direction (arrow), among all rows; `teacher mse` and `images/s` are not "
     "marked, since they depend on the teacher and on the machine."
@@ -150,19 +148,17 @@ def _has(run: Run, metric: str) -> bool:
     return any(row.get(metric) is not None for row in run.rows)
 
 
-def check_metric(runs: Sequence[Run], metric: str) -> list[str]:
-    """The names of the runs that have no value of `metric`; raises ValueError where none has one."""
+def check_metric(runs: Sequence[Run], name: str) -> list[str]:
+    """The names of the runs that have no value of the metric; raises ValueError where none has one."""
     numbers = [
         key for run in runs for row in run.rows for key, v in row.items() if isinstance(v, int | float)
     ]
-    known = [key for key in dict.fromkeys(numbers) if key not in NO_METRICS]
-    if metric not in known:
-        near = difflib.get_close_matches(metric, known, n=1)
+    known = [key for key in dict.fromkeys(numbers) if key != "steps" and metric(key).plotted]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(
-            f"metric: found {metric!r}, expected a metric of these runs: {', '.join(known)}{hint}"
-        )
-    return [run.name for run in runs if not _has(run, metric)]
+        raise ValueError(f"metric: found {name!r}, expected a metric of these runs: {', '.join(known)}{hint}")
+    return [run.name for run in runs if not _has(run, name)]
 
 
 def table(runs: Sequence[Run], mark: str = "**{}**") -> str:
@@ -170,51 +166,29 @@ def table(runs: Sequence[Run], mark: str = "**{}**") -> str:
     the guidance scale where it is 1 everywhere.
     The best of a column, and what is printed like it, is put into `mark`."""
     rows, names = [(run.name, row) for run in runs for row in run.rows], protocol(runs).names()
-    keys = columns([row for _, row in rows])
-    best = {key: _cell(key, _best(key, [row for _, row in rows])) for key in keys}
+    shown = columns([row for _, row in rows])
+    best = [m.cell(_best(m, [row for _, row in rows])) for m in shown]
     lines = [
-        "| run | model | steps | "
-        + " | ".join(prose(printed(key, names)) + COLUMNS[key][1] for key in keys)
-        + " |",
-        "|---|---|---|" + "---|" * len(keys),
+        "| run | model | steps | " + " | ".join(prose(m.heading(names)) + m.suffix for m in shown) + " |",
+        "|---|---|---|" + "---|" * len(shown),
     ]
     for name, row in rows:
-        cells = [_cell(key, row.get(key)) for key in keys]
+        cells = [m.cell(row.get(m.name)) for m in shown]
         cells = [
-            mark.format(cell) if cell == best[key] != NOTHING else cell
-            for key, cell in zip(keys, cells, strict=True)
+            mark.format(cell) if cell == top != NOTHING else cell
+            for cell, top in zip(cells, best, strict=True)
         ]
-        head = [
-            prose(name),
-            prose(row["model"]),
-            NOTHING if row["steps"] is None else row["steps"],
-        ]
+        head = [prose(name), prose(row["model"]), NOTHING if row["steps"] is None else row["steps"]]
         lines.append("| " + " | ".join(str(cell) for cell in [*head, *cells]) + " |")
     return "\n".join(lines)
 
 
-def _cell(key: str, value: float | None) -> str:
-    """A value as the column prints it."""
-    return NOTHING if value is None else f"{value * SCALE.get(key, 1):{COLUMNS[key][2]}}"
-
-
-def better(metric: str) -> str:
-    """ "lower", "higher", or "" where neither is better in itself; the arrow of the column says it."""
-    unit = COLUMNS.get(metric, ("", "", ""))[1]
-    return "lower" if "↓" in unit else "higher" if "↑" in unit else ""
-
-
-def printed(metric: str, names: Mapping[str, str]) -> str:
-    """What a metric is called under a protocol's names, without unit and direction."""
-    return names.get(metric, COLUMNS.get(metric, (metric,))[0])
-
-
-def _best(key: str, rows: Sequence[Mapping[str, Any]]) -> float | None:
+def _best(column: Metric, rows: Sequence[Mapping[str, Any]]) -> float | None:
     """The value to mark."""
-    values = [row[key] for row in rows if row.get(key) is not None]
-    if key in UNMARKED or not better(key):
+    values = [row[column.name] for row in rows if row.get(column.name) is not None]
+    if not column.comparable or column.better not in ("lower", "higher"):
         return None
-    return min(values) if better(key) == "lower" else max(values)
+    return min(values) if column.better == "lower" else max(values)
 
 
 def aligned(text: str) -> str:
@@ -263,6 +237,6 @@ def page(runs: Sequence[Run], picture: str, metric: str, told: Sequence[str]) ->
         f"Protocol of all rows: {prose(protocol(runs).describe())}.",
         "\n".join(f"- **{prose(remark)}**" for remark in told),
         MARKING,
-        legend(protocol(runs)) if any(_has(run, "fd") for run in runs) else "",
+        legend(protocol(runs), columns([row for run in runs for row in run.rows])),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"

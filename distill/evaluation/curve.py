@@ -11,9 +11,10 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from distill.evaluation.comparison import Run, better, printed, protocol
+from distill.evaluation.comparison import Run, protocol
 from distill.evaluation.drawing import Figure, FigureCanvasAgg, label_text, ticker
-from distill.evaluation.report import COLUMNS, SCALE
+from distill.evaluation.metric import metric as known
+from distill.evaluation.metric import metrics
 from distill.files import write_atomic
 
 # Okabe and Ito's palette without its black and yellow: told apart by colour-blind readers, and on white.
@@ -28,13 +29,6 @@ ROUNDING = 1e-4  # values closer than this (relative) are the same measurement
 PLAIN = ticker.FuncFormatter(lambda value, _: f"{value:g}")
 LABEL = 34  # characters of a line of the legend
 LEAST_CUT = 8  # a common beginning of run names is left out of the legend from this length on
-# Where the real set itself has a value of a metric: the entry of `real`, and what it is.
-REAL = {
-    "nn_train": ("heldout_nn", "held-out real images"),
-    "class_std": ("class_std", "real images"),
-    "pixel_std": ("pixel_std", "real images"),
-    "class_accuracy": ("class_accuracy", "real images"),
-}
 
 
 @dataclass(frozen=True)
@@ -73,10 +67,10 @@ def _equal(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]) -> bo
     """Whether two models are one: all that both were measured by agrees, up to the rounding of another number of
     threads. (Of one metric alone, two models may well have the same value.)"""
     return len(a) == len(b) and all(
-        math.isclose(x[key], y[key], rel_tol=ROUNDING, abs_tol=ROUNDING**2)
+        math.isclose(x[m.name], y[m.name], rel_tol=ROUNDING, abs_tol=ROUNDING**2)
         for x, y in zip(a, b, strict=True)
-        for key in COLUMNS
-        if key != "images_per_second" and x.get(key) is not None and y.get(key) is not None
+        for m in metrics()
+        if m.form and m.comparable and x.get(m.name) is not None and y.get(m.name) is not None
     )
 
 
@@ -101,9 +95,8 @@ def floors(runs: Sequence[Run], metric: str) -> list[tuple[float, str]]:
     """(value, what it is) of the real images, each distinct value once; empty where they have none."""
     found: dict[str, tuple[float, str]] = {}
     for run in runs:
-        if metric in REAL:
-            key, what = REAL[metric]
-            value = run.real.get(key)
+        if known(metric).real_name:
+            value, what = run.real.get(known(metric).real_name), known(metric).real_words
         else:
             floor = run.protocol.floor
             count = f" ({floor['half']:.0f})" if "half" in floor else ""
@@ -116,8 +109,7 @@ def floors(runs: Sequence[Run], metric: str) -> list[tuple[float, str]]:
 def draw(runs: Sequence[Run], metric: str) -> Figure:
     """The plot of `metric` against network calls."""
     shared_protocol = protocol(runs)
-    name = printed(metric, shared_protocol.names())
-    drawn, scale = lines(runs, metric), SCALE.get(metric, 1.0)
+    drawn, scale, better = lines(runs, metric), known(metric).scale, known(metric).better
     legend = sum(label(line, runs).count("\n") + 1 for line in drawn) + 3
     figure = Figure(figsize=(8.0, max(4.8, 0.21 * legend)), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
@@ -147,11 +139,11 @@ def draw(runs: Sequence[Run], metric: str) -> Figure:
     for value, what in floors(runs, metric):
         axes.axhline(value * scale, color="black", ls="--", lw=1.0, label=textwrap.fill(what, LABEL))
     _axes(axes, drawn)
-    if better(metric) == "lower":
+    if better == "lower":
         reached = [value * scale for line in drawn for _, value in line.points]
         _distances(axes, reached, [value * scale for value, _ in floors(runs, metric)])
-    unit, direction = COLUMNS.get(metric, ("", "", ""))[1].rstrip(" ↓↑"), better(metric)
-    axes.set_ylabel(f"{name}{unit}" + (f" ({direction} is better)" if direction else ""))
+    name = known(metric).heading(shared_protocol.names()) + known(metric).unit
+    axes.set_ylabel(name + (f" ({better} is better)" if better in ("lower", "higher") else ""))
     axes.set_xlabel("network calls per image (guidance counts double)")
     axes.set_title("Quality against network calls", loc="left", fontsize=12)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)

@@ -1,11 +1,11 @@
-"""One row of numbers for one set of samples, against a reference whose half of the work is done once."""
+"""One row of numbers for one set of images, against a reference whose half of the work is done once."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,17 +14,11 @@ from distill.data.arguments import integer, pixels, warn_of_span
 from distill.data.names import class_names
 from distill.data.plain import plain_torch
 from distill.evaluation.checks import as_rows, check_labels
-from distill.evaluation.metrics.cmmd import cmmd, mean_kernel, unit_rows
-from distill.evaluation.metrics.diversity import class_std, nn_train, pixel_std
-from distill.evaluation.metrics.frechet import frechet_distance, moments
-from distill.evaluation.metrics.kid import kid, self_similarity
-from distill.evaluation.metrics.precision import manifold, squared_radii
-from distill.evaluation.metrics.sliced import quantile_distance, sorted_projections
-from distill.evaluation.protocol import Protocol, is_clip, real_floor, stratified_split
+from distill.evaluation.metric import metrics, values
+from distill.evaluation.protocol import Protocol
+from distill.evaluation.samples import Options, Samples, stratified_split
 from distill.models.extractors.images import rounded
 from distill.models.features import FeatureExtractor
-
-HELDOUT_SPLITS = 5
 
 
 def checked(name: str, images: Tensor) -> Tensor:
@@ -35,18 +29,11 @@ def checked(name: str, images: Tensor) -> Tensor:
     return images
 
 
-@dataclass(frozen=True)
-class Extracted:
-    """Float64 features [N, D] and, where the extractor classifies, its predicted classes [N]."""
-
-    features: Tensor
-    predicted: Tensor | None
-
-
 @plain_torch()
 @torch.no_grad()
-def extract(extractor: FeatureExtractor, images: Tensor) -> Extracted:
-    """Features of images [N, C, H, W] in [-1, 1] that lie on the extractor's device, `extractor.batch` at a time.
+def extract(extractor: FeatureExtractor, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Float64 features [N, F] and, where the extractor classifies, predicted classes [N] of images [N, C, H, W] in [-1, 1] that
+    lie on the extractor's device, `extractor.batch` at a time.
 
     Images are rounded to the 256 levels of a file first where the extractor says so (`quantise`): the numbers are
     then those of the saved files.
@@ -57,20 +44,69 @@ def extract(extractor: FeatureExtractor, images: Tensor) -> Extracted:
         features.append(found.to(torch.float64))
         if logits is not None:
             predicted.append(logits.argmax(1))
-    return Extracted(torch.cat(features), torch.cat(predicted) if predicted else None)
+    return torch.cat(features), torch.cat(predicted) if predicted else None
 
 
-class Reference:
-    """The real set: features, moments, radii and sorted projections, computed once and shared by all rows.
+class RealSet(Samples):
+    """A real set: what it scores itself, and how rows that are compared with it were measured. `kind` says whose metrics apply:
+    "images" or "points"."""
 
-    images [M, C, H, W] in [-1, 1] on the extractor's device, labels [M] integers or None. `heldout` images
-    (default 400, at most a quarter of the set) are set aside for `heldout_nn`: their mean distance to the
-    nearest remaining image, averaged over five stratified splits. It is what an honest sampler reaches;
-    `nn_train` below 0.9 of it says that samples copy training images.
-    `classes` names the labels, in their order: there is a `class_accuracy` only where the extractor's `classes` hold all of
-    these names. Without it, labels are taken as the numbers of the extractor's classes.
-    The statistics and all later distances live on `device` (float64 is needed, so not on MPS).
-    Raises ValueError for fewer than k + 1 images, labels of another length, non-finite pixels or
+    kind = "images"
+
+    def halves(self, splits: int) -> list[tuple[Tensor, Tensor]]:
+        """Pairs of index tensors, `splits` times a stratified half and the other."""
+        generator = torch.Generator("cpu").manual_seed(self.options.seed)
+        half = len(self) // 2
+        return [stratified_split(self.labels, len(self), half, generator) for _ in range(splits)]
+
+    @plain_torch()
+    @torch.no_grad()
+    def floor(self, splits: int = 5) -> dict[str, float]:
+        """The metrics with a `floor` of one half of the real set against the other, mean over `splits`.
+
+        Distances are biased upward by the small halves, so a good model measured with more samples may lie below them; `half`
+        says how many. Warns where the covariances of the halves are singular."""
+        found: dict[str, list[float]] = {}
+        for rows, others in self.halves(splits):
+            real = self.part(others, "half of the real")
+            half = self.part(rows, "half of the real", real)
+            for known in metrics(self.kind):
+                if known.floor and (value := known.measure(half)) is not None:
+                    found.setdefault(known.name, []).append(value)
+        return {name: fmean(each) for name, each in found.items()} | {"half": float(len(self) // 2)}
+
+    @plain_torch()
+    @torch.no_grad()
+    def references(self, floor: Mapping[str, float] | None = None) -> dict[str, float]:
+        """Values that gates may name: those that metrics have for the real set itself (`heldout_nn`, `pixel_std`, `class_std`,
+        `class_accuracy`), where defined, and `floor_<metric>` for every entry of `floor`."""
+        real = {m.real_name: self.once(m.real) for m in metrics(self.kind) if m.real is not None}
+        known = {name: value for name, value in real.items() if value is not None}
+        return known | {f"floor_{name}": value for name, value in (floor or {}).items()}
+
+    def protocol(self, count: int, description: str, class_balanced: bool = True, **more: Any) -> Protocol:
+        """The protocol of rows of `count` samples against this set; `more`: further entries. `floor` defaults to `floor()`."""
+        floor = more.pop("floor", None)
+        return Protocol(
+            count=count,
+            class_balanced=class_balanced,
+            reference=description,
+            reference_count=len(self),
+            projections=self.options.projections,
+            seed=self.options.seed,
+            floor=self.floor() if floor is None else floor,
+            **more,
+        )
+
+
+class Reference(RealSet):
+    """Real images that rows are compared with; what metrics compute of them alone is shared by all rows.
+
+    images [M, C, H, W] in [-1, 1] on the extractor's device, labels [M] integers or None. `k`, `projections`, `seed` and
+    `heldout`: see `samples.Options`. `classes` names the labels, in their order: there is a `class_accuracy` only where the
+    extractor's `classes` hold all of these names; without it, labels are taken as the numbers of the extractor's classes.
+    Statistics and distances live on `device` (float64 is needed, so not on MPS).
+    Raises ValueError for fewer than k + 1 images, labels of another length, non-finite pixels or features, or
     values that are no floats of the range [-1, 1] (images in [0, 255], say).
     """
 
@@ -93,100 +129,33 @@ class Reference:
         rows = as_rows("reference images", images, at_least=max(k + 1, 4))
         if labels is not None:
             check_labels("reference", labels, len(images))
-        self.k, self.projections, self.seed = k, projections, seed
-        self.extractor_id = (extractor.name, extractor.sha256)
-        self.full_count, self.preprocessing = extractor.full_count, extractor.preprocessing
-        self.device = torch.device(device)
-        self.resolution = tuple(images.shape[1:])
-        self.images = rows.to(self.device)
-        self.labels = None if labels is None else labels.cpu()
-        self.digest = _digest(images, labels)
-        extracted = extract(extractor, images)
-        self.features = extracted.features.to(self.device)
-        self.class_numbers = _class_numbers(classes, extractor)
-        self.class_accuracy = self.accuracy(extracted.predicted, labels)
-        self.mean, self.cov = moments(self.features, "reference features")
-        self.radii = squared_radii(self.features, k, "reference features")
-        self.similarity = self_similarity(self.features, "reference features")
-        self.kernel = self._clip_kernel()
-        self.sorted = sorted_projections(self.images, projections, seed, "reference images")
-        self.pixel_std = pixel_std(self.images)
-        self.class_std = _class_std(self.images, self.labels)
-        self.heldout_nn = self._heldout_distance(min(heldout, len(images) // 4))
+        self.extractor, self.device = extractor, torch.device(device)
+        self.resolution, self.digest = tuple(images.shape[1:]), _digest(images, labels)
+        features, predicted = extract(extractor, images)
+        super().__init__(
+            "reference",
+            rows.to(self.device),
+            Options(k, projections, seed, heldout, extractor.name, _class_numbers(classes, extractor)),
+            labels=None if labels is None else labels.cpu(),
+            features=as_rows("reference features", features).to(self.device),
+            predicted=predicted,
+        )
 
-    def accuracy(self, predicted: Tensor | None, labels: Tensor | None) -> float | None:
-        """Share of predicted classes [N] that are those of the labels [N]; None without either, or where the labels name
-        classes that the extractor does not know."""
-        numbers = self.class_numbers
-        if predicted is None or labels is None or (numbers is not None and len(numbers) == 0):
-            return None
-        labels = labels.to(predicted.device)
-        if numbers is not None:
-            if int(labels.max()) >= len(numbers):
-                raise ValueError(f"labels: found class {int(labels.max())}, the reference has {len(numbers)}")
-            labels = numbers.to(labels.device)[labels]
-        return float((predicted == labels).double().mean())
-
-    def _clip_kernel(self) -> Tensor | None:
-        """The real half of CMMD; None for features of no CLIP."""
-        if not is_clip(self.extractor_id[0]):
-            return None
-        self.embeddings = unit_rows(self.features, "reference embeddings")
-        return mean_kernel(self.embeddings, self.embeddings)
-
-    def _heldout_distance(self, size: int) -> float:
-        generator = torch.Generator("cpu").manual_seed(self.seed)
-        distances = []
-        for _ in range(HELDOUT_SPLITS):
-            rest, held = stratified_split(self.labels, len(self.images), size, generator)
-            distances.append(nn_train(self.images[held], self.images[rest]))
-        return fmean(distances)
-
-    def floor(self, splits: int = 5) -> dict[str, float]:
-        """`real_floor` of this set."""
-        clip = self.kernel is not None
-        return real_floor(self.features, self.images, self.labels, splits, self.projections, self.seed, clip)
-
-    def references(self, floor: Mapping[str, float] | None = None) -> dict[str, float]:
-        """Values of the real set that gates may name.
-
-        `heldout_nn`, `pixel_std`, `class_std`, `class_accuracy` (the latter two where defined), and
-        `floor_<metric>` for every entry of `floor`.
-        """
-        values = {
-            "heldout_nn": self.heldout_nn,
-            "pixel_std": self.pixel_std,
-            "class_std": self.class_std,
-            "class_accuracy": self.class_accuracy,
-        }
-        known = {name: value for name, value in values.items() if value is not None}
-        return known | {f"floor_{name}": value for name, value in (floor or {}).items()}
-
-    def protocol(
-        self,
-        count: int,
-        description: str,
-        class_balanced: bool = True,
-        straightness_steps: int | None = None,
-        floor: Mapping[str, float] | None = None,
-    ) -> Protocol:
-        """The protocol of rows of `count` samples against this set; `floor` defaults to `floor()`."""
-        return Protocol(
-            features=self.extractor_id[0],
-            features_sha256=self.extractor_id[1],
-            count=count,
-            class_balanced=class_balanced,
-            reference=description,
-            reference_count=len(self.images),
-            reference_digest=self.digest,
+    def protocol(self, count: int, description: str, class_balanced: bool = True, **more: Any) -> Protocol:
+        """As `RealSet.protocol`, with the extractor and the images."""
+        extractor = self.extractor
+        return super().protocol(
+            count,
+            description,
+            class_balanced,
+            features=extractor.name,
+            features_sha256=extractor.sha256,
+            full_count=extractor.full_count,
+            preprocessing=extractor.preprocessing,
             resolution=self.resolution,
-            k=self.k,
-            projections=self.projections,
-            seed=self.seed,
-            straightness_steps=straightness_steps,
-            floor=self.floor() if floor is None else floor,
-            full_count=self.full_count,
-            preprocessing=self.preprocessing,
+            reference_digest=self.digest,
+            k=self.options.k,
+            **more,
         )
 
 
@@ -195,56 +164,33 @@ class Reference:
 def measure(
     images: Tensor, labels: Tensor | None, reference: Reference, extractor: FeatureExtractor
 ) -> dict[str, float | None]:
-    """The entries of a metrics.json row that follow from the samples alone.
+    """The entries of a metrics.json row that follow from the samples alone; None where a metric is undefined.
 
     images [N, C, H, W] in [-1, 1] on the extractor's device, labels [N] (the class asked for) or None. Pixels
-    are taken as they are: the caller clamps. `class_std` is None without labels or where a class has one
-    sample only (a smoke run), `class_accuracy` (a fraction) without labels, without logits, or
-    where the reference's class names are not the extractor's, `cmmd` for
-    features of no CLIP. Raises ValueError for fewer than k + 1 samples, another resolution or extractor
+    are taken as they are: the caller clamps. Raises ValueError for fewer than k + 1 samples, another resolution or extractor
     than the reference's, non-finite pixels, or values that are no floats of the range [-1, 1] (images in [0, 255], say).
     """
-    if (extractor.name, extractor.sha256) != reference.extractor_id:
-        raise ValueError(
-            f"the reference was made with {reference.extractor_id[0]}, not with {extractor.name}"
-        )
+    wanted = reference.extractor
+    if (extractor.name, extractor.sha256) != (wanted.name, wanted.sha256):
+        raise ValueError(f"the reference was made with {wanted.name}, not with {extractor.name}")
     images = checked("generated images", images)
     if tuple(images.shape[1:]) != reference.resolution:
         expected, found = list(reference.resolution), list(images.shape[1:])
         raise ValueError(f"generated images are {found}, the reference images are {expected}")
-    rows = as_rows("generated images", images, at_least=reference.k + 1).to(reference.device)
+    rows = as_rows("generated images", images, at_least=reference.options.k + 1).to(reference.device)
     if labels is not None:
         check_labels("generated", labels, len(images))
-    extracted = extract(extractor, images)
-    features = extracted.features.to(reference.device)
-    balls = manifold(features, reference.features, reference.k, reference.radii)
-    projected = sorted_projections(rows, reference.projections, reference.seed)
-    return {
-        "fd": frechet_distance(*moments(features, "generated features"), reference.mean, reference.cov),
-        "kid": kid(features, reference.features, reference.similarity),
-        "cmmd": _cmmd(features, reference),
-        "sliced_wasserstein": quantile_distance(projected, reference.sorted),
-        "precision": balls.precision,
-        "recall": balls.recall,
-        "density": balls.density,
-        "coverage": balls.coverage,
-        "class_std": _class_std(rows, labels),
-        "pixel_std": pixel_std(rows),
-        "nn_train": nn_train(rows, reference.images),
-        "class_accuracy": reference.accuracy(extracted.predicted, labels),
-    }
-
-
-def _cmmd(features: Tensor, reference: Reference) -> float | None:
-    if reference.kernel is None:
-        return None
-    return cmmd(unit_rows(features, "generated embeddings"), reference.embeddings, reference.kernel)
-
-
-def _class_std(images: Tensor, labels: Tensor | None) -> float | None:
-    if labels is None or int(labels.unique(return_counts=True)[1].min()) < 2:
-        return None
-    return class_std(images, labels)
+    features, predicted = extract(extractor, images)
+    samples = Samples(
+        "generated",
+        rows,
+        reference.options,
+        reference,
+        labels=labels,
+        features=features.to(reference.device),
+        predicted=predicted,
+    )
+    return values(samples, "images")
 
 
 def _class_numbers(classes: Sequence[str] | None, extractor: FeatureExtractor) -> Tensor | None:

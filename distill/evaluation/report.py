@@ -7,34 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distill.evaluation.gates import GateResult
+from distill.evaluation.metric import Metric, metrics
 from distill.evaluation.protocol import Protocol
 from distill.terminal import line
-
-# metric -> (heading where the protocol has no name for it, unit and direction, format)
-COLUMNS = {
-    "guidance_scale": ("guidance", "", "g"),
-    "guidance_w": ("w", "", "g"),
-    "nfe": ("nfe", "", "d"),
-    "fd": ("fd", " ↓", ".3f"),
-    "kid": ("kid", "·10³ ↓", ".1f"),
-    "cmmd": ("cmmd", " ↓", ".3f"),
-    "energy": ("energy", " ↓", ".4f"),
-    "sliced_wasserstein": ("sliced W", " ↓", ".3f"),
-    "precision": ("precision", "", ".3f"),
-    "recall": ("recall", " ↑", ".3f"),
-    "density": ("density", "", ".3f"),
-    "coverage": ("coverage", " ↑", ".3f"),
-    "class_std": ("class std", "", ".3f"),
-    "nn_train": ("nn train", "", ".3f"),
-    "class_accuracy": ("accuracy", "", ".3f"),
-    "teacher_mse": ("teacher mse", " ↓", ".4f"),
-    "transport_cost": ("transport", "", ".3f"),
-    "straightness": ("straightness", " ↓", ".3f"),
-    "straightness_norm": ("S / transport", " ↓", ".4f"),
-    "one_step_gap": ("one-step gap", " ↓", ".4f"),
-    "images_per_second": ("images/s", " ↑", ".0f"),
-}
-SCALE = {"kid": 1000.0}
 
 
 def prose(text: object) -> str:
@@ -43,62 +18,41 @@ def prose(text: object) -> str:
     return re.sub(r"([\\`*\[\]~]|(?<!\w)_|_(?!\w))", r"\\\1", told)
 
 
-def legend(protocol: Protocol) -> str:
-    """What the columns mean, under the names of `Protocol.names`."""
-    n = protocol.names()
-    distance = (
-        "the Fréchet distance in Inception features"
-        if protocol.features == "inception"
-        else f"the Fréchet distance in the features {protocol.features} (not an FID)"
-    )
-    parts = [
-        f"`{n['fd']}`: {distance}; two halves of the real images score worse than a good model of many samples, since "
-        f"they are few. `{n['kid']}`: kernel distance in the same features, unbiased, may be negative."
-    ]
-    if "cmmd" in n:
-        parts.append(
-            f"`{n['cmmd']}`: Gaussian kernel distance of CLIP embeddings, times 1000, biased upward."
-        )
-    parts.append(
-        f"`{n['sliced_wasserstein']}`: sliced Wasserstein distance of pixels. `{n['precision']}`, `{n['density']}`: how "
-        f"real single samples are; `{n['recall']}`, `{n['coverage']}`: how much of the real variety there is; the first "
-        "two rise and the last two fall when samples collapse to class means. `class std`: spread of pixels within a "
-        f"class; `nn train`: distance to the nearest training image; `{n['class_accuracy']}`: the classifier agrees "
-        "with the label asked for. `teacher mse`: distance to the teacher's image from the same noise. `straightness`: 0 "
-        "for straight paths. `nfe`: network calls. `guidance`: the scale g in u + g (c - u); `w`: g - 1 as an input of the "
-        "network. `images/s` depends on the machine and its load."
-    )
-    if any("@" in name for name in n.values()):
+def legend(protocol: Protocol, shown: Sequence[Metric]) -> str:
+    """What the columns `shown` mean, under the names of `Protocol.names`."""
+    names = protocol.names()
+    parts = [f"`{m.heading(names)}`: {m.sentence(protocol.features)}." for m in shown if m.meaning]
+    if any("@" in m.heading(names) for m in shown):
         parts.append(
             "`@` and a count: fewer samples than the metric's name stands for; compare only with the same count."
         )
     return " ".join(parts)
 
 
-def columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The keys of `COLUMNS` that some row has a value for; a guidance scale of 1 is none."""
+def columns(rows: Sequence[Mapping[str, Any]]) -> list[Metric]:
+    """The metrics with a column that some row has a value for; a guidance scale of 1 is none."""
     return [
-        key
-        for key in COLUMNS
-        if any(row.get(key) is not None and (key, row[key]) != ("guidance_scale", 1) for row in rows)
+        known
+        for known in metrics()
+        if known.form
+        and any(
+            row.get(known.name) is not None and (known.name, row[known.name]) != ("guidance_scale", 1)
+            for row in rows
+        )
     ]
 
 
 def table(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
     """Markdown table of rows of metrics.json under the names of `Protocol.names`; columns that are null everywhere are
     left out, and so is guidance where there is none."""
-    keys = columns(rows)
-    headings = [prose(names.get(key, COLUMNS[key][0])) + COLUMNS[key][1] for key in keys]
+    shown = columns(rows)
     lines = [
-        "| model | steps | " + " | ".join(headings) + " |",
-        "|---|---|" + "---|" * len(keys),
+        "| model | steps | " + " | ".join(prose(m.heading(names)) + m.suffix for m in shown) + " |",
+        "|---|---|" + "---|" * len(shown),
     ]
     for row in rows:
-        cells = [
-            f"{row[key] * SCALE.get(key, 1):{COLUMNS[key][2]}}" if row.get(key) is not None else "-"
-            for key in keys
-        ]
-        lines.append(f"| {prose(row['model'])} | {row['steps']} | " + " | ".join(cells) + " |")
+        cells = " | ".join(m.cell(row.get(m.name)) for m in shown)
+        lines.append(f"| {prose(row['model'])} | {row['steps']} | {cells} |")
     return "\n".join(lines)
 
 
@@ -134,7 +88,7 @@ def report(
         table(rows, protocol.names()),
         f"Protocol: {prose(protocol.describe())}.",
     ]
-    parts.append(legend(protocol))
+    parts.append(legend(protocol, columns(rows)))
     if real:
         parts.append(
             "The real images themselves: "

@@ -16,16 +16,17 @@ from torch import Tensor
 from distill.evaluation.gates import Gate, GateError, GateResult, check
 from distill.evaluation.grid import image_grid, save_png
 from distill.evaluation.measure import Reference, measure
+from distill.evaluation.metric import metrics
 from distill.evaluation.paths import euler_paths, has_paths
 from distill.evaluation.protocol import Protocol
 from distill.evaluation.report import report
 from distill.evaluation.rows import Row, Straightness, check_follows, check_row, unknown_metric
+from distill.evaluation.samples import Sampled
 from distill.files import copy, write_json, write_text
 from distill.models.features import FeatureExtractor
 from distill.models.generator import Generator
 from distill.models.native import load_model
 from distill.names import check_name
-from distill.samplers.straightness import straightness
 from distill.stages.artifact import read_artifact
 from distill.stages.base import ModelStage, Stage, StageContext, check_which
 from distill.stages.made import Made
@@ -36,26 +37,6 @@ from distill.stages.trial import try_images
 from distill.typed import settle
 
 SCHEMA = 1
-METRICS = (
-    "fd",
-    "kid",
-    "cmmd",
-    "sliced_wasserstein",
-    "precision",
-    "recall",
-    "density",
-    "coverage",
-    "class_std",
-    "pixel_std",
-    "nn_train",
-    "class_accuracy",
-    "teacher_mse",
-    "straightness",
-    "images_per_second",
-    "nfe",
-    "train_seconds",
-    "peak_memory_bytes",
-)
 
 
 @dataclass(frozen=True)
@@ -85,10 +66,7 @@ class Evaluate(Stage):
 
     FILES: ClassVar[tuple[str, ...]] = patterns(*PUBLISHED)
     NEEDED: ClassVar[tuple[str, ...]] = ("metrics.json", "report.md")
-    # What a row holds beside `model`, `steps` and `guidance_scale`, and gates may name.
-    MEASURED: ClassVar[tuple[str, ...]] = METRICS
-    # Those of them that are properties of a flow's paths.
-    OF_A_FLOW: ClassVar[tuple[str, ...]] = ("straightness",)
+    KIND: ClassVar[str] = "images"  # whose metrics rows hold
 
     models: dict[str, Row]
     data: dict[str, Any]
@@ -124,8 +102,8 @@ class Evaluate(Stage):
         for i, gate in enumerate(self.gates):
             for key in ("row", "times", "plus"):
                 check_row(f"gates[{i}].{key}", getattr(gate, key), rows)
-            if gate.metric not in self.MEASURED:
-                raise ValueError(unknown_metric(f"gates[{i}].metric", gate.metric, self.MEASURED))
+            if gate.metric not in (names := [known.name for known in metrics(self.KIND)]):
+                raise ValueError(unknown_metric(f"gates[{i}].metric", gate.metric, names))
 
     def inputs(self) -> dict[str, str]:
         """Every evaluated model is an input, by its label."""
@@ -158,7 +136,7 @@ class Evaluate(Stage):
             raise ValueError("models: found none, expected {label: {stage, steps}}")
         values, real = self._try(generators)
         rows = [
-            {"model": label, "steps": steps} | values | self._defined(label, generator, before)
+            {"model": label, "steps": steps} | values | self._defined(label, steps, generator, before)
             for label, generator in generators.items()
             for steps in self.models[label].steps
         ]
@@ -179,16 +157,28 @@ class Evaluate(Stage):
         )
 
     def _defined(
-        self, label: str, generator: Generator, before: Mapping[str, Made]
+        self, label: str, steps: int, generator: Generator, before: Mapping[str, Made]
     ) -> dict[str, float | None]:
-        """The entries of a row that do not come from its samples: None where they are not defined."""
-        known = {"teacher_mse": self.follows is not None and self.models[label].follows_teacher}
-        known |= dict.fromkeys(self.OF_A_FLOW, self.straightness is not None and has_paths(generator))
-        known |= dict.fromkeys(
-            ("train_seconds", "peak_memory_bytes"), before[self.models[label].stage].trained
+        """The entries of a row that do not come from its samples, of a trial: None where they will be None."""
+        row, nothing = self.models[label], torch.zeros(1, 1)
+        path = (torch.zeros(3, 1, 1), torch.zeros(2, 1, 1))
+        sampled = Sampled(
+            generator,
+            steps,
+            count=1,
+            seconds=1.0,
+            samples=nothing,
+            followed=nothing if self.follows is not None and row.follows_teacher else None,
+            path=path if self.straightness is not None and has_paths(generator) else None,
+            facts=dict.fromkeys(("train_seconds", "peak_memory_bytes"), 1.0)
+            if before[row.stage].trained
+            else {},
         )
-        known |= {"nfe": generator.network_calls() is not None, "images_per_second": True}
-        return {name: 1.0 if there else None for name, there in known.items()}
+        return self._rows(sampled)
+
+    def _rows(self, sampled: Sampled) -> dict[str, float | None]:
+        """The entries of a row that follow from how it was sampled."""
+        return {known.name: known.measure(sampled) for known in metrics(self.KIND) if known.rows}
 
     def fingerprint(self) -> str:
         """The real data and the feature extractor."""
@@ -213,6 +203,10 @@ class Evaluate(Stage):
         threads = use_threads(context, max(_parameters(g) for g in generators.values()))
         jobs = [(label, steps) for label, row in self.models.items() for steps in row.steps]
         bench = self._bench(context) if context.world.main else None
+        paths = {
+            label: None if bench is None else self._rollout(generator, context)
+            for label, generator in generators.items()
+        }
         rows: list[dict[str, Any]] = []
         images: dict[tuple[str, int], Tensor] = {}
         with context.display.bar(len(jobs), unit="row") as bar, warnings.catch_warnings(record=True) as told:
@@ -225,19 +219,31 @@ class Evaluate(Stage):
                     images[label, steps] = (
                         samples if (label, steps) == self.follows else samples[: self.grid_columns]
                     )
-                    row = self._row(label, steps, seconds, generator, context)
-                    row |= self._measure(samples.to(context.device), generator, bench)
-                    if self.follows is not None and self.models[label].follows_teacher:
-                        row["teacher_mse"] = float((samples - images[self.follows]).double().square().mean())
-                    rows.append(row)
+                    rows.append(
+                        {"model": label, "steps": steps}
+                        | dict.fromkeys(known.name for known in metrics("images"))
+                        | self._rows(
+                            Sampled(
+                                generator,
+                                steps,
+                                self.count,
+                                seconds,
+                                samples,
+                                followed=images[self.follows]
+                                if self.follows is not None and self.models[label].follows_teacher
+                                else None,
+                                path=paths[label],
+                                facts=(read_artifact(context.inputs[label]) or {"facts": {}})["facts"],
+                            )
+                        )
+                        | self._measure(samples.to(context.device), generator, bench)
+                    )
                 bar.update()
         for text in sorted({str(warning.message) for warning in told}):
             context.display.line(text)
         if bench is None:
             return {}
         rows.sort(key=lambda row: jobs.index((row["model"], row["steps"])))
-        flows = {label: self._flow(generator, context) for label, generator in generators.items()}
-        rows = [row | flows[row["model"]] for row in rows]
         self._draw(context, generators, images)
         passed = self._publish(context, rows, bench, self._balanced(generators))
         return {"rows": len(rows), "gates_passed": passed, "gates": len(self.gates), "threads": threads}
@@ -305,37 +311,12 @@ class Evaluate(Stage):
         }
         return context.world.collect(parts), time.perf_counter() - start
 
-    def _flow(self, generator: Generator, context: StageContext) -> dict[str, float | None]:
-        """The entries of all rows of a model that follow from its flow."""
-        found = self._rollout(generator, context)
-        return {"straightness": None if found is None else float(straightness(*found)[0])}
-
     def _rollout(self, generator: Generator, context: StageContext) -> tuple[Tensor, Tensor] | None:
         """(path, velocities) of a flow over `straightness.steps` Euler steps; None where a model has no ODE."""
         if self.straightness is None or not has_paths(generator):
             return None
         ids = torch.arange(min(self.straightness.count, self.count))
         return euler_paths(generator, ids, context.seed, self.stream, self.straightness.steps)
-
-    def _row(
-        self, label: str, steps: int, seconds: float, generator: Generator, context: StageContext
-    ) -> dict[str, Any]:
-        """The entries of a row that do not come from its images."""
-        record = read_artifact(context.inputs[label])
-        facts = record["facts"] if record is not None else {}
-        guidance = generator.spec.guidance_scale
-        return {
-            "model": label,
-            "steps": steps,
-            "nfe": generator.network_calls(steps),
-            "guidance_scale": guidance,
-            "guidance_w": generator.spec.guidance_w,
-            "teacher_mse": None,
-            "straightness": None,
-            "images_per_second": self.count / seconds,
-            "train_seconds": facts.get("train_seconds"),
-            "peak_memory_bytes": facts.get("peak_memory_bytes"),
-        }
 
     def _write(
         self,

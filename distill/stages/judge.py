@@ -24,6 +24,7 @@ from distill.evaluation.comparison import aligned
 from distill.evaluation.gates import GateResult
 from distill.evaluation.grid import image_grid, save_png
 from distill.evaluation.measure import measure
+from distill.evaluation.metric import metrics
 from distill.evaluation.protocol import Protocol
 from distill.evaluation.report import report, table
 from distill.evaluation.rows import Row
@@ -97,10 +98,7 @@ class Judge(Evaluate):
         label = next(iter(context.inputs))
         bench, images = self._bench(context), samples.images
         labels = samples.labels if self.by_class else None
-        row: dict[str, Any] = dict.fromkeys(
-            ("steps", "nfe", "guidance_scale", "teacher_mse", "straightness", "images_per_second")
-        )
-        row = {"model": label, **row, "train_seconds": None, "peak_memory_bytes": None}
+        row = {"model": label, "steps": None} | dict.fromkeys(known.name for known in metrics("images"))
         row |= measure(images.to(context.device), labels, bench.reference, bench.extractor)
         shown = images[showcase(labels, self.grid_columns, len(images))]
         self._picture(context, [(label, shown)])

@@ -21,6 +21,7 @@ from distill.engine.logging import lines_of, read_entries
 from distill.engine.module import STUDENT, DistillModule
 from distill.evaluation.grid import image_grid, save_png, tile
 from distill.evaluation.measure import Reference, measure
+from distill.evaluation.metric import metrics
 from distill.files import make_folder, read_json, remove, sha256_file, write_json, write_text
 from distill.models.description import DESCRIPTION, WEIGHTS
 from distill.models.features import FeatureExtractor
@@ -30,10 +31,7 @@ from distill.typed import parse
 MODEL_FILES = (WEIGHTS, DESCRIPTION)
 PICTURE = r"(step|diagnostics)_(\d{7,})\.png"  # no other picture is ours
 FOLDER, BEST, RECORD, SUMMARY = "monitor", "best", "evaluations.jsonl", "best.json"
-# Metrics that a best model can be chosen by: all of them are distances.
-METRICS = ("fd", "kid", "sliced_wasserstein")
 DIAGNOSED = 64  # samples of the data that a method's diagnostics are given
-LOGGED = (*METRICS, "recall", "coverage", "class_std", "pixel_std", "nn_train", "class_accuracy")
 
 
 @dataclass(frozen=True)
@@ -65,8 +63,9 @@ class Options:
                 raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
         if self.count < self.k + 2:
             raise ValueError(f"count: expected at least k + 2 = {self.k + 2}, found {self.count}")
-        if self.metric not in METRICS:
-            raise ValueError(f"metric: found {self.metric!r}, expected one of {list(METRICS)}")
+        distances = [known.name for known in metrics("images") if known.monitored and known.better == "lower"]
+        if self.metric not in distances:
+            raise ValueError(f"metric: found {self.metric!r}, expected one of {distances}")
 
     def fingerprint(self) -> str:
         """The real data and the feature extractor."""
@@ -218,7 +217,8 @@ class Monitor:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a small count is chosen knowingly here, and named so
             row = measure(samples.to(self.context.device), labels, self._reference, self._extractor)
-        return {name: float(value) for name in LOGGED if (value := row[name]) is not None}
+        logged = [known.name for known in metrics("images") if known.monitored]
+        return {name: float(value) for name in logged if (value := row[name]) is not None}
 
     def _record(self, module: DistillModule, found: Mapping[str, float]) -> bool:
         """Note an evaluation; whether it is the best so far (the first of equals; never one that is not finite)."""

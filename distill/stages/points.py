@@ -14,83 +14,52 @@ from distill.data.cond import Cond
 from distill.data.points import Points
 from distill.data.rng import sample_noise
 from distill.evaluation.gates import GateResult
-from distill.evaluation.metrics.energy import energy_distance, spread
-from distill.evaluation.metrics.sliced import quantile_distance, sorted_projections
+from distill.evaluation.measure import RealSet
+from distill.evaluation.metric import values
 from distill.evaluation.protocol import Protocol
-from distill.evaluation.report import gate_table, prose, table
+from distill.evaluation.report import columns, gate_table, legend, prose, table
+from distill.evaluation.samples import Options, Samples
 from distill.evaluation.trajectories import Panel, save_trajectories
 from distill.models.generator import Generator
-from distill.samplers.straightness import straightness
 from distill.stages.base import StageContext
-from distill.stages.evaluate import METRICS, Evaluate
+from distill.stages.evaluate import Evaluate
+from distill.stages.trial import TRIED
 
 PROJECTIONS = 256
 FULL_COUNT = 2000  # samples; below, `sliced_wasserstein` carries the count in its name
-LEGEND = (
-    "`energy`: energy distance to fresh data, unbiased, so a perfect model scores about 0 and may score below. "
-    "`sliced_wasserstein`: sliced Wasserstein distance to them. `transport`: mean squared distance from noise to sample, "
-    "summed over coordinates; reflow must not raise it. `straightness`: S, the mean squared difference between "
-    "velocity and displacement along Euler's path, 0 for straight paths; `S / transport` is free of scale. "
-    "`one-step gap`: mean squared distance between one Euler step and as many as straightness is measured with. "
-    "`teacher mse`: mean squared difference of a coordinate from the followed model's sample of the same noise. "
-    "`nfe`: network calls. `images/s`: samples a second, which depends on the machine and its load."
-)
 
 
-class Reference:
-    """The real points [M, D] and what is computed of them once; the noise [N, D] that samples were made from."""
+class Reference(RealSet):
+    """The real points [M, D], and the noise [N, D] that samples were made from."""
+
+    kind = "points"
 
     def __init__(self, data: Tensor, noise: Tensor, name: str, digest: str, seed: int) -> None:
-        self.data, self.noise, self.name, self.digest, self.seed = data, noise, name, digest, seed
-        self.spread = spread(data)
-        self.sorted = sorted_projections(data, PROJECTIONS, seed)
+        super().__init__("reference", data.double(), Options(projections=PROJECTIONS, seed=seed))
+        self.start, self.title, self.digest = noise.double(), name, digest
 
     def measure(self, samples: Tensor) -> dict[str, float | None]:
         """The entries of a row that follow from its samples [N, D]."""
-        projected = sorted_projections(samples, PROJECTIONS, self.seed)
-        moved = (samples.double() - self.noise.double()).square().sum(1)
-        return {
-            "energy": energy_distance(samples, self.data, spread_of_y=self.spread),
-            "sliced_wasserstein": quantile_distance(projected, self.sorted),
-            "transport_cost": float(moved.mean()),
-        }
+        made = Samples("generated", samples.double(), self.options, self, noise=self.start)
+        return values(made, self.kind)
 
-    def floor(self) -> dict[str, float]:
-        """What one half of the real points scores against the other."""
-        half = len(self.data) // 2
-        a, b = self.data[:half], self.data[half : 2 * half]
-        distance = quantile_distance(
-            sorted_projections(a, PROJECTIONS, self.seed), sorted_projections(b, PROJECTIONS, self.seed)
-        )
-        return {"energy": energy_distance(a, b), "sliced_wasserstein": distance, "half": float(half)}
+    def halves(self, splits: int) -> list[tuple[Tensor, Tensor]]:
+        """The first half and the second: points are independent."""
+        half = len(self) // 2
+        return [(torch.arange(half), torch.arange(half, 2 * half))]
 
-    def references(self, floor: Mapping[str, float]) -> dict[str, float]:
-        """Values that gates may name: `floor_<metric>`."""
-        return {f"floor_{name}": value for name, value in floor.items()}
-
-    def protocol(
-        self,
-        count: int,
-        description: str,
-        class_balanced: bool,
-        straightness_steps: int | None,
-        floor: Mapping[str, float],
-    ) -> Protocol:
-        """The protocol of rows of `count` samples against these points; there are no features."""
-        return Protocol(
+    def protocol(self, count: int, description: str, class_balanced: bool = True, **more: Any) -> Protocol:
+        """As `RealSet.protocol`; there are no features."""
+        return super().protocol(
+            count,
+            description,
+            class_balanced,
             features="points",
             features_sha256=None,
-            count=count,
-            class_balanced=class_balanced,
-            reference=description,
-            reference_count=len(self.data),
             reference_digest=self.digest,
-            resolution=tuple(self.data.shape[1:]),
-            projections=PROJECTIONS,
-            seed=self.seed,
-            straightness_steps=straightness_steps,
-            floor=floor,
+            resolution=tuple(self.values.shape[1:]),
             full_count=FULL_COUNT,
+            **more,
         )
 
 
@@ -113,15 +82,7 @@ class EvaluatePoints(Evaluate):
         paths: noises in the picture, each with its path.
     """
 
-    MEASURED: ClassVar[tuple[str, ...]] = (
-        *METRICS,
-        "energy",
-        "transport_cost",
-        "straightness_norm",
-        "one_step_gap",
-    )
-
-    OF_A_FLOW: ClassVar[tuple[str, ...]] = ("straightness", "straightness_norm", "one_step_gap")
+    KIND: ClassVar[str] = "points"
 
     features: dict[str, Any] = field(init=False, default_factory=dict)
     k: int = field(init=False, default=1)
@@ -148,9 +109,9 @@ class EvaluatePoints(Evaluate):
             raise ValueError(
                 f"data: points of shape {list(data.sample_shape)}, but the models make {list(shape)}"
             )
-        row: dict[str, float | None] = dict.fromkeys(METRICS)
-        row |= {"energy": 1.0, "sliced_wasserstein": 1.0, "transport_cost": 1.0}
-        return row, {"floor_energy": 1.0, "floor_sliced_wasserstein": 1.0, "floor_half": 1.0}
+        few = data.images[:TRIED]
+        reference = Reference(few, few, data.name, "", 0)
+        return reference.measure(few), reference.references(reference.floor())
 
     def _bench(self, context: StageContext) -> _Bench:
         data: Points = instantiate(self.data)
@@ -166,17 +127,7 @@ class EvaluatePoints(Evaluate):
         return _Bench(reference, f"{data.name}, drawn anew")
 
     def _measure(self, samples: Tensor, generator: Generator, bench: _Bench) -> dict[str, float | None]:
-        return {name: None for name in METRICS if name not in _ROW} | bench.reference.measure(samples)
-
-    def _flow(self, generator: Generator, context: StageContext) -> dict[str, float | None]:
-        found = self._rollout(generator, context)
-        if found is None:
-            return dict.fromkeys(self.OF_A_FLOW)
-        path, velocities = found
-        one_step = path[0] - velocities[0]  # from t = 1 to t = 0 at once
-        gap = (one_step - path[-1]).square().sum(1).mean()
-        values = (*straightness(path, velocities), gap)
-        return {name: float(value) for name, value in zip(self.OF_A_FLOW, values, strict=True)}
+        return bench.reference.measure(samples)
 
     @torch.inference_mode()
     def _draw(
@@ -224,13 +175,9 @@ class EvaluatePoints(Evaluate):
             "![paths from noise to samples](grid.png)",
             table(rows, protocol.names()),
             f"Protocol: {prose(protocol.describe())}.",
-            LEGEND,
+            legend(protocol, columns(rows)),
             "The real points themselves: " + ", ".join(f"{name} {v:.4g}" for name, v in real.items()) + ".",
         ]
         if gates:
             parts += ["## Gates", gate_table(gates)]
         return "\n\n".join(part for part in parts if part) + "\n"
-
-
-# What `Evaluate` fills in for images and points alike.
-_ROW = ("nfe", "teacher_mse", "straightness", "images_per_second", "train_seconds", "peak_memory_bytes")

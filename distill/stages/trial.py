@@ -66,9 +66,7 @@ def try_images(
             f"features: images [C,H,W] are expected, but the models make samples of shape {list(sample_shape)}; "
             "use eval=points and monitor=null for points"
         )
-    # Even strides through the set, so that many classes are seen.
-    count = min(len(real), max(TRIED, 2 * (k + 2)))
-    chosen = torch.arange(count) * len(real) // count
+    chosen = few(real.labels, len(real), max(TRIED, 2 * (k + 2)))
     images = real.fetch(chosen, chosen).x0
     real_labels = None if real.labels is None else real.labels[chosen]
     try:
@@ -83,11 +81,18 @@ def try_images(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of few images
         reference = Reference(images, real_labels, stand, k=k)
-        asked = None if labels is None else labels[torch.arange(len(images)) % len(labels)]
-        row = measure(images, asked, reference, stand)
-        known = reference.references(reference.floor())
-    few = labels is None or int(labels.unique(return_counts=True)[1].min()) < 2
-    row["class_std"] = None if few else 1.0
-    if real.labels is not None and int(real.labels.unique(return_counts=True)[1].min()) >= 2:
-        known["class_std"] = 1.0  # of all images, where the tried ones may be one of a class
-    return row, known
+        asked = None if labels is None else labels[few(labels, len(labels), len(images))]
+        made = images[: len(images) if asked is None else len(asked)]
+        return measure(made, asked, reference, stand), reference.references(reference.floor())
+
+
+def few(labels: Tensor | None, count: int, wanted: int) -> Tensor:
+    """Up to `wanted` of the numbers 0 .. count - 1: those of two samples of every class as far as they go, the rarest class
+    first, so that a class of one sample is among them."""
+    if labels is None:
+        return torch.arange(min(count, wanted)) * count // min(count, wanted)
+    _, classes, sizes = labels.unique(return_inverse=True, return_counts=True)
+    rows = classes.argsort(stable=True)  # class by class
+    turns = torch.arange(len(rows)) - (sizes.cumsum(0) - sizes)[classes[rows]]
+    key = (turns // 2 * (1 + sizes.max()) + sizes[classes[rows]]) * len(sizes) + classes[rows]
+    return rows[key.argsort(stable=True)[:wanted]].sort().values

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from distill.evaluation.protocol import OF_COUNT, Protocol
-from distill.evaluation.report import legend, report, table
+from distill.evaluation.protocol import Protocol
+from distill.evaluation.report import columns, legend, report, table
 from distill.exporters.card import card
 
 
@@ -51,7 +51,8 @@ class TestNames:
     def test_below_the_full_count_carry_the_count_too(self) -> None:
         names = protocol(count=500).names()
         assert names["fd"] == "fd_digits64@500"
-        assert {metric for metric, name in names.items() if name.endswith("@500")} == set(OF_COUNT) - {"cmmd"}
+        counted = {"fd", "kid", "recall", "coverage", "sliced_wasserstein"}
+        assert {metric for metric, name in names.items() if name.endswith("@500")} == counted
         assert (
             names["precision"] == "precision_digits64"
         )  # a mean over samples: any count estimates the same value
@@ -141,12 +142,13 @@ class TestPages:
         assert "## Measured" not in card("r", model, [], None, grid=False)
 
     def test_the_legend_follows_the_names(self) -> None:
-        assert "`fd_digits64`: the Fréchet distance in the features digits64 (not an FID)" in legend(
-            protocol()
-        )
-        assert "`@`" not in legend(protocol())
-        assert "`@` and a count" in legend(protocol(count=500))
-        assert "`fid`: the Fréchet distance in Inception features;" in legend(
+        def text(used: Protocol) -> str:
+            return legend(used, columns([ROW | {"cmmd": 1.0}]))
+
+        assert "`fd_digits64`: the Fréchet distance in the features digits64 (not an FID)" in text(protocol())
+        assert "`@`" not in text(protocol())
+        assert "`@` and a count" in text(protocol(count=500))
+        assert "`fid`: the Fréchet distance in Inception features;" in text(
             protocol("inception", 50_000, 50_000)
         )
-        assert "`cmmd@500`" in legend(protocol("clip", 500, 10_000))
+        assert "`cmmd@500`" in text(protocol("clip", 500, 10_000))

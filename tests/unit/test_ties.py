@@ -14,10 +14,11 @@ from distill.data.digits import Digits
 from distill.evaluation.certificate import mode_of
 from distill.evaluation.measure import Reference, extract, measure
 from distill.evaluation.metrics.cmmd import cmmd, unit_rows
-from distill.evaluation.metrics.diversity import class_std, nearest_distances, nn_train, pixel_std
+from distill.evaluation.metrics.diversity import class_std, pixel_std
 from distill.evaluation.metrics.energy import energy_distance
 from distill.evaluation.metrics.frechet import fd
 from distill.evaluation.metrics.kid import kid
+from distill.evaluation.metrics.nearest import nearest_distances, nn_train
 from distill.evaluation.metrics.precision import manifold, squared_distances, squared_radii
 from distill.evaluation.metrics.sliced import sliced_wasserstein
 from distill.models.features import load_digits64
@@ -47,7 +48,7 @@ def by_scipy(x: Tensor, y: Tensor, k: int = 5) -> tuple[float, ...]:
 
 def cases() -> dict[str, tuple[Tensor, Tensor]]:
     """Sets with ties at every scale."""
-    features = extract(load_digits64(), Digits().images[:600]).features
+    features = extract(load_digits64(), Digits().images[:600])[0]
     pixels = Digits().images[:600].flatten(1).double()
     mixed = torch.randperm(600, generator=torch.Generator().manual_seed(0))
     points = normal(300, 16, 1)
@@ -84,7 +85,7 @@ def test_digits_against_themselves(threads: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        features = extract(load_digits64(), Digits().images).features
+        features = extract(load_digits64(), Digits().images)[0]
         assert tuple(manifold(features, features)) == (1, 1, 1, 1)
     finally:
         torch.set_num_threads(before)

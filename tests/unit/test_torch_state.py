@@ -29,7 +29,7 @@ from distill.evaluation.metrics.frechet import fd
 from distill.evaluation.metrics.kid import kid
 from distill.evaluation.metrics.precision import manifold
 from distill.evaluation.metrics.sliced import sliced_wasserstein
-from distill.evaluation.protocol import stratified_split
+from distill.evaluation.samples import stratified_split
 from distill.models.denoiser import Denoiser
 from distill.models.features import load_digits64
 from distill.models.generator import Generator

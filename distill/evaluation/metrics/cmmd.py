@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distill.evaluation.checks import as_pair, as_rows
+from distill.evaluation.metric import Metric
 from distill.evaluation.metrics.precision import squared_distances
+from distill.evaluation.samples import Samples
 
 BANDWIDTH = 10.0
 SCALE = 1000.0
@@ -50,3 +52,39 @@ def cmmd(x: Tensor, y: Tensor, y_kernel: Tensor | None = None) -> float:
     x, y = as_pair(("generated embeddings", "reference embeddings"), x, y)
     own = mean_kernel(y, y) if y_kernel is None else y_kernel
     return SCALE * float(mean_kernel(x, x) + own - 2 * mean_kernel(x, y))
+
+
+def _name(features: str) -> str | None:
+    """The name in a feature space; None for features of no CLIP image tower, for which CMMD is undefined."""
+    if features == "clip":
+        return "cmmd"
+    return f"cmmd_{features}" if features.startswith("clip_") else None
+
+
+def _embeddings(x: Samples) -> Tensor:
+    return unit_rows(x.features, f"{x.name} embeddings")
+
+
+def _kernel(x: Samples) -> Tensor:
+    embeddings = x.once(_embeddings)
+    return mean_kernel(embeddings, embeddings)
+
+
+def _cmmd(x: Samples) -> float | None:
+    if _name(x.options.space) is None:
+        return None
+    return cmmd(x.once(_embeddings), x.real.once(_embeddings), x.real.once(_kernel))
+
+
+CMMD = Metric(
+    "cmmd",
+    order=60,
+    measure=_cmmd,
+    meaning="Gaussian kernel distance of CLIP embeddings, times 1000, biased upward",
+    of="images",
+    better="lower",
+    in_space=_name,
+    of_count=True,
+    floor=True,
+    reads=("features",),
+)

@@ -1,4 +1,4 @@
-"""Spread of samples and distance to the training set, in pixels of [-1, 1].
+"""Spread of samples, in pixels of [-1, 1].
 
 Samples that collapse to class means gain precision and class accuracy; what falls is spread within a class.
 """
@@ -8,10 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distill.evaluation.checks import as_pair, as_rows, check_labels
-from distill.evaluation.metrics.precision import squared_distances
-
-CHUNK = 2048
+from distill.evaluation.checks import as_rows, check_labels
+from distill.evaluation.metric import Metric
+from distill.evaluation.samples import Samples
 
 
 def pixel_std(images: Tensor) -> float:
@@ -41,19 +40,39 @@ def class_std(images: Tensor, labels: Tensor) -> float:
     return float(torch.stack(spreads).mean())
 
 
-def nearest_distances(images: Tensor, train: Tensor) -> Tensor:
-    """Euclidean pixel distance [N] of each of images [N, ...] to the nearest of train [M, ...].
-
-    Raises ValueError for an empty set, differing sizes or non-finite pixels.
-    """
-    x, y = as_pair(("images", "training images"), images, train)
-    nearest = []
-    for rows in x.split(CHUNK):
-        blocks = [squared_distances(rows, part).amin(1) for part in y.split(CHUNK)]
-        nearest.append(torch.stack(blocks).amin(0).sqrt())
-    return torch.cat(nearest)
+def _class_std(x: Samples) -> float | None:
+    """None without labels, or where a class has one sample only (a smoke run)."""
+    if x.labels is None or int(x.labels.unique(return_counts=True)[1].min()) < 2:
+        return None
+    return class_std(x.values, x.labels)
 
 
-def nn_train(images: Tensor, train: Tensor) -> float:
-    """Mean of `nearest_distances`; clearly below the value of held-out images it means memorised samples."""
-    return float(nearest_distances(images, train).mean())
+def _pixel_std(x: Samples) -> float:
+    return pixel_std(x.values)
+
+
+CLASS_STD = Metric(
+    "class_std",
+    order=130,
+    measure=_class_std,
+    meaning="spread of a pixel within a class",
+    of="images",
+    title="class std",
+    better="real",
+    monitored=True,
+    reads=("values", "labels"),
+    real=_class_std,
+    real_name="class_std",
+)
+PIXEL_STD = Metric(
+    "pixel_std",
+    order=140,
+    measure=_pixel_std,
+    meaning="spread of a pixel over all samples",
+    of="images",
+    form="",
+    better="real",
+    monitored=True,
+    real=_pixel_std,
+    real_name="pixel_std",
+)

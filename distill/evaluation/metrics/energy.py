@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from distill.evaluation.checks import as_pair, as_rows
+from distill.evaluation.metric import Metric
+from distill.evaluation.samples import Samples
 
 CHUNK = 512  # rows of the table of distances that are held at a time
 
@@ -46,3 +48,19 @@ def energy_distance(
     between = distance_sum(a, b) / (len(a) * len(b))
     of_y = spread(b, unbiased=unbiased, name="reference samples") if spread_of_y is None else spread_of_y
     return 2 * between - spread(a, unbiased=unbiased, name="generated samples") - of_y
+
+
+def _spread(x: Samples) -> float:
+    return spread(x.values, name=f"{x.name} samples")
+
+
+ENERGY = Metric(
+    "energy",
+    order=70,
+    measure=lambda x: energy_distance(x.values, x.real.values, spread_of_y=x.real.once(_spread)),
+    meaning="energy distance to fresh data, unbiased, so a perfect model scores about 0 and may score below",
+    of="points",
+    form=".4f",
+    better="lower",
+    floor=True,
+)

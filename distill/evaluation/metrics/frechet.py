@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from distill.evaluation.checks import as_pair, as_rows
+from distill.evaluation.metric import Metric
+from distill.evaluation.samples import Samples
 
 
 def moments(features: Tensor, name: str = "features") -> tuple[Tensor, Tensor]:
@@ -53,3 +55,30 @@ def fd(x: Tensor, y: Tensor) -> float:
     """
     x, y = as_pair(("generated features", "reference features"), x, y, at_least=2)
     return frechet_distance(*moments(x, "generated features"), *moments(y, "reference features"))
+
+
+def _moments(x: Samples) -> tuple[Tensor, Tensor]:
+    return moments(x.features, f"{x.name} features")
+
+
+def _meaning(features: str) -> str:
+    where = "in Inception features" if features == "inception" else f"in the features {features} (not an FID)"
+    return (
+        f"the Fréchet distance {where}; two halves of the real images score worse than a good model of many samples, since "
+        "they are smaller sets, so their distance is biased upward"
+    )
+
+
+FD = Metric(
+    "fd",
+    order=40,
+    measure=lambda x: frechet_distance(*x.once(_moments), *x.real.once(_moments)),
+    meaning=_meaning,
+    of="images",
+    better="lower",
+    in_space=lambda features: "fid" if features == "inception" else f"fd_{features}",
+    of_count=True,
+    floor=True,
+    monitored=True,
+    reads=("features",),
+)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from distill.evaluation.checks import as_pair, as_rows
+from distill.evaluation.metric import Metric, in_features
+from distill.evaluation.samples import Samples
 
 CHUNK = 2048  # rows of a Gram matrix held at once: 2048 x 2048 in float64 is 32 MiB
 
@@ -42,3 +44,25 @@ def kid(x: Tensor, y: Tensor, y_similarity: float | None = None) -> float:
     own = self_similarity(y) if y_similarity is None else y_similarity
     cross = torch.stack([block.sum() for block in _gram_blocks(x, y)]).sum() / (len(x) * len(y))
     return self_similarity(x) + own - 2 * float(cross)
+
+
+def _similarity(x: Samples) -> float:
+    return self_similarity(x.features, f"{x.name} features")
+
+
+KID = Metric(
+    "kid",
+    order=50,
+    measure=lambda x: kid(x.features, x.real.features, x.real.once(_similarity)),
+    meaning="kernel distance of features, unbiased, may be negative",
+    of="images",
+    form=".1f",
+    scale=1000.0,
+    unit="·10³",
+    better="lower",
+    in_space=in_features("kid"),
+    of_count=True,  # unbiased, but its spread grows as 1 / N, and what is published is of one count
+    floor=True,
+    monitored=True,
+    reads=("features",),
+)

@@ -10,12 +10,15 @@ is computed in several products, whose rounding differs.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from distill.evaluation.checks import as_pair, as_rows
+from distill.evaluation.metric import Metric, in_features
+from distill.evaluation.samples import Samples
 
 CHUNK = 2048  # rows of a distance matrix held at once
 TIE = 1e-9  # relative difference of squared distances up to which they are equal
@@ -91,3 +94,48 @@ def manifold(generated: Tensor, real: Tensor, k: int = 5, real_radii: Tensor | N
         density=balls / (k * len(x)),
         coverage=float((nearest < opened).double().mean()),
     )
+
+
+def _radii(x: Samples) -> Tensor:
+    return squared_radii(x.features, x.options.k, f"{x.name} features")
+
+
+def _manifold(x: Samples) -> Manifold:
+    return manifold(x.features, x.real.features, x.options.k, x.real.once(_radii))
+
+
+_of_balls = partial(Metric, of="images", reads=("features",))
+PRECISION = _of_balls(
+    "precision",
+    order=90,
+    measure=lambda x: x.once(_manifold).precision,
+    meaning="share of samples among real ones; rises when samples collapse to class means",
+    in_space=in_features("precision"),
+)
+RECALL = _of_balls(
+    "recall",
+    order=100,
+    measure=lambda x: x.once(_manifold).recall,
+    meaning="share of real images among samples; falls when samples collapse to class means",
+    better="higher",
+    in_space=in_features("recall"),
+    of_count=True,
+    monitored=True,
+)
+DENSITY = _of_balls(
+    "density",
+    order=110,
+    measure=lambda x: x.once(_manifold).density,
+    meaning="as precision, but counts the real neighbourhoods; above 1 for collapsed samples",
+    in_space=in_features("density"),
+)
+COVERAGE = _of_balls(
+    "coverage",
+    order=120,
+    measure=lambda x: x.once(_manifold).coverage,
+    meaning="share of real images with a sample in their neighbourhood; falls with variety",
+    better="higher",
+    in_space=in_features("coverage"),
+    of_count=True,
+    monitored=True,
+)

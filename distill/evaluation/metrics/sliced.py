@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from distill.evaluation.checks import as_pair, as_rows
+from distill.evaluation.metric import Metric
+from distill.evaluation.samples import Samples
 
 
 def directions(dim: int, projections: int, seed: int) -> Tensor:
@@ -55,3 +57,20 @@ def sliced_wasserstein(x: Tensor, y: Tensor, projections: int = 256, seed: int =
     return quantile_distance(
         sorted_projections(x, projections, seed), sorted_projections(y, projections, seed)
     )
+
+
+def _sorted(x: Samples) -> Tensor:
+    return sorted_projections(x.values, x.options.projections, x.options.seed, f"{x.name} images")
+
+
+SLICED_WASSERSTEIN = Metric(
+    "sliced_wasserstein",
+    order=80,
+    measure=lambda x: quantile_distance(x.once(_sorted), x.real.once(_sorted)),
+    meaning="sliced Wasserstein distance of pixels, or of points",
+    title="sliced W",
+    better="lower",
+    of_count=True,
+    floor=True,
+    monitored=True,
+)
