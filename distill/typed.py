@@ -26,6 +26,15 @@ def parse(schema: type[Schema], value: Any, where: str = "") -> Schema:
     return _read(schema, value, where)
 
 
+def filled(default: Schema, given: Schema | Mapping[str, Any], where: str) -> Schema:
+    """A dataclass instance from its constructor's argument: an instance as it is, a mapping over the fields of `default`.
+
+    Raises like `parse`."""
+    if isinstance(given, Mapping):
+        given = {**vars(default), **given}
+    return parse(type(default), given, where)
+
+
 def settle(instance: Any, where: str = "") -> None:
     """Convert every field of a dataclass instance in place to the type that it declares; for `__post_init__`, where the
     constructor was called with plain containers. Raises like `parse`."""

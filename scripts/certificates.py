@@ -259,13 +259,13 @@ def lcm(bench: Bench) -> Generator:
 def sid(bench: Bench) -> Generator:
     """Score identity distillation of the exact teacher."""
     start = bench.denoiser("x0", width=96)
-    return matched(bench, SiD(start, bench.exact, levels=[2.5]), trainable(start))
+    return matched(bench, SiD(start, bench.exact, sampling={"levels": [2.5]}), trainable(start))
 
 
 def dmd(bench: Bench) -> Generator:
     """Distribution matching with the exact teacher, one fake update for each of the student."""
     start = bench.denoiser("x0", width=96)
-    method = DMD(start, bench.exact, levels=[2.5], fake_updates_per_generator=1)
+    method = DMD(start, bench.exact, sampling={"levels": [2.5]}, updates={"fake_per_student": 1})
     return matched(bench, method, trainable(start))
 
 
@@ -273,12 +273,16 @@ def disback(bench: Bench) -> Generator:
     """Distribution backtracking along a recorded way. Its targets are weights, which the exact teacher has none of: its teacher
     is the trained denoiser, and what that one misses counts against the student."""
     start = bench.denoiser("x0", width=96)
-    record = Degrade(trainable(start), trainable(start), total_steps=200, node_every=50, levels=[2.5])
+    record = Degrade(
+        trainable(start), trainable(start), total_steps=200, node_every=50, sampling={"levels": [2.5]}
+    )
     with tempfile.TemporaryDirectory() as folder:
         keep = node_keeper(record, Path(folder))
         bench.fit(record, **scoring(200), snapshot=keep)
         nodes = [Path(folder) / str(step) for step in (0, *record.snapshots())]
-        method = DisBack(trainable(start), start, nodes, levels=[2.5], fake_updates_per_generator=1)
+        method = DisBack(
+            trainable(start), start, nodes, sampling={"levels": [2.5]}, updates={"fake_per_student": 1}
+        )
         return matched(bench, method, method.fake)
 
 

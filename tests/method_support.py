@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from distill.models.boundary import Boundary
 from distill.models.denoiser import Denoiser
 from distill.nets.mlp import MLP
 from distill.process.base import Process, expand
+from distill.stages.renamed import MOVED
 
 MEAN, STD = (0.4, -0.2), 0.3
 
@@ -168,3 +169,15 @@ def double_step(batch: int = 32, stream: str = "s", iteration: int = 0) -> Step:
 def frozen_copy(network: Denoiser) -> Denoiser:
     """The same network as a constant: another object, without gradients."""
     return copy.deepcopy(network).requires_grad_(False)
+
+
+def nested(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of score distillation, given by their former names (`levels`, `guidance_teacher`), in the methods' blocks."""
+    found: dict[str, Any] = {}
+    for name, value in options.items():
+        block, _, inner = MOVED.get(name, "").partition(".")
+        if inner:
+            found[block] = {**found.get(block, {}), inner: value}
+        else:
+            found[name] = value
+    return found

@@ -24,18 +24,18 @@ from distill.data.batch import Batch
 from distill.engine.module import DistillModule
 from distill.engine.networks import check_apart
 from distill.engine.update import Loss, Step, Update
-from distill.methods.families.score import (
-    check_score_options,
-    check_weighting,
-    conditions_of,
-    score_errors,
-)
+from distill.methods.families.options import FakeScore, Sampling
+from distill.methods.families.score_matching import ScoreMatching, conditions_of
 from distill.methods.families.student_input import StudentInput
 from distill.methods.losses.backtrack import node_steps
-from distill.methods.losses.score_times import times_of, usual_times
 from distill.models.denoiser import Denoiser
 from distill.models.result import Result
 from distill.models.spec import SamplerSpec
+from distill.typed import filled
+
+SAMPLING = Sampling(labels="uniform")
+FAKE_TIMES = {"name": "karras", "low": 0, "high": 999}  # under EDM
+Given = Mapping[str, Any]
 
 
 class Degrade(DistillModule):
@@ -46,8 +46,7 @@ class Degrade(DistillModule):
         generator: the initial student, frozen: a model read as a generator of the steps that `levels` says.
         total_steps, node_every: optimizer steps of the stage (null: the stage's), and steps between stored nodes; the last
             step always stores one.
-        levels, unit_noise, fake_times, weighting, sigma_data, reduction, labels: as in the second stage, see
-            `families.score.ScoreDistillation`.
+        sampling, fake, reduction: as in the second stage, see `families.options`.
     """
 
     def __init__(
@@ -57,33 +56,20 @@ class Degrade(DistillModule):
         *,
         total_steps: int | None = None,
         node_every: int = 50,
-        levels: Sequence[float] | None = None,
-        unit_noise: bool = False,
-        fake_times: Mapping[str, Any] | None = None,
-        weighting: str = "auto",
-        sigma_data: float = 0.5,
+        sampling: Sampling | Given = SAMPLING,
+        fake: FakeScore | Given = FakeScore(),
         reduction: str = "mean",
-        labels: str = "uniform",
     ) -> None:
         super().__init__(student)
-        self.weighting = check_score_options(
-            student,
-            weighting=weighting,
-            sigma_data=sigma_data,
-            reduction=reduction,
-            labels=labels,
-        )
+        options = filled(SAMPLING, sampling, "sampling")
         if total_steps is not None and total_steps < 1:
             raise ValueError(f"total_steps: found {total_steps}, expected at least 1, or null")
         self.nodes = node_steps(total_steps or 0, node_every)
-        self.input = StudentInput(student.process, levels, unit_noise)
+        self.input = StudentInput(student.process, options.levels, options.unit_noise)
         _check_models(student, generator, self.input)
-        paper = {"name": "karras", "low": 0, "high": 999}
-        times = usual_times(student.process, fake_times, paper, fake=True)
-        self.times = times_of(student.process, times, "fake_times")
-        check_weighting(self, student, self.weighting, times, sigma_data)
+        self.matching = ScoreMatching(student, filled(FakeScore(), fake, "fake"), FAKE_TIMES, reduction)
         self.generator = self.keep_frozen("generator", generator)
-        self.sigma_data, self.reduction, self.labels = sigma_data, reduction, labels
+        self.labels = options.labels
 
     def updates(self) -> Sequence[Update]:
         """One update: the degraded teacher."""
@@ -103,17 +89,7 @@ class Degrade(DistillModule):
         """Denoising score matching on the initial student's samples."""
         cond = conditions_of(self.labels, self.student.num_classes, batch, step.draws)
         x = self.input.mixture(self.generator, cond, step.draws)
-        errors = score_errors(
-            self.student,
-            x,
-            cond,
-            step.draws,
-            self.times,
-            weighting=self.weighting,
-            sigma_data=self.sigma_data,
-            reduction=self.reduction,
-        )
-        return Loss(errors.mean(), {"x_std": x.std()})
+        return Loss(self.matching(self.student, x, cond, step.draws).mean(), {"x_std": x.std()})
 
 
 def _check_models(teacher: Denoiser, generator: Denoiser, start: StudentInput) -> None:
@@ -152,6 +128,6 @@ def _check_start(generator: Denoiser, start: StudentInput) -> None:
     )
     if not near or not math.isclose(made.start_scale, wanted.start_scale, rel_tol=1e-6):
         raise ValueError(
-            f"levels, unit_noise: start steps at {ours} from {wanted.start_scale:.4g} z, but the generator was made for "
-            f"{dict(made.times)} from {made.start_scale:.4g} z"
+            f"sampling.levels, unit_noise: start steps at {ours} from {wanted.start_scale:.4g} z, but the generator was made "
+            f"for {dict(made.times)} from {made.start_scale:.4g} z"
         )

@@ -25,12 +25,21 @@ from torch import Tensor
 from distill.data.batch import Batch
 from distill.engine.parallel import copy_full
 from distill.engine.update import Loss, Step
-from distill.methods.families.matching import DistributionMatching
-from distill.methods.families.suits import refuse_unused
+from distill.methods.families.matching import SAMPLING, UPDATES, DistributionMatching, Given
+from distill.methods.families.options import (
+    Backtracking,
+    FakeScore,
+    Gan,
+    Sampling,
+    TeacherGuidance,
+    Updates,
+)
+from distill.methods.families.suits import refuse_idle
 from distill.methods.losses.backtrack import Backtrack
 from distill.models.denoiser import Denoiser
 from distill.models.description import read_description
 from distill.models.native import read_weights
+from distill.typed import filled
 
 
 class DisBack(DistributionMatching):
@@ -40,9 +49,7 @@ class DisBack(DistributionMatching):
         student: the initial student.
         teacher: the exact teacher; its weights are replaced by those of the node that is the target.
         nodes: model folders: the teacher's and those of s_1 ... s_N; empty for none (DMD).
-        steps_per_node: student steps at each stored target ("steps").
-        criterion: "steps", or "plateau": go on when the mean of the student's loss over `window` steps has fallen by less
-            than the share `tolerance` of the mean over the window before.
+        backtrack: when the next target is loaded, see `families.options.Backtracking`.
         The others: see `methods.dmd.DMD`.
     """
 
@@ -55,53 +62,41 @@ class DisBack(DistributionMatching):
         teacher: Denoiser,
         nodes: Sequence[Path],
         *,
-        steps_per_node: int = 100,
-        criterion: str = "steps",
-        window: int = 50,
-        tolerance: float = 0.01,
-        levels: Sequence[float] | None = None,
-        unit_noise: bool = False,
+        backtrack: Backtracking | Given = Backtracking(),
+        sampling: Sampling | Given = SAMPLING,
         input: str = "backward_sim",
-        generator_times: Mapping[str, Any] | None = None,
-        fake_times: Mapping[str, Any] | None = None,
-        weighting: str = "auto",
-        sigma_data: float = 0.5,
+        generator_times: Given | None = None,
+        fake: FakeScore | Given = FakeScore(),
+        guidance: TeacherGuidance | Given = TeacherGuidance(),
+        updates: Updates | Given = UPDATES,
         reduction: str = "mean",
-        guidance_teacher: float = 1.0,
-        null_prob: float = 0.0,
         normalise: bool = True,
         floor: float = 1e-3,
-        fake_updates_per_generator: int = 5,
-        gan: Mapping[str, Any] | None = None,
-        labels: str = "uniform",
+        gan: Gan | Given | None = None,
         noise_scale: float = 1.0,
     ) -> None:
         super().__init__(
             student,
             teacher,
-            levels=levels,
-            unit_noise=unit_noise,
+            sampling=sampling,
             input=input,
             generator_times=generator_times,
-            fake_times=fake_times,
-            weighting=weighting,
-            sigma_data=sigma_data,
+            fake=fake,
+            guidance=guidance,
+            updates=updates,
             reduction=reduction,
-            guidance_teacher=guidance_teacher,
-            null_prob=null_prob,
             normalise=normalise,
             floor=floor,
-            fake_updates_per_generator=fake_updates_per_generator,
             gan=gan,
-            labels=labels,
             noise_scale=noise_scale,
         )
-        _check(criterion, window, tolerance)
-        self._refuse_of_others(criterion, steps_per_node=steps_per_node, window=window, tolerance=tolerance)
-        _check_guidable(guidance_teacher, nodes[1:])
+        options = filled(Backtracking(), backtrack, "backtrack")
+        unused = ["window", "tolerance"] if options.criterion == "steps" else ["steps_per_node"]
+        refuse_idle(options, unused, "backtrack", f"with the criterion {options.criterion!r}")
+        _check_guidable(self.guidance.teacher, nodes[1:])
         self.folders = [Path(folder) for folder in nodes]
-        self.path = Backtrack(max(0, len(self.folders) - 1), steps_per_node)
-        self.criterion, self.window, self.tolerance = criterion, window, tolerance
+        self.path = Backtrack(max(0, len(self.folders) - 1), options.steps_per_node)
+        self.criterion, self.window, self.tolerance = options.criterion, options.window, options.tolerance
         self.loaded = 0  # whose weights the target network holds
         # Of "plateau": the target, student steps at it, the last window's mean, and [sum, count] of this one's losses. In
         # float64 sums of float32 losses are exact: their mean over processes, which is saved, continues as the sums do.
@@ -109,11 +104,6 @@ class DisBack(DistributionMatching):
         self.tally = torch.zeros(2, dtype=torch.float64)
         if self.folders[1:]:
             self.fake.net.load_state_dict(read_weights(self.folders[-1]))
-
-    def _refuse_of_others(self, criterion: str, **given: Any) -> None:
-        """Refuse options of the other criterion."""
-        unused = ("window", "tolerance") if criterion == "steps" else ("steps_per_node",)
-        refuse_unused(self, {name: given[name] for name in unused}, f"with the criterion {criterion!r}")
 
     def state(self) -> dict[str, Any]:
         """Where the walk stands, where that does not follow from the number of steps. The window's sum and count are
@@ -162,7 +152,7 @@ class DisBack(DistributionMatching):
     def fake_loss(self, batch: Batch, step: Step) -> Loss:
         """The fake score's loss. A head on the target's features sees those of the node that a run started here would
         see, whatever the last student step's was."""
-        if self.gan is not None and self.gan["features"] == "teacher" and self.folders[1:]:
+        if self.gan is not None and self.gan.features == "teacher" and self.folders[1:]:
             self.aim()
         return super().fake_loss(batch, step)
 
@@ -195,15 +185,6 @@ def _check_guidable(scale: float, nodes: Sequence[Path]) -> None:
     without = [folder for folder in nodes if not read_description(Path(folder)).get("guidable")]
     if without:
         raise ValueError(
-            f"guidance_teacher: found {scale}, but the node {without[0]} was recorded without a null condition; expected 1, or "
+            f"guidance.teacher: found {scale}, but the node {without[0]} was recorded without a null condition; expected 1, or "
             "no nodes (method dmd)"
-        )
-
-
-def _check(criterion: str, window: int, tolerance: float) -> None:
-    if criterion not in ("steps", "plateau"):
-        raise ValueError(f"criterion: found {criterion!r}, expected 'steps' or 'plateau'")
-    if window < 1 or not 0 <= tolerance < 1:
-        raise ValueError(
-            f"window, tolerance: found {window} and {tolerance}, expected a window of at least 1 and a share in [0, 1)"
         )

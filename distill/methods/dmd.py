@@ -12,10 +12,10 @@ the fake score leaves it, then falls slowly; its size is no quality. Watch `diag
 `diagnostics/x_std` (far below the data's is collapse), with a GAN `fake/logit_real` and `fake/logit_fake` (apart by a few, not
 by tens), and `eval/fd`.
 
-Diff-Instruct as published: `normalise: false`, `reduction: sum`, `fake_updates_per_generator: 1` and log-normal times for both.
+Diff-Instruct as published: `normalise: false`, `reduction: sum`, `updates: {fake_per_student: 1, first: fake}` and log-normal
+times for both.
 
-Deviations: Diff-Instruct updates the fake score first and on samples of its own; here the student comes first, as in DMD2, and
-its images are used again. Between its updates the fake score of a few-step student learns a step drawn for each sample; DMD2
+Deviations: between its updates the fake score of a few-step student learns a step drawn for each sample; DMD2
 draws one a batch. Outside EDM all times are the process's own, of the GAN too. The normaliser has a floor in units of each
 sample (0: the reference), since with few components it comes near 0. Samples that are not finite are not zeroed: the engine
 skips and counts the step. DMD's regression on pairs is not part of the loss (DMD2 dropped it).
@@ -32,16 +32,14 @@ class DMD(DistributionMatching):
     Args:
         student: starts from the teacher.
         teacher: a diffusion or flow model; the fake score starts as its copy.
-        levels: noise levels sigma / alpha at which the student's steps start; null: one step from t_max.
-        input: what a few-step student is trained on: "backward_sim", its own sampler's states, or "real_noised", noised data
-            (the mismatch that DMD2 mends; for comparisons, with the data's labels and two levels or more).
+        sampling, fake, guidance, updates, gan: see `families.options`. With a GAN generated samples have the labels of
+            `sampling.labels`, real ones their own.
+        input: what a few-step student is trained on: "backward_sim", the states of its own sampler, or "real_noised", noised
+            data (the mismatch that DMD2 removes; for comparisons, with the data's labels and two levels or more).
+        generator_times: times of the student's loss, see `losses.score_times.times_of`; null: under EDM DMD2's table, indices
+            20 .. 980, else `losses.score_times.usual_times`. `fake.times`: null: under EDM the indices 0 .. 999.
+        reduction: of losses over the dimensions of a sample, "mean" or "sum".
         normalise: divide by the teacher's error (DMD); false: Diff-Instruct.
         floor: of the normaliser, in units of a sample's root mean square; 0: the reference.
-        fake_updates_per_generator: fake updates for each one of the student, which comes first.
-        gan: null, or {weight_g, weight_d, diffusion, groups, features}: a head on the bottleneck features of the fake score
-            (trained with it) or of the teacher; `diffusion`: real and generated samples are noised before it, at `fake_times`.
-            Generated samples have the labels that `labels` says, real ones their own.
-        generator_times, fake_times: see `losses.score_times.times_of`; null: under EDM DMD2's table, indices 20 .. 980 and
-            0 .. 999, else what suits the process (`losses.score_times.usual_times`).
-        The others: see `families.score.ScoreDistillation`.
+        noise_scale: of the student's sampler, see `SamplerSpec`; training never uses it.
     """

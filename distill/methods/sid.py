@@ -20,17 +20,22 @@ time.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 
 from distill.data.batch import Batch
-from distill.engine.update import Loss, Step, Update
-from distill.methods.families.score import ScoreDistillation, check_ratio
+from distill.engine.update import Loss, Step
+from distill.methods.families.options import FakeScore, Guidance, Sampling, Updates
+from distill.methods.families.score import ScoreDistillation
 from distill.methods.losses.score import sid_loss
-from distill.methods.losses.score_times import usual_times
 from distill.models.denoiser import Denoiser
+from distill.typed import filled
+
+SAMPLING = Sampling()
+UPDATES = Updates(fake_per_student=1)
+Given = Mapping[str, Any]
 
 
 class SiD(ScoreDistillation):
@@ -40,16 +45,18 @@ class SiD(ScoreDistillation):
         student: starts from the teacher.
         teacher: a diffusion or flow model; the fake score starts as its copy.
         alpha: 1 is safe; 1.2 as in the paper's CIFAR-10 and ImageNet runs; 0 is the plain projected loss.
-        levels: noise levels sigma / alpha at which the student's steps start; null: one step from t_max. The paper, under
-            EDM: [2.5].
-        generator_times, fake_times: see `losses.score_times.times_of`; null: under EDM SiD's polynomial with t_max = 800 and
-            EDM's log-normal, else what suits the process (`losses.score_times.usual_times`).
-        fake_updates_per_generator: fake updates for each one of the student, which comes last.
+        sampling, fake, guidance, updates: see `families.options`.
+        generator_times: times of the student's loss, see `losses.score_times.times_of`; null: under EDM SiD's polynomial with
+            t_max = 800, else `losses.score_times.usual_times`. `fake.times`: null: under EDM its log-normal.
         loss_scale_g: factor on the student's loss (the reference: 100); with Adam and beta1 = 0 it changes nothing but the
             distance to Adam's epsilon.
         floor: of the weight's normaliser.
-        The others: see `families.score.ScoreDistillation`.
+        noise_scale: of the student's sampler, see `SamplerSpec`; training never uses it.
     """
+
+    GENERATOR_TIMES: ClassVar[Mapping[str, Any]] = {"name": "sid", "t_max": 800.0}
+    FAKE_TIMES: ClassVar[Mapping[str, Any]] = {"name": "lognormal", "mean": -1.2, "std": 1.2}
+    ORDER: ClassVar[tuple[str, str]] = ("fake", "fresh")
 
     def __init__(
         self,
@@ -57,87 +64,37 @@ class SiD(ScoreDistillation):
         teacher: Denoiser,
         *,
         alpha: float = 1.0,
-        levels: Sequence[float] | None = None,
-        unit_noise: bool = False,
-        generator_times: Mapping[str, Any] | None = None,
-        fake_times: Mapping[str, Any] | None = None,
-        weighting: str = "auto",
-        sigma_data: float = 0.5,
-        guidance_teacher: float = 1.0,
-        guidance_fake: float = 1.0,
-        guidance_fake_train: float = 1.0,
-        null_prob: float = 0.0,
-        fake_updates_per_generator: int = 1,
+        sampling: Sampling | Given = SAMPLING,
+        generator_times: Given | None = None,
+        fake: FakeScore | Given = FakeScore(),
+        guidance: Guidance | Given = Guidance(),
+        updates: Updates | Given = UPDATES,
         loss_scale_g: float = 100.0,
         floor: float = 1e-5,
-        labels: str = "data",
         noise_scale: float = 1.0,
     ) -> None:
         super().__init__(
             student,
             teacher,
-            levels=levels,
-            unit_noise=unit_noise,
-            generator_times=usual_times(
-                student.process, generator_times, {"name": "sid", "t_max": 800.0}, fake=False
-            ),
-            fake_times=usual_times(
-                student.process, fake_times, {"name": "lognormal", "mean": -1.2, "std": 1.2}, fake=True
-            ),
-            weighting=weighting,
-            sigma_data=sigma_data,
+            sampling=filled(SAMPLING, sampling, "sampling"),
+            generator_times=generator_times,
+            fake=filled(FakeScore(), fake, "fake"),
+            guidance=filled(Guidance(), guidance, "guidance"),
+            updates=filled(UPDATES, updates, "updates"),
             reduction="sum",
-            guidance_teacher=guidance_teacher,
-            guidance_fake=guidance_fake,
-            guidance_fake_train=guidance_fake_train,
-            null_prob=null_prob,
-            labels=labels,
             noise_scale=noise_scale,
         )
-        check_ratio(fake_updates_per_generator)
         for name, value in (("loss_scale_g", loss_scale_g), ("floor", floor)):
             if not 0 < value < math.inf:
                 raise ValueError(f"{name}: expected a positive number, found {value}")
         one = torch.ones(1, 1)
         sid_loss(one, one, one, alpha=alpha, floor=floor)
         self.alpha, self.floor, self.loss_scale_g = alpha, floor, loss_scale_g
-        self.ratio = fake_updates_per_generator
-
-    def updates(self) -> Sequence[Update]:
-        """The fake score first, then the student."""
-        return [
-            Update("fake", {"fake": self.fake}, self.fake_loss),
-            Update(
-                "student",
-                {"student": self.student},
-                self.student_loss,
-                every=self.ratio,
-                start=self.ratio - 1,
-            ),
-        ]
-
-    def fake_loss(self, batch: Batch, step: Step) -> Loss:
-        """The fake score learns the student's samples; noise of their own, not the student's update's."""
-        cond = self.conditions(batch, step.draws)
-        x = self.input.mixture(self.student, cond, step.draws)
-        return Loss(self.fake_errors(x, cond, step.draws).mean())
 
     def student_loss(self, batch: Batch, step: Step) -> Loss:
         """(yT - yF) ((yT - x) - alpha (yT - yF)) / m, its gradient also through the inputs of both networks."""
-        cond = self.conditions(batch, step.draws)
-        x = self.input.output(self.student, cond, step.draws)
-        x_t, _, t = self.noised(x, self.generator_times, step.draws)
-        y_teacher = self.teacher.x0(x_t, t, cond, self.guidance_teacher)
-        y_fake = self.fake.x0(x_t, t, cond, self.guidance_fake)
+        x, cond = self.student_samples(batch, step)
+        y_teacher, y_fake = self.predictions(x, cond, step.draws)
         per_sample = sid_loss(x, y_teacher, y_fake, alpha=self.alpha, floor=self.floor)
-        with torch.no_grad():
-            error = (x - y_teacher).abs().flatten(1).mean(1)
-            logs = {
-                "loss_unscaled": per_sample.mean(),
-                "gap": (y_teacher - y_fake).abs().mean(),
-                "teacher_error": error.mean(),
-                "teacher_error_min": error.min(),
-                "x_mean": x.mean(),
-                "x_std": x.std(),
-            }
+        logs = {"loss_unscaled": per_sample.mean().detach(), **self.describe(x, y_teacher, y_fake)}
         return Loss(self.loss_scale_g * per_sample.mean(), logs)

@@ -26,6 +26,7 @@ from omegaconf.errors import (
 
 from distill.recipe.arguments import arguments, check_choice, quoted, slug, swept, typed_again
 from distill.recipe.sources import SUFFIXES, register_sources
+from distill.stages.renamed import moved_option
 from distill.terminal import told
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -171,6 +172,8 @@ def _unknown_key(error: Any) -> str:
     if not where and (others := _recipes_with(key)):
         return f"{path}: no such key in this recipe; expected another key, or one of the recipes {', '.join(others)}"
     keys = sorted(set(keys))
+    if (moved := moved_option(key, keys)) is not None:
+        return f"{path}: is now {where}.{moved}; write {where}.{moved}=..."
     inside = f"{where} has" if where else "the options are"
     near = _near(key, keys, where)
     add = f"; an option that the config leaves out is added with +{path}=..." if where and not near else ""

@@ -37,6 +37,7 @@ from distill.stages.ownership import (
     check_stage_folder,
     recorded_identity,
 )
+from distill.stages.renamed import with_name_of_now
 from distill.stages.targets import check_targets
 from distill.terminal import printable
 from distill.typed import parse, within
@@ -184,6 +185,11 @@ def _state(entry: Planned, before: Mapping[str, Planned]) -> None:
     _compare(entry, found, "finished" if finished else "interrupted", swapped)
 
 
+def _named(entry: Planned, changes: Sequence[str]) -> tuple[str, ...]:
+    """Differences of identities with the names that the method's options have now."""
+    return tuple(with_name_of_now(line, entry.config.get("method") or {}) for line in changes)
+
+
 def _compare(entry: Planned, found: Mapping[str, Any], same: str, swapped: tuple[str, ...]) -> None:
     """The state of a stage whose folder holds work of the identity `found`; `same` if it is today's. A stage that was made
     longer keeps that in its identity: it is not what training to the same length at once makes. `swapped`: inputs whose
@@ -196,12 +202,12 @@ def _compare(entry: Planned, found: Mapping[str, Any], same: str, swapped: tuple
     old, new = found["config"].get(stage.LENGTH), entry.identity["config"].get(stage.LENGTH)
     if swapped or not (isinstance(old, int) and isinstance(new, int) and new > old):
         wanted = entry.identity if old == new else entry.identity | kept
-        entry.state, entry.changes = "changed", tuple(differences(found, wanted))
+        entry.state, entry.changes = "changed", _named(entry, differences(found, wanted))
         return
     if changes := differences(lasting_identity(stage, found), lasting_identity(stage, entry.identity)):
         raw = differences(_plain(found), entry.identity)
         told = [line if line in raw else f"{line} ({_STRETCHED})" for line in changes]
-        entry.state, entry.changes = "changed", tuple(told)
+        entry.state, entry.changes = "changed", _named(entry, told)
         return
     if not stage.begun(entry.folder):
         raise FileNotFoundError(

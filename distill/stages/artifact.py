@@ -14,6 +14,7 @@ import distill
 from distill.files import canonical_json, copy, read_json, sha256_file, sha256_text, write_json
 from distill.stages.base import Stage
 from distill.stages.ownership import ARTIFACT, RECORDS, files_of
+from distill.stages.renamed import former_names
 from distill.typed import parse
 
 SCHEMA = 2  # 1: without `sha256` and `input_files`
@@ -45,6 +46,8 @@ def hashed_config(config: Mapping[str, Any], references: tuple[str, ...]) -> dic
 
     left_out = EXECUTION_ONLY | {key for key in references if isinstance(config.get(key), str)}
     kept = {key: value for key, value in config.items() if key not in left_out}
+    if isinstance(method := kept.get("method"), Mapping):
+        kept["method"] = former_names(method)
     return kept | {"_target_": FIRST_NAMES.get(kept["_target_"], kept["_target_"])}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from distill.files import read_json, sha256_file, write_json
 from distill.models.description import DESCRIPTION, WEIGHTS, read_description
 from distill.stages.ownership import ARTIFACT, read_object
+from distill.stages.renamed import MOVED, former_names
 from distill.typed import parse
 
 SCHEMA = 1
@@ -148,9 +149,10 @@ def check_recorded(where: str, recorded: Mapping[str, Any], method: Mapping[str,
     """Refuse nodes that were recorded by a method with other levels: their end, where the fake score begins, would not fit.
 
     Raises ValueError naming the option."""
+    theirs, ours = former_names(recorded), former_names(method)
     for key in ("levels", "unit_noise"):
-        if recorded.get(key) != method.get(key):
+        if theirs.get(key) != ours.get(key):
             raise ValueError(
-                f"method.{key}: found {method.get(key)!r}, but the nodes of {where} are recorded with {recorded.get(key)!r}; "
-                "expected the same"
+                f"method.{MOVED[key]}: found {ours.get(key)!r}, but the nodes of {where} are recorded with "
+                f"{theirs.get(key)!r}; expected the same"
             )

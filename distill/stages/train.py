@@ -50,6 +50,7 @@ from distill.stages.nodes import (
     write_manifest,
 )
 from distill.stages.optim import build_optim, check_optim
+from distill.stages.renamed import moved_option
 from distill.stages.targets import resolve
 from distill.stages.threads import PeakMemory, use_threads
 from distill.stages.trial import try_images
@@ -183,6 +184,8 @@ class Train(ModelStage):
         options = {name: known[name] for name in known if name not in models}
         given = [name for name in self.method if name != "_target_"]
         if unknown := [name for name in given if name not in options]:
+            if moved := moved_option(unknown[0], options):
+                raise ValueError(f"method.{unknown[0]}: is now method.{moved}; write it there")
             near = difflib.get_close_matches(unknown[0], options, n=1)
             hint = f", did you mean method.{near[0]}?" if near else ""
             raise ValueError(

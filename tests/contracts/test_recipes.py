@@ -6,6 +6,7 @@ import importlib
 import inspect
 import json
 import shutil
+from dataclasses import asdict, is_dataclass
 from functools import partial
 from pathlib import Path
 
@@ -109,10 +110,14 @@ def build(path: Path) -> DistillModule:
 def test_config_is_the_constructor(path):
     cls, options = method_class(path)
     parameters = inspect.signature(cls).parameters
+
+    def plain(default):
+        if isinstance(default, tuple):
+            return list(default)
+        return asdict(default) if is_dataclass(default) else default
+
     defaults = {
-        k: list(p.default) if isinstance(p.default, tuple) else p.default
-        for k, p in parameters.items()
-        if p.default is not inspect.Parameter.empty
+        k: plain(p.default) for k, p in parameters.items() if p.default is not inspect.Parameter.empty
     }
     assert options == defaults, (
         "configs/method/<name>.yaml spells out every option with the constructor's default"

@@ -33,7 +33,7 @@ BELOW = {
     "evaluation": {"models", "process", "data", "samplers", *BASE},
     "exporters": {"models", "evaluation", *BASE},
     "engine": {"models", "process", "data", "samplers", *BASE},
-    "methods": {"engine", "models", "nets", "process", "data", "samplers"},
+    "methods": {"engine", "models", "nets", "process", "data", "samplers", "typed"},
     "stages": {
         *(
             "methods",

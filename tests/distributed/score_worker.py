@@ -31,7 +31,7 @@ from distill.world import World
 STEPS, HALF, NODES = 8, 5, 4
 TIMES: dict[str, Any] = {
     "generator_times": {"name": "uniform", "low": 0.02, "high": 0.98},
-    "fake_times": {"name": "logit_normal"},
+    "fake": {"times": {"name": "logit_normal"}},
 }
 # One group: of the small nets' few features, groups would hold two numbers each, whose norm is a sign, and then the order of
 # a sum decides.
@@ -63,31 +63,39 @@ def sid(student: Denoiser, teacher: Denoiser, nodes: Sequence[Path]) -> DistillM
 
 def gan_on_fake(student: Denoiser, teacher: Denoiser, nodes: Sequence[Path]) -> DistillModule:
     """The fake score learns by its output and by its features."""
-    return DMD(student, teacher, fake_updates_per_generator=2, gan={"features": "fake", **GAN}, **TIMES)
+    return DMD(student, teacher, updates={"fake_per_student": 2}, gan={"features": "fake", **GAN}, **TIMES)
 
 
 def gan_on_teacher(student: Denoiser, teacher: Denoiser, nodes: Sequence[Path]) -> DistillModule:
     """A frozen net passes gradients on from its features; no noise before it."""
     gan = {"features": "teacher", "diffusion": False, **POINTS_GAN}
-    return DMD(student, teacher, fake_updates_per_generator=2, gan=gan, **TIMES)
+    return DMD(student, teacher, updates={"fake_per_student": 2}, gan=gan, **TIMES)
 
 
 def two_steps(student: Denoiser, teacher: Denoiser, nodes: Sequence[Path]) -> DistillModule:
     """Backward simulation: one step of the student for all processes, and one for each sample of the fake score, which is
     updated three times as often."""
-    return DMD(student, teacher, levels=[4.0, 1.0], fake_updates_per_generator=3, **TIMES)
+    return DMD(student, teacher, sampling={"levels": [4.0, 1.0]}, updates={"fake_per_student": 3}, **TIMES)
 
 
 def disback(student: Denoiser, teacher: Denoiser, nodes: Sequence[Path]) -> DistillModule:
     """Targets change at steps 2, 4 and 6; the head sees features of the target, also between student steps."""
     gan = {"features": "teacher", **POINTS_GAN}
-    return DisBack(student, teacher, nodes, steps_per_node=2, fake_updates_per_generator=2, gan=gan, **TIMES)
+    return DisBack(
+        student,
+        teacher,
+        nodes,
+        backtrack={"steps_per_node": 2},
+        updates={"fake_per_student": 2},
+        gan=gan,
+        **TIMES,
+    )
 
 
 def plateau(student: Denoiser, teacher: Denoiser, nodes: Sequence[Path]) -> DistillModule:
     """Windows end at even steps, so the checkpoint lies inside one; the loss rises, and every second one ends a target."""
-    walk = {"criterion": "plateau", "window": 2, "tolerance": 0.5}
-    return DisBack(student, teacher, nodes, fake_updates_per_generator=1, **walk, **TIMES)
+    walk = {"backtrack": {"criterion": "plateau", "window": 2, "tolerance": 0.5}}
+    return DisBack(student, teacher, nodes, updates={"fake_per_student": 1}, **walk, **TIMES)
 
 
 METHODS = {

@@ -165,13 +165,17 @@ class Toy:
 
     def recorded(self, folder: Path) -> list[Path]:
         """The teacher and its four nodes: 200 steps, a node every 50."""
-        record = Degrade(self.copy(), self.copy(), total_steps=200, node_every=50, levels=[2.5])
+        record = Degrade(self.copy(), self.copy(), total_steps=200, node_every=50, sampling={"levels": [2.5]})
         self.trained(record, 200, snapshot=certificates.node_keeper(record, folder))
         return [folder / str(step) for step in (0, *record.snapshots())]
 
     def disback(self, folder: Path) -> DisBack:
         return DisBack(
-            self.copy(), self.copy(), self.recorded(folder), levels=[2.5], fake_updates_per_generator=1
+            self.copy(),
+            self.copy(),
+            self.recorded(folder),
+            sampling={"levels": [2.5]},
+            updates={"fake_per_student": 1},
         )
 
 
@@ -187,12 +191,16 @@ def start(toy: Toy) -> Found:
 
 
 def sid(toy: Toy, **options: Any) -> SiD:
-    return SiD(toy.copy(), toy.copy(), **{"levels": [2.5]} | options)
+    return SiD(toy.copy(), toy.copy(), **{"sampling": {"levels": [2.5]}} | options)
 
 
 def matching(toy: Toy, kind: type[DMD] = DMD, **options: Any) -> DMD:
     """Distribution matching with one fake update for each of the student."""
-    return kind(toy.copy(), toy.copy(), **{"levels": [2.5], "fake_updates_per_generator": 1} | options)
+    return kind(
+        toy.copy(),
+        toy.copy(),
+        **{"sampling": {"levels": [2.5]}, "updates": {"fake_per_student": 1}} | options,
+    )
 
 
 def test_the_start_and_the_goal(toy: Toy, start: Found) -> None:
@@ -218,7 +226,7 @@ STUDENTS: dict[str, Callable[[Toy], ScoreDistillation]] = {
     "sid, alpha 1.2": partial(sid, alpha=1.2),
     "dmd with its gan": partial(matching, gan={}),
     "diff-instruct": partial(
-        matching, normalise=False, reduction="sum", generator_times=LOGNORMAL, fake_times=LOGNORMAL
+        matching, normalise=False, reduction="sum", generator_times=LOGNORMAL, fake={"times": LOGNORMAL}
     ),
 }
 
@@ -235,7 +243,7 @@ def test_a_student_of_two_steps_is_accepted(
     make: Callable[..., ScoreDistillation], toy: Toy, start: Found
 ) -> None:
     """Both of its outputs: what is trained is their even mixture."""
-    method = make(toy, levels=[2.5, 0.5])
+    method = make(toy, sampling={"levels": [2.5, 0.5]})
     found, spec = toy.trained(method)[STEPS], method.result().sampler
     assert found.missed() == []
     first = toy.of(method.best(), replace(spec, steps=1, times={1: (spec.times[2][0], spec.times[2][-1])}))
@@ -283,5 +291,5 @@ def test_broken_methods_are_not_accepted(toy: Toy, start: Found) -> None:
     assert "energy" in toy.trained(matching(toy, Uphill), 60)[60].missed()
     stale = toy.trained(matching(toy, Stale), 60)[60]
     assert stale == start  # where F is T the direction is exactly 0
-    blind = toy.trained(Blind(toy.copy(), toy.copy(), levels=[2.5]), 500)[500]
+    blind = toy.trained(Blind(toy.copy(), toy.copy(), sampling={"levels": [2.5]}), 500)[500]
     assert {"energy", "near", "modes"} <= set(blind.missed())

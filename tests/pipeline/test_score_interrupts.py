@@ -33,7 +33,7 @@ RECIPES = {
         "recipe=disback",
         *SMOKE,
         "stages.record.method.node_every=2",
-        "stages.distill.method.steps_per_node=2",
+        "stages.distill.method.backtrack.steps_per_node=2",
     ),
 }
 
@@ -180,7 +180,7 @@ def test_disback_on_two_processes_killed_while_recording_and_on_the_way_back(tmp
             if o.split("=")[0] not in ("profile.steps", "trainer.checkpoint_every")
         ),
         *("profile.steps=30", "trainer.checkpoint_every=8", "trainer.devices=2", "trainer.shard=world"),
-        *("stages.record.method.node_every=8", "stages.distill.method.steps_per_node=9"),
+        *("stages.record.method.node_every=8", "stages.distill.method.backtrack.steps_per_node=9"),
     ]
     for kind in ("whole", "parts"):
         (tmp_path / f"disback-{kind}").mkdir()

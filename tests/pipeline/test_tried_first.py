@@ -88,9 +88,12 @@ def test_pictures_that_are_measured_are_planned(pictures, tmp_path):
     ("overrides", "message"),
     [
         # values that only the method's constructor knows to be wrong
-        (("recipe=sid", "stages.distill.method.levels=[-1]"), r"stages.distill: .*levels"),
+        (("recipe=sid", "stages.distill.method.sampling.levels=[-1]"), r"stages.distill: .*levels"),
         (("recipe=lcm", "teacher=flow_unet"), "stages.distill: student: found Flow"),
-        (("recipe=disback", "stages.distill.method.criterion=never"), "stages.distill: .*criterion"),
+        (
+            ("recipe=disback", "stages.distill.method.backtrack.criterion=never"),
+            "stages.distill: .*criterion",
+        ),
         # a teacher that takes no guidance; pairs of a student that is no ODE
         (
             ("recipe=instaflow", "stages.pairs.guidance_scale=2", "teacher.method.null_prob=0"),
@@ -98,8 +101,8 @@ def test_pictures_that_are_measured_are_planned(pictures, tmp_path):
         ),
         # nodes of another student
         (
-            ("recipe=disback", "stages.record.method.levels=[0.5]"),
-            "stages.distill.method.levels: found .*recorded with",
+            ("recipe=disback", "stages.record.method.sampling.levels=[0.5]"),
+            "stages.distill.method.sampling.levels: found .*recorded with",
         ),
         # rows that the model is not valid for
         (

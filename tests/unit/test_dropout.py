@@ -124,7 +124,7 @@ RESUMED: dict[str, tuple[Process, str, Callable[[Denoiser, Denoiser], DistillMod
     "guided": (VPCosine(), "v", Guided),
     "lcm": (TABLE, "v", lambda s, t: LCM(s, t, w_min=0, w_max=0)),
     "sid": (Flow(), "velocity", SiD),
-    "dmd": (Flow(), "velocity", lambda s, t: DMD(s, t, fake_updates_per_generator=2)),
+    "dmd": (Flow(), "velocity", lambda s, t: DMD(s, t, updates={"fake_per_student": 2})),
 }
 
 

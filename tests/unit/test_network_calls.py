@@ -169,7 +169,7 @@ def test_sid_at_2_5_has_the_size_of_its_data(tmp_path: Path) -> None:
     """The method's own spec, through a saved model: samples have the spread of the data, by one_step and by sample."""
     torch.manual_seed(0)
     teacher = exact_denoiser(EDM(), MEANS, 0.3)
-    sampler = SiD(exact_denoiser(EDM(), MEANS, 0.3), teacher, levels=[2.5]).result().sampler
+    sampler = SiD(exact_denoiser(EDM(), MEANS, 0.3), teacher, sampling={"levels": [2.5]}).result().sampler
     save_model(tmp_path, teacher.net.state_dict(), describe(teacher, teacher.net.config(), sampler))
     generator = load_model(tmp_path)
     noise = torch.randn(500, 2, generator=torch.Generator().manual_seed(1))
@@ -290,8 +290,8 @@ def test_methods_take_the_sigma_data_of_the_model_or_refuse_another() -> None:
         assert build(preconditioned(0.5)).result().boundary.sigma_data == 0.5
     with pytest.raises(ValueError, match=r"sigma_data: found 0.5, but the model's own sigma_data is 0.25"):
         SiD(preconditioned(), preconditioned())
-    assert SiD(preconditioned(), preconditioned(), sigma_data=0.25).sigma_data == 0.25
-    SiD(preconditioned(), preconditioned(), weighting="eps")  # has no such number
+    assert SiD(preconditioned(), preconditioned(), fake={"sigma_data": 0.25}).matching.sigma_data == 0.25
+    SiD(preconditioned(), preconditioned(), fake={"weighting": "eps"})  # has no such number
 
 
 def test_edm_weight_is_that_of_the_net() -> None:

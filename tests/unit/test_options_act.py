@@ -25,21 +25,23 @@ from distill.process.vp import VPCosine, VPScaledLinear
 
 CLASSES = 8
 SCORE: dict[str, list[Any]] = {
-    "levels": [[4.0]],
-    "unit_noise": [(True, {"levels": [4.0]})],
+    "sampling.levels": [[4.0]],
+    "sampling.unit_noise": [(True, {"sampling.levels": [4.0]})],
+    "sampling.labels": ["data"],
     "generator_times": [{"name": "uniform", "low": 0.3, "high": 0.6}],
-    "fake_times": [{"name": "uniform", "low": 0.3, "high": 0.6}],
-    "weighting": ["edm"],
-    "sigma_data": [(0.7, {"weighting": "edm"})],
+    "fake.times": [{"name": "uniform", "low": 0.3, "high": 0.6}],
+    "fake.weighting": ["edm"],
+    "fake.sigma_data": [(0.7, {"fake.weighting": "edm"})],
     "reduction": ["sum"],
-    "guidance_teacher": [2.0],
-    "null_prob": [0.5],
-    "fake_updates_per_generator": [3],
-    "labels": ["data"],
-    "noise_scale": [(0.5, {"levels": [4.0, 1.0]})],
+    "guidance.teacher": [2.0],
+    "guidance.null_prob": [0.5],
+    "updates.fake_per_student": [3],
+    "updates.first": ["fake"],
+    "updates.samples": ["fresh"],
+    "noise_scale": [(0.5, {"sampling.levels": [4.0, 1.0]})],
 }
 MATCHING = SCORE | {
-    "input": [("real_noised", {"levels": [4.0, 1.0], "labels": "data"})],
+    "input": [("real_noised", {"sampling.levels": [4.0, 1.0], "sampling.labels": "data"})],
     "normalise": [False],
     "floor": [5.0],
     "gan": [{}, {"weight_g": 1.0}, {"weight_d": 1.0}, {"diffusion": False}, {"features": "teacher"}],
@@ -71,8 +73,7 @@ OTHERS: dict[str, dict[str, list[Any]]] = {
         "sample_steps": [[1, 3]],
     },
     "degrade": {
-        key: SCORE[key]
-        for key in ("levels", "unit_noise", "fake_times", "weighting", "sigma_data", "reduction", "labels")
+        key: SCORE[key] for key in SCORE if key.startswith(("sampling.", "fake.")) or key == "reduction"
     }
     | {"total_steps": [7], "node_every": [2]},
     "denoising": {
@@ -84,10 +85,10 @@ OTHERS: dict[str, dict[str, list[Any]]] = {
     },
     "disback": MATCHING
     | {
-        "steps_per_node": [3],
-        "criterion": ["plateau"],
-        "window": [(7, {"criterion": "plateau"})],
-        "tolerance": [(0.5, {"criterion": "plateau"})],
+        "backtrack.steps_per_node": [3],
+        "backtrack.criterion": ["plateau"],
+        "backtrack.window": [(7, {"backtrack.criterion": "plateau"})],
+        "backtrack.tolerance": [(0.5, {"backtrack.criterion": "plateau"})],
     },
     "dmd": MATCHING,
     "flow_matching": {"null_prob": [0.5]},
@@ -120,13 +121,14 @@ OTHERS: dict[str, dict[str, list[Any]]] = {
     "reflow": {"null_prob": [0.5]},
     "sid": {key: value for key, value in SCORE.items() if key != "reduction"}
     | {
-        "labels": ["uniform"],
+        "sampling.labels": ["uniform"],
         "alpha": [1.2],
-        "guidance_fake": [(2.0, {"null_prob": 0.1})],
-        "guidance_fake_train": [(2.0, {"null_prob": 0.1})],
+        "guidance.fake": [(2.0, {"guidance.null_prob": 0.1})],
+        "guidance.fake_train": [(2.0, {"guidance.null_prob": 0.1})],
+        "updates.first": ["student"],
+        "updates.samples": [("shared", {"updates.first": "student"})],
         "loss_scale_g": [1.0],
         "floor": [5.0],
-        "fake_updates_per_generator": [3],
     },
 }
 SETTINGS: dict[str, tuple[Process, str]] = {
@@ -164,7 +166,10 @@ def made(stem: str, options: dict[str, Any]) -> DistillModule:
     given |= {"nodes": []} if "nodes" in taken else {}
     if "total_steps" in taken:
         known["total_steps"] = 16
-    method = cls(**given, **{**known, **options})
+    for name, value in options.items():
+        block, _, inner = name.partition(".")
+        known[block] = known[block] | {inner: value} if inner else value
+    method = cls(**given, **known)
     if hasattr(method, "fake"):  # it starts as the teacher, where distribution matching has no loss
         for parameter in method.fake.parameters():
             torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(4))
@@ -184,8 +189,9 @@ def seen(method: DistillModule) -> dict[str, Any]:
     """What a method does: its losses, the course of its updates and averages, what its student is, its own rules."""
     found: dict[str, Any] = {"result": method.result(), "snapshots": list(method.snapshots())}
     for iteration in (0, 9):
+        shared: dict[str, Any] = {}
         for update in method.plan:
-            step = Step(iteration, draws(32), {})
+            step = Step(iteration, draws(32).named(update.name), shared)
             found[f"{update.name}, {iteration}"] = update.loss(batch(), step).total.item()
     found["updates"] = [(update.name, update.every, update.start) for update in method.plan]
     found["averages"] = {name: [average.decay(k) for k in (0, 5)] for name, average in method.further.items()}
@@ -195,7 +201,11 @@ def seen(method: DistillModule) -> dict[str, Any]:
 
 
 def test_every_option_is_here() -> None:
-    assert {stem: set(method_class(path)[1]) for stem, path in PATHS.items()} == {
+    def names(config: dict[str, Any]) -> set[str]:
+        blocks = {name: value for name, value in config.items() if isinstance(value, dict)}
+        return {*config} - {*blocks} | {f"{block}.{name}" for block in blocks for name in blocks[block]}
+
+    assert {stem: names(method_class(path)[1]) for stem, path in PATHS.items()} == {
         stem: set(options) for stem, options in OTHERS.items()
     }
 
@@ -238,16 +248,20 @@ IDLE: list[tuple[str, dict[str, Any], str]] = [
     ("denoising", {"std": 0.5}, "std: found 0.5, which changes nothing where times are uniform"),
     (
         "degrade",
-        {"sigma_data": 0.7},
-        "sigma_data: found 0.7, which changes nothing with the weighting 'flow'",
+        {"fake.sigma_data": 0.7},
+        "fake.sigma_data: found 0.7, which changes nothing with the weighting 'flow'",
     ),
-    ("degrade", {"unit_noise": True}, "unit_noise: found true, which changes nothing"),
-    ("disback", {"window": 7}, "window: found 7, which changes nothing with the criterion 'steps'"),
-    ("disback", {"tolerance": 0.5}, "tolerance: found 0.5, which changes nothing with the criterion 'steps'"),
+    ("degrade", {"sampling.unit_noise": True}, "sampling.unit_noise: found true, which changes nothing"),
     (
         "disback",
-        {"criterion": "plateau", "steps_per_node": 3},
-        "steps_per_node: found 3, which changes nothing",
+        {"backtrack.window": 7},
+        "backtrack.window: found 7, which changes nothing with the criterion",
+    ),
+    ("disback", {"backtrack.tolerance": 0.5}, "backtrack.tolerance: found 0.5, which changes nothing"),
+    (
+        "disback",
+        {"backtrack.criterion": "plateau", "backtrack.steps_per_node": 3},
+        "backtrack.steps_per_node: found 3, which changes nothing",
     ),
     (
         "dmd",
@@ -261,16 +275,21 @@ IDLE: list[tuple[str, dict[str, Any], str]] = [
         "gan.weight_g, weight_d: found 0 and 0, which changes nothing",
     ),
     ("dmd", {"noise_scale": 0.5}, "noise_scale: found 0.5, which changes nothing for a student of one step"),
-    ("dmd", {"sigma_data": 0.7}, "sigma_data: found 0.7, which changes nothing with the weighting 'flow'"),
+    ("dmd", {"fake.sigma_data": 0.7}, "fake.sigma_data: found 0.7, which changes nothing with the weighting"),
     ("lcm", {"loss": "l1", "huber_c": 0.1}, "huber_c: found 0.1, which changes nothing with the loss 'l1'"),
     (
         "lcm",
         {"w_min": 1.0, "w_max": 1.0, "w": 0, "sample_w": 2.0},
         "sample_w: found 2.0, expected 1.0 .. 1.0",
     ),
-    ("sid", {"guidance_fake": 2.0}, "null_prob: found 0, but guidance_fake = 2.0 asks"),
+    ("sid", {"guidance.fake": 2.0}, "guidance.null_prob: found 0, but guidance.fake = 2.0 needs"),
     ("sid", {"noise_scale": 0.5}, "noise_scale: found 0.5, which changes nothing for a student of one step"),
-    ("sid", {"unit_noise": True}, "unit_noise: found true, which changes nothing"),
+    ("sid", {"sampling.unit_noise": True}, "sampling.unit_noise: found true, which changes nothing"),
+    (
+        "dmd",
+        {"updates.first": "fake", "updates.samples": "shared"},
+        "updates.samples: found 'shared' with updates.first 'fake'",
+    ),
 ]
 
 
@@ -314,10 +333,14 @@ def test_what_would_do_nothing_is_refused(stem: str, options: dict[str, Any], me
         ("lcm", {"w_max": 2.0}, "w_max: found 2.0, but the teacher was trained without a null condition"),
         (
             "sid",
-            {"guidance_teacher": 2.0},
-            "guidance_teacher: found 2.0, but the teacher was trained without a null",
+            {"guidance": {"teacher": 2.0}},
+            "guidance.teacher: found 2.0, but the teacher was trained without a null",
         ),
-        ("dmd", {"null_prob": 0.5}, "null_prob: found 0.5, but the teacher has no conditions to drop"),
+        (
+            "dmd",
+            {"guidance": {"null_prob": 0.5}},
+            "guidance.null_prob: found 0.5, but the teacher has no conditions to drop",
+        ),
     ],
 )
 def test_models_without_conditions_are_neither_guided_nor_unguided(

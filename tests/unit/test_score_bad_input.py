@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from method_support import mlp, optim, prepared, ring_batch, step, trained
+from method_support import mlp, nested, optim, prepared, ring_batch, step, trained
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -54,7 +54,7 @@ def refused(names: list[str], message: str, *, net: Mapping[str, Any] | None = N
     given = {"process": Flow(), "kind": "velocity"} | dict(net or {})
     for name in names:
         with pytest.raises(ValueError, match=message):
-            MAKERS[name](mlp(seed=1, **given), mlp(seed=0, **given), **options)
+            MAKERS[name](mlp(seed=1, **given), mlp(seed=0, **given), **nested(options))
 
 
 # ---- where the student's steps start ----
@@ -65,7 +65,7 @@ def test_a_student_of_noise_predictions_does_not_start_where_they_are_multiplied
     refused(SCORE, r"levels: the first is 2\.\d+e\+04, and a student that predicts eps multiplies", net=net)
     refused(SCORE, r"levels: the first is 101, and a student", net=net, levels=[101.0])
     for given in ({"levels": [99.0]}, {"levels": [2.5]}):
-        DMD(mlp(seed=1, **net), mlp(**net), **given)
+        DMD(mlp(seed=1, **net), mlp(**net), sampling=given)
     # Stable Diffusion's own first step, and any student that predicts something else.
     for process, kind in ((VPScaledLinear(), "eps"), (VPCosine(), "v")):
         DMD(mlp(process, kind, seed=1), mlp(process, kind))
@@ -80,14 +80,14 @@ LEVELS = [
     (EDM(), [0.0], r"levels: found \[0.0\], expected a list of positive, falling noise levels, or null"),
     (EDM(), [-2.5], r"levels: found \[-2.5\]"),
     (EDM(), [], r"levels: found \[\]"),
-    (EDM(), [math.nan], r"levels: found \[nan\]"),
-    (EDM(), 2.5, "levels: found 2.5, expected a list"),
-    (EDM(), "2.5", "levels: found '2.5', expected a list"),
-    (EDM(), ["2.5"], r"levels: found \['2.5'\]"),
+    (EDM(), [math.nan], r"sampling.levels\[0\]: found nan, expected a finite number"),
+    (EDM(), 2.5, "sampling.levels: found 2.5, expected a list of float or null"),
+    (EDM(), "2.5", "sampling.levels: found '2.5', expected a list"),
+    (EDM(), ["2.5"], r"sampling.levels\[0\]: found '2.5', expected float"),
     (EDM(), [1.0, 2.5], r"levels: found \[1.0, 2.5\], expected a list of positive, falling"),
     (EDM(), [2.5, 2.5], r"levels: found \[2.5, 2.5\]"),
     (EDM(), [81.0], r"levels: found \[81.0\], expected noise levels that EDM\(.*\) has: 0 .. 80"),
-    (EDM(), [math.inf], "levels: found .*expected noise levels that EDM"),
+    (EDM(), [math.inf], r"sampling.levels\[0\]: found inf, expected a finite number"),
     (VPScaledLinear(), [80.0, 2.5], r"expected noise levels that VPScaledLinear\(.*\) has: 0.02\d+ .. 14.6"),
     (VPScaledLinear(), [2.5, 0.001], "levels: found"),
 ]
@@ -110,25 +110,25 @@ OPTIONS = [
     (["dmd", "disback"], {"floor": -1e-3}, "floor: expected a finite number of at least 0, found -0.001"),
     (["dmd", "disback"], {"floor": math.inf}, "floor: .*found inf"),
     (["dmd", "disback"], {"floor": math.nan}, "floor: .*found nan"),
-    (SCORE, {"fake_updates_per_generator": 0}, "fake_updates_per_generator: expected an integer of at least 1, found 0"),
-    (SCORE, {"fake_updates_per_generator": 2.5}, "fake_updates_per_generator: .*found 2.5"),
+    (SCORE, {"fake_updates_per_generator": 0}, "updates.fake_per_student: found 0, expected at least 1"),
+    (SCORE, {"fake_updates_per_generator": 2.5}, "updates.fake_per_student: found 2.5, expected int"),
     (SCORE, {"noise_scale": 0.0}, r"noise_scale: found 0.0, expected a number in \(0, 1.5\]"),
     (SCORE, {"noise_scale": -1.0}, "noise_scale: found -1.0"),
     (SCORE, {"noise_scale": 1.6}, "noise_scale: found 1.6"),
     (SCORE, {"noise_scale": math.nan}, "noise_scale: found nan"),
-    (list(MAKERS), {"labels": "none"}, "labels: found 'none', expected 'data' or 'uniform'"),
-    (list(MAKERS), {"weighting": "snr"}, r"weighting: found 'snr', expected 'auto' or one of \['edm', 'eps'"),
-    (list(MAKERS), {"weighting": "v"}, "weighting: found 'v': kind 'v' needs"),
-    (list(MAKERS), {"sigma_data": 0.0}, "sigma_data: found 0.0, expected a positive number"),
-    (list(MAKERS), {"sigma_data": math.inf}, "sigma_data: found inf"),
+    (list(MAKERS), {"labels": "none"}, "sampling.labels: found 'none', expected one of 'data', 'uniform'"),
+    (list(MAKERS), {"weighting": "snr"}, "fake.weighting: found 'snr', expected one of 'auto', 'edm', 'eps'"),
+    (list(MAKERS), {"weighting": "v"}, "fake.weighting: found 'v': kind 'v' needs"),
+    (list(MAKERS), {"sigma_data": 0.0}, "fake.sigma_data: found 0.0, expected a positive number"),
+    (list(MAKERS), {"sigma_data": math.inf}, "fake.sigma_data: found inf"),
     (["dmd", "disback", "degrade"], {"reduction": "max"}, "reduction: found 'max', expected 'sum' or 'mean'"),
     (["dmd", "disback"], {"input": "clean"}, "input: found 'clean', expected 'backward_sim' or 'real_noised'"),
     (["dmd", "disback"], {"input": "real_noised"}, "input: found 'real_noised' for a student of one step"),
     (["disback"], {"steps_per_node": 0}, "steps_per_node: found 0, expected at least 1"),
     (["disback"], {"steps_per_node": [5]}, "steps_per_node: found 1 numbers for the 0 stored targets"),
-    (["disback"], {"criterion": "loss"}, "criterion: found 'loss', expected 'steps' or 'plateau'"),
-    (["disback"], {"criterion": "plateau", "window": 0}, "window, tolerance: found 0"),
-    (["disback"], {"criterion": "plateau", "tolerance": 1.0}, "window, tolerance: found 50 and 1.0"),
+    (["disback"], {"criterion": "loss"}, "backtrack.criterion: found 'loss', expected one of 'steps', 'plateau'"),
+    (["disback"], {"criterion": "plateau", "window": 0}, "backtrack.window, tolerance: found 0"),
+    (["disback"], {"criterion": "plateau", "tolerance": 1.0}, "backtrack.window, tolerance: found 50 and 1.0"),
     (["degrade"], {"total_steps": 0}, "total_steps: found 0, expected at least 1, or null"),
     (["degrade"], {"total_steps": 10, "node_every": 0}, "node_every: found 0"),
 ]  # fmt: skip
@@ -140,7 +140,7 @@ def test_options(names: list[str], options: dict[str, Any], message: str) -> Non
 
 
 TIMES = [
-    ("sid", "generator_times: found 'sid', expected a name and its options"),
+    ("sid", "generator_times: found 'sid', expected "),
     ({"t_max": 800.0}, "generator_times.name: found None, expected one of"),
     ({"name": "cosine"}, r"generator_times.name: found 'cosine', expected one of \['karras'"),
     (
@@ -166,7 +166,7 @@ TIMES = [
 @pytest.mark.parametrize(("times", "message"), TIMES)
 def test_times(times: Any, message: str) -> None:
     refused(SCORE, message, generator_times=times)
-    refused(list(MAKERS), message.replace("generator_times", "fake_times"), fake_times=times)
+    refused(list(MAKERS), message.replace("generator_times", "fake.times"), fake_times=times)
 
 
 def test_levels_that_a_table_does_not_have_are_told() -> None:
@@ -229,15 +229,15 @@ def test_models_of_degrade() -> None:
 def test_a_distilled_generator_is_read_at_its_own_times() -> None:
     """A student of noise level 4 (time 0.8) makes nothing of use from any other."""
     generator = mlp(Flow(), seed=1, coupling="few_step")
-    generator.sampler = SiD(mlp(Flow(), seed=1), mlp(Flow()), levels=[4.0]).result().sampler
+    generator.sampler = SiD(mlp(Flow(), seed=1), mlp(Flow()), sampling={"levels": [4.0]}).result().sampler
     for options in ({}, {"levels": [2.5]}, {"levels": [4.0, 1.0]}, {"levels": [4.0], "unit_noise": True}):
         with pytest.raises(
             ValueError, match=r"levels, unit_noise: .* but the generator was made for {1: \(0.8"
         ):
-            Degrade(mlp(Flow()), generator, **options)
-    assert Degrade(mlp(Flow()), generator, levels=[4.0]).input.times == pytest.approx([0.8])
+            Degrade(mlp(Flow()), generator, sampling=options)
+    assert Degrade(mlp(Flow()), generator, sampling={"levels": [4.0]}).input.times == pytest.approx([0.8])
     generator.coupling = "independent"  # a teacher can be read at any
-    assert Degrade(mlp(Flow()), generator, levels=[2.5]).input.steps == 1
+    assert Degrade(mlp(Flow()), generator, sampling={"levels": [2.5]}).input.steps == 1
 
 
 def test_a_kind_without_a_weighting_of_its_own() -> None:
@@ -252,19 +252,31 @@ GUIDANCE = [
     (
         {"guidance_teacher": 3.0},
         {},
-        "guidance_teacher: found 3.0, but the teacher was trained without a null",
+        "guidance.teacher: found 3.0, but the teacher was trained without a null",
     ),
-    ({"guidance_teacher": math.nan}, {"classes": CLASSES}, "guidance_teacher: found nan, expected a finite"),
-    ({"null_prob": 1.0}, {}, r"null_prob: expected a probability in \[0, 1\), found 1.0"),
-    ({"null_prob": -0.1}, {}, "null_prob: expected a probability"),
+    ({"guidance_teacher": math.nan}, {"classes": CLASSES}, "guidance.teacher: found nan, expected a finite"),
+    ({"null_prob": 1.0}, {}, r"guidance.null_prob: found 1.0, expected a probability in \[0, 1\)"),
+    ({"null_prob": -0.1}, {}, "guidance.null_prob: found -0.1, expected a probability"),
 ]
 FAKE_GUIDANCE = [
-    ({"guidance_fake": 1.5, "null_prob": 0.1}, {}, "guidance_fake: found 1.5, but the teacher was trained"),
-    ({"guidance_fake_train": 1.5, "null_prob": 0.1}, {}, "guidance_fake_train: found 1.5, but the teacher"),
-    ({"guidance_fake": math.inf}, {"classes": CLASSES}, "guidance_fake: found inf"),
-    ({"guidance_fake": 1.5}, {"classes": CLASSES}, "null_prob: found 0, but guidance_fake = 1.5 asks"),
-    ({"guidance_fake": 0.0}, {"classes": CLASSES}, "null_prob: found 0, but guidance_fake = 0.0 asks"),
-    ({"guidance_fake_train": -1.0}, {"classes": CLASSES}, "null_prob: found 0, but guidance_fake_train = -1"),
+    ({"guidance_fake": 1.5, "null_prob": 0.1}, {}, "guidance.fake: found 1.5, but the teacher was trained"),
+    ({"guidance_fake_train": 1.5, "null_prob": 0.1}, {}, "guidance.fake_train: found 1.5, but the teacher"),
+    ({"guidance_fake": math.inf}, {"classes": CLASSES}, "guidance.fake: found inf"),
+    (
+        {"guidance_fake": 1.5},
+        {"classes": CLASSES},
+        "guidance.null_prob: found 0, but guidance.fake = 1.5 needs",
+    ),
+    (
+        {"guidance_fake": 0.0},
+        {"classes": CLASSES},
+        "guidance.null_prob: found 0, but guidance.fake = 0.0 needs",
+    ),
+    (
+        {"guidance_fake_train": -1.0},
+        {"classes": CLASSES},
+        "guidance.null_prob: found 0, but guidance.fake_train = -1",
+    ),
 ]
 
 
@@ -284,14 +296,14 @@ def test_labels_that_the_data_do_not_have(name: str) -> None:
     """Asked for, they are missed; drawn evenly, none are needed. A model without classes takes any data."""
     nets = partial(mlp, Flow(), classes=CLASSES)
     loss = "loss" if name == "degrade" else "fake_loss"
-    missing = MAKERS[name](nets(seed=1), nets(seed=0), labels="data")
+    missing = MAKERS[name](nets(seed=1), nets(seed=0), sampling={"labels": "data"})
     with pytest.raises(
         ValueError, match="labels: found 'data', but the data source has none and the model has 8"
     ):
         getattr(missing, loss)(ring_batch(), step())
-    drawn = MAKERS[name](nets(seed=1), nets(seed=0), labels="uniform")
+    drawn = MAKERS[name](nets(seed=1), nets(seed=0), sampling={"labels": "uniform"})
     assert getattr(drawn, loss)(ring_batch(), step()).total.isfinite()
-    plain = MAKERS[name](mlp(Flow(), seed=1), mlp(Flow()), labels="data")
+    plain = MAKERS[name](mlp(Flow(), seed=1), mlp(Flow()), sampling={"labels": "data"})
     assert getattr(plain, loss)(ring_batch(classes=CLASSES), step()).total.isfinite()
 
 
@@ -303,7 +315,7 @@ def test_a_gan_or_noised_data_without_data() -> None:
             ValueError, match="gan: needs real samples, but the data source has none; expected null"
         ):
             loss(batch, step())
-    method = DMD(mlp(Flow(), seed=1), mlp(Flow()), input="real_noised", levels=[4.0, 1.0])
+    method = DMD(mlp(Flow(), seed=1), mlp(Flow()), input="real_noised", sampling={"levels": [4.0, 1.0]})
     for loss in (method.student_loss, method.fake_loss):
         with pytest.raises(ValueError, match=r"input: needs real samples, .* expected 'backward_sim'"):
             loss(batch, step())
@@ -330,13 +342,13 @@ GAN = [
     (
         {"wieght_g": 1.0},
         {},
-        r"gan.wieght_g: no such option; expected some of \['diffusion', 'features', 'groups'",
+        "gan.wieght_g: no such key, did you mean gan.weight_g",
     ),
-    ("yes", {}, "gan: found 'yes', expected null or options among"),
-    ({"weight_g": -1.0}, {}, "gan.weight_g: found -1.0, expected a finite number of at least 0"),
+    ("yes", {}, "gan: found 'yes', expected a mapping"),
+    ({"weight_g": -1.0}, {}, "gan.weight_g: found -1.0, expected at least 0"),
     ({"weight_d": math.nan}, {}, "gan.weight_d: found nan"),
-    ({"diffusion": "no"}, {}, "gan.diffusion: found 'no', expected true or false"),
-    ({"features": "both"}, {}, "gan.features: found 'both', expected 'fake' or 'teacher'"),
+    ({"diffusion": "no"}, {}, "gan.diffusion: found 'no', expected bool"),
+    ({"features": "both"}, {}, "gan.features: found 'both', expected one of 'fake', 'teacher'"),
     ({"groups": 5}, {}, "gan: groups: 16 channels cannot be split into 5 groups"),
     ({}, {"multipliers": (1, 2, 2)}, "gan: size: found features of 2 x 2, expected at least 4 x 4"),
     ({"features": "teacher"}, {"multipliers": (1, 2, 2)}, "gan: size: found features of 2 x 2"),
@@ -496,10 +508,11 @@ def test_a_way_is_that_of_the_student_s_own_samples(tmp_path: Path) -> None:
     method = {"levels": None, "unit_noise": False, "floor": 0.05}
     check_way(stage, student, method)
     with pytest.raises(
-        ValueError, match=r"method.levels: found \[2.5\], but the nodes of .*record are recorded with None"
+        ValueError,
+        match=r"method.sampling.levels: found \[2.5\], but the nodes of .*record are recorded with None",
     ):
         check_way(stage, student, method | {"levels": [2.5]})
-    with pytest.raises(ValueError, match=r"method.unit_noise: found True, .* recorded with False"):
+    with pytest.raises(ValueError, match=r"method.sampling.unit_noise: found True, .* recorded with False"):
         check_way(stage, student, method | {"unit_noise": True})
     for other in (teacher, None):
         with pytest.raises(
@@ -524,7 +537,7 @@ TIMES_KEY = "stages.distill.method.generator_times"
 BEGUN = ("recipe=sid", f"{TIMES_KEY}={{name: sid, t_max: 800.0}}")
 CHANGES = [
     ("stages.distill.method.alpha=1.2", "config.method.alpha: 1.0 -> 1.2"),
-    ("stages.distill.method.levels=[2.5]", r"config.method.levels: None -> \[2.5\]"),
+    ("stages.distill.method.sampling.levels=[2.5]", r"config.method.sampling.levels: None -> \[2.5\]"),
     (
         "stages.distill.method.generator_times.t_max=600.0",
         "config.method.generator_times.t_max: 800.0 -> 600.0",

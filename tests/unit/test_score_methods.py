@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from method_support import (
     draws,
     gradients,
     mlp,
+    nested,
     optim,
     prepared,
     ring_batch,
@@ -58,10 +60,10 @@ WORLDS = [
 every_world = pytest.mark.parametrize(("process", "kind"), WORLDS)
 B, CLASSES = 32, 8
 # The papers' noise levels, which the classes take by themselves under EDM alone.
-SID: dict[str, Any] = {"generator_times": {"name": "sid"}, "fake_times": {"name": "lognormal"}}
+SID: dict[str, Any] = {"generator_times": {"name": "sid"}, "fake": {"times": {"name": "lognormal"}}}
 TABLE: dict[str, Any] = {
     "generator_times": {"name": "karras"},
-    "fake_times": {"name": "karras", "low": 0, "high": 999},
+    "fake": {"times": {"name": "karras", "low": 0, "high": 999}},
 }
 Method = Callable[..., ScoreDistillation]
 
@@ -84,7 +86,7 @@ def made(make: Method, process: Process, kind: str, *, far: bool = True, **optio
     """A method on random nets in float64; `far`: a fake score that has left the teacher."""
     classes = options.pop("classes", 0)
     net = partial(mlp, process, kind, classes=classes, double=options.pop("double", True))
-    method = make(net(seed=1), net(seed=0), **options)
+    method = make(net(seed=1), net(seed=0), **nested(options))
     if far:
         method.fake.net.load_state_dict(net(seed=2).net.state_dict())
     return method
@@ -176,7 +178,7 @@ def test_times_where_none_are_chosen(process: Process, kind: str, make: Method) 
     else:
         student, fake = 0.02 + 0.96 * u, torch.sigmoid(n) if isinstance(process, Flow) else u
     close(method.generator_times(d), student)
-    close(method.fake_times(d), fake)
+    close(method.matching.times(d), fake)
 
 
 # ---- where the gradient flows ----
@@ -357,7 +359,7 @@ def test_the_fake_score_learns_the_student_s_samples(
     guided = {} if kappa == 1 else {"guidance_fake_train": kappa, "null_prob": 0.25}
     options |= {"sigma_data": 0.7} if kind == "x0" else {}
     method = made(SiD, process, kind, classes=CLASSES, **options, **guided)
-    method.reduction = reduction
+    method.matching.reduction = reduction
     batch, d = ring_batch(classes=CLASSES, dtype=torch.float64), double_step().draws
     x = x0(method.student, *start_of(process, None, d.normal("z", (2,))), batch.cond)
     t = process.time_of(1.2 - 1.2 * d.normal("t")) if reduction == "sum" else d.uniform("t")
@@ -377,7 +379,7 @@ def test_the_fake_score_learns_the_student_s_samples(
     loss = method.fake_loss(batch, double_step())
     close(loss.total.detach(), expected.detach())
     close(flat(gradients(loss.total, method.fake)), flat(gradients(expected, method.fake)))
-    loose = method.fake_errors(x, batch.cond, d).mean()  # samples that still carry their graph
+    loose = method.matching(method.fake, x, batch.cond, d).mean()  # samples that still carry their graph
     for total in (loss.total, loose):
         assert not flat(gradients(total, method.student)).any()
 
@@ -395,13 +397,13 @@ def test_the_share_of_dropped_conditions(share: float) -> None:
 def fakes_of(method: ScoreDistillation) -> list[tuple[Tensor, Cond]]:
     """Fills with (samples, conditions) as the fake score is trained on them."""
     found: list[tuple[Tensor, Cond]] = []
-    original = method.fake_errors
+    original = method.matching
 
-    def noted(x: Tensor, cond: Cond, d: Draws) -> Tensor:
+    def noted(model: Denoiser, x: Tensor, cond: Cond, d: Draws) -> Tensor:
         found.append((x, cond))
-        return original(x, cond, d)
+        return original(model, x, cond, d)
 
-    method.fake_errors = noted  # type: ignore[method-assign]
+    method.matching = noted  # type: ignore[assignment]
     return found
 
 
@@ -655,7 +657,7 @@ def test_scaling_data_noise_and_predictions_together(make: Method, power: int) -
     found = []
     for factor in (1.0, c):
         student, teacher, fake = (Denoiser(Scaled(net, factor), EDM(), "x0", (2,)) for net in nets)
-        method = make(student, teacher, levels=[2.5 * factor])
+        method = make(student, teacher, sampling={"levels": [2.5 * factor]})
         method.fake.net.load_state_dict(fake.net.state_dict())
         method.fake.net.c = factor
         method.generator_times = lambda d, factor=factor: factor * (0.1 + 3 * d.uniform("t"))
@@ -678,7 +680,7 @@ def write_nodes(folder: Path, count: int) -> list[Path]:
 
 def walk(nodes: Sequence[Path], **options: Any) -> DisBack:
     return DisBack(
-        mlp(Flow(), seed=1), mlp(Flow(), seed=0), nodes, **{"fake_updates_per_generator": 1} | options
+        mlp(Flow(), seed=1), mlp(Flow(), seed=0), nodes, **nested({"fake_updates_per_generator": 1} | options)
     )
 
 
@@ -795,7 +797,9 @@ def test_the_walk_goes_on_where_the_loss_stops_falling(tmp_path: Path, monkeypat
 
 def degrade(**options: Any) -> Degrade:
     return Degrade(
-        mlp(Flow(), seed=0, double=True), mlp(Flow(), seed=1, double=True), **{"total_steps": 5} | options
+        mlp(Flow(), seed=0, double=True),
+        mlp(Flow(), seed=1, double=True),
+        **nested({"total_steps": 5} | options),
     )
 
 
@@ -910,7 +914,7 @@ def test_the_head_s_gradient_is_that_of_the_logistic_loss(features: str, pixels:
             eps = at.draws.normal(f"{name}_eps", sample.shape[1:])
             shape = (-1, *(1,) * (sample.dim() - 1))
             x_t = (1 - t).float().reshape(shape) * sample + t.float().reshape(shape) * eps
-            logits[name] = (method.tap(x_t, t, batch.cond).clone(), None)
+            logits[name] = (method.features(x_t, t, batch.cond).clone(), None)
     features_of = {name: kept for name, (kept, _) in logits.items()}
     real, made_up = method.head(features_of["real"]), method.head(features_of["generated"])
     told = (-torch.log(torch.sigmoid(real)) - torch.log(1 - torch.sigmoid(made_up))).mean()
@@ -958,13 +962,13 @@ def test_the_head_s_first_weights_follow_from_the_seed() -> None:
 def test_the_head_hears_the_label_that_was_asked_for_and_the_data_s() -> None:
     method = made(DMD, Flow(), "velocity", double=False, classes=CLASSES, gan={}, labels="uniform")
     assert isinstance(method, DMD)
-    batch, found, tap = ring_batch(classes=CLASSES), [], method.tap
+    batch, found, tap = ring_batch(classes=CLASSES), [], method.features
 
     def noted(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         found.append(cond.label)
         return tap(x, t, cond)
 
-    method.tap = noted  # type: ignore[assignment]
+    method.features = noted  # type: ignore[assignment]
     calls = calls_of(method.student)
     both(method, batch, 0)
     student, real, generated = found
@@ -1029,7 +1033,7 @@ def test_the_gap_is_that_of_the_guided_predictions() -> None:
     with torch.no_grad():
         found = method.diagnostics(ring_batch(classes=CLASSES), draws()).scalars
         assert found["gap_1"].item() == 0
-        method.guidance_fake = 1.0
+        method.guidance = replace(method.guidance, fake=1.0)
         assert method.diagnostics(ring_batch(classes=CLASSES), draws()).scalars["gap_1"].item() > 0
 
 

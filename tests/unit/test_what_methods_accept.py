@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from method_support import double_step, gaussian_batch, gaussian_teacher, noise, optim
+from method_support import double_step, gaussian_batch, gaussian_teacher, nested, noise, optim
 from torch import Tensor, nn
 
 from distill.data.batch import Batch
@@ -216,7 +216,9 @@ TRAINED: dict[str, dict[str, str]] = {
         "sd0": "x0 v velocity",
     },
 }
-FIELDS = r"(kind|process|student|times|grid|weight|weighting|levels|sigma_data): "
+FIELDS = (
+    r"(kind|process|student|times|grid|weight|fake.weighting|sampling.levels|sigma_data|fake.sigma_data): "
+)
 
 
 def trained(method: str, process: str, kind: str) -> bool:
@@ -306,23 +308,23 @@ def test_what_an_error_becomes(process: str) -> None:
 
 
 def test_times_of_scores_are_not_spread_over_noise_levels() -> None:
-    for name in ("generator_times", "fake_times"):
+    for name in ("generator_times", "fake.times"):
         for law in ("uniform", "logit_normal"):
             student, teacher = models(EDM())["x0"]
             with pytest.raises(
                 ValueError, match=rf"^{name}.name: found '{law}' under EDM.*expected lognormal, sid or karras"
             ):
-                SiD(student, teacher, **{name: {"name": law}})
+                SiD(student, teacher, **nested({name.replace(".", "_"): {"name": law}}))
 
 
 def test_a_weight_without_a_mean_is_refused_where_times_reach_the_clean_end() -> None:
     student, teacher = models(Flow())["x0"]
     with pytest.raises(
-        ValueError, match=r"^weighting: under Flow\(\) this loss weighs the error .* without bound"
+        ValueError, match=r"^fake.weighting: under Flow\(\) this loss weighs the error .* without bound"
     ):
-        DMD(student, teacher, fake_times={"name": "uniform"})
+        DMD(student, teacher, fake={"times": {"name": "uniform"}})
     for times in ({"name": "uniform", "low": 0.02}, {"name": "logit_normal"}, {"name": "lognormal"}):
-        DMD(student, teacher, fake_times=times)
+        DMD(student, teacher, fake={"times": times})
 
 
 # ---- the standard deviation of the data ----
@@ -334,18 +336,22 @@ def test_sigma_data_is_that_of_the_models() -> None:
     boundary = Consistency(student, teacher, grid="karras").result().boundary
     assert boundary is not None
     assert boundary.sigma_data == 0.8
-    with pytest.raises(ValueError, match=r"^sigma_data: found 0.5, but the model's own sigma_data is 0.8"):
-        SiD(student, teacher, weighting="edm", fake_times={"name": "lognormal"})
-    SiD(student, teacher, weighting="edm", fake_times={"name": "lognormal"}, sigma_data=0.8)
+    with pytest.raises(
+        ValueError, match=r"^fake.sigma_data: found 0.5, but the model's own sigma_data is 0.8"
+    ):
+        SiD(student, teacher, fake={"weighting": "edm", "times": {"name": "lognormal"}})
+    SiD(student, teacher, fake={"weighting": "edm", "times": {"name": "lognormal"}, "sigma_data": 0.8})
 
     def preconditioned(sigma_data: float) -> Denoiser:
         net = Exact(EDM(), "x0")
         net.sigma_data = sigma_data
         return Denoiser(net, EDM(), "x0", (2,))
 
-    with pytest.raises(ValueError, match=r"^sigma_data: found 0.5, but the model's own sigma_data is 0.7"):
+    with pytest.raises(
+        ValueError, match=r"^fake.sigma_data: found 0.5, but the model's own sigma_data is 0.7"
+    ):
         SiD(exact(EDM(), "x0"), preconditioned(0.7))
-    SiD(exact(EDM(), "x0"), preconditioned(0.7), sigma_data=0.7)
+    SiD(exact(EDM(), "x0"), preconditioned(0.7), fake={"sigma_data": 0.7})
     weighed = Denoising(preconditioned(0.7), times="lognormal", weight="edm")
     weighed.student.net.gain.data.mul_(1.1)
     draws = double_step().draws

@@ -42,8 +42,8 @@ class StudentInput:
         self.scale = (1.0 if unit_noise else start) / whole
         if unit_noise and math.isclose(start, 1.0):
             raise ValueError(
-                f"unit_noise: found true, which changes nothing: the noise at the first time, t = {self.times[0]:g}, has unit "
-                "size; expected false"
+                f"sampling.unit_noise: found true, which changes nothing: the noise at the first time, t = {self.times[0]:g}, "
+                "has unit size; expected false"
             )
 
     @property
@@ -86,13 +86,13 @@ def _falling(process: Process, levels: Sequence[float]) -> Tensor:
     numbers = all(isinstance(level, float | int) and level > 0 for level in wanted)
     if not wanted or not numbers or any(not a > b for a, b in pairwise(wanted)):
         raise ValueError(
-            f"levels: found {levels!r}, expected a list of positive, falling noise levels, or null"
+            f"sampling.levels: found {levels!r}, expected a list of positive, falling noise levels, or null"
         )
     ratio = -torch.log(torch.tensor(wanted, dtype=torch.float64))
     if not bool(process.covers(ratio).all()):
         ends = torch.tensor([process.t_min, process.t_max], dtype=torch.float64)
         low, high = torch.exp(-process.log_ratio(ends)).tolist()
         raise ValueError(
-            f"levels: found {wanted}, expected noise levels that {process!r} has: {low:.4g} .. {high:.4g}"
+            f"sampling.levels: found {wanted}, expected noise levels that {process!r} has: {low:.4g} .. {high:.4g}"
         )
     return ratio

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -139,6 +140,19 @@ def refuse_unused(method: object, given: Mapping[str, Any], because: str) -> Non
         if value != default:
             raise ValueError(
                 f"{name}: found {value!r}, which changes nothing {because}; expected {default!r}"
+            )
+
+
+def refuse_idle(options: Any, names: Sequence[str], where: str, because: str) -> None:
+    """Refuse fields of a dataclass instance that change nothing, where they are not its defaults.
+
+    Raises:
+        ValueError: names the option, `where.name`.
+    """
+    for field in fields(options):
+        if field.name in names and (value := getattr(options, field.name)) != field.default:
+            raise ValueError(
+                f"{where}.{field.name}: found {value!r}, which changes nothing {because}; expected {field.default!r}"
             )
 
 
