@@ -70,6 +70,16 @@ class World:
             dist.all_reduce(values, op=dist.ReduceOp.MAX)
         return values
 
+    def rows(self, values: Tensor) -> Tensor:
+        """[world * B, ...]: the rows [B, ...] of all ranks in rank order, on each of them; B is the same everywhere.
+
+        For a loss of all rows that every rank computes alike. Its gradient at this rank's rows comes back multiplied by
+        `size`, since the engine takes the mean of parameter gradients over ranks, where this loss needs their sum."""
+        if self.size == 1:
+            return values
+        gathered: Tensor = _Rows.apply(values, self.rank, self.size)
+        return gathered
+
     def share(self, chunks: Sequence[Any]) -> list[tuple[int, Any]]:
         """This rank's part of a list of work, as (number, chunk): every `size`-th, so the cut into chunks and with it every
         result is the same on any number of processes."""
@@ -82,6 +92,21 @@ class World:
             return None
         merged = {number: rows for part in gathered for number, rows in part.items()}
         return torch.cat([merged[number] for number in sorted(merged)])
+
+
+class _Rows(torch.autograd.Function):
+    """All-gather along the first dimension; backward keeps this rank's part and needs no communication."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, rank: int, size: int) -> Tensor:
+        ctx.rank, ctx.size = rank, size
+        gathered = values.new_empty(size * len(values), *values.shape[1:])
+        dist.all_gather(list(gathered.chunk(size)), values.contiguous())
+        return gathered
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return gradient.chunk(ctx.size)[ctx.rank] * ctx.size, None, None
 
 
 def join(device: torch.device) -> World:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from distill.engine.made import feed
 from distill.engine.module import DistillModule
-from distill.engine.parallel import full_state, load_optimizer_state, optimizer_state
+from distill.engine.parallel import full_values, load_optimizer_state, optimizer_state
 from distill.engine.progress import Progress
 from distill.files import write_atomic
 from distill.typed import parse
@@ -33,13 +33,13 @@ class Refused(ValueError):
 
 
 def state_of(module: DistillModule, record: Mapping[str, Any]) -> dict[str, Any]:
-    """The declared keys: networks and their averages by role, optimizers by update, progress, counters, sampler,
+    """The declared keys: what is trained of networks and averages by role, optimizers by update, progress, counters, sampler,
     the method's own state, the record of what is trained, versions. Collective: every process calls it."""
     names = module.parameter_names()
     return {
         "schema": SCHEMA,
-        "networks": {role: full_state(network) for role, network in module.networks.items()},
-        "ema": {role: full_state(network) for role, network in module.ema.items()},
+        "networks": {role: full_values(trained.state()) for role, trained in module.trained.items()},
+        "ema": {name: full_values(average.state()) for name, average in module.averaged.items()},
         "optimizers": {key: optimizer_state(o, names) for key, o in module.optimizers_by_key.items()},
         "progress": module.progress.to_dict(),
         "nonfinite": module.nonfinite.to_dict(),
@@ -140,12 +140,12 @@ def _finite(value: Any) -> bool:
 def restore(state: dict[str, Any], module: DistillModule, *, where: Path) -> None:
     """Load networks, averages and counters, strictly in both directions, before the networks are distributed.
     Optimizers: `restore_optimizers`, once they exist."""
-    for part, modules in (("networks", module.networks), ("ema", dict(module.ema.items()))):
-        if set(state[part]) != set(modules):
-            raise Refused(f"{where}: {part}: found {sorted(state[part])}, this method has {sorted(modules)}")
-        for role, network in modules.items():
+    for part, sets in (("networks", module.trained), ("ema", module.averaged)):
+        if set(state[part]) != set(sets):
+            raise Refused(f"{where}: {part}: found {sorted(state[part])}, this method has {sorted(sets)}")
+        for role, parameters in sets.items():
             try:
-                network.load_state_dict(state[part][role])
+                parameters.load(state[part][role])
             except RuntimeError as error:
                 raise Refused(f"{where}: {part}.{role}: does not fit the network: {error}") from error
     progress = checked_progress(state, module, where)

@@ -1,16 +1,11 @@
-"""Exponential moving averages of weights: shard-local, one fused call, no communication."""
+"""Exponential moving averages of trained parameters: shard-local, one fused call, no communication."""
 
 from __future__ import annotations
 
-import copy
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-
-def shadow(network: nn.Module) -> nn.Module:
-    """A frozen copy in eval mode to hold the average; make it before the network is sharded."""
-    return copy.deepcopy(network).requires_grad_(False).eval()
+from distill.engine.params import ParameterSet
 
 
 def decay_at(step: int, decay: float, ramp: bool) -> float:
@@ -20,21 +15,18 @@ def decay_at(step: int, decay: float, ramp: bool) -> float:
 
 
 class EmaUpdater:
-    """An average and the network that it follows, with their tensors looked up once: make it when the network lies
-    where it is trained (sharding replaces parameters). Buffers are read anew, as a net may replace them."""
+    """Updates an average from the parameters that it follows. Tensors are looked up once, so make it after sharding, which
+    replaces parameters. Buffers are looked up in each update, as a net may replace them."""
 
-    def __init__(self, average: nn.Module, network: nn.Module) -> None:
+    def __init__(self, average: ParameterSet, followed: ParameterSet) -> None:
         self.kept: list[Tensor] = list(average.parameters())
-        self.current: list[Tensor] = list(network.parameters())
+        self.current: list[Tensor] = list(followed.parameters())
         if len(self.kept) != len(self.current):
             raise ValueError(
                 f"average: found {len(self.kept)} parameters, the network that it follows has {len(self.current)}"
             )
-        self.buffers = [
-            (kept, current, name)
-            for kept, current in zip(average.modules(), network.modules(), strict=True)
-            for name, _ in current.named_buffers(recurse=False)
-        ]
+        pairs = zip(average.buffers(), followed.buffers(), strict=True)
+        self.buffers = [(kept, current, name) for (_, kept, name), (_, current, _) in pairs]
 
     @torch.no_grad()
     def update(self, decay: float) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -19,11 +18,13 @@ from torch import Tensor, nn
 
 from distill.data.batch import Batch
 from distill.data.rng import Draws
-from distill.engine.ema import EmaUpdater, shadow
-from distill.engine.networks import check_apart, frozen_copy, in_training
+from distill.engine.ema import EmaUpdater
+from distill.engine.networks import check_apart, frozen_copy
 from distill.engine.nonfinite import NonFinite, nonfinite, step_unless
-from distill.engine.parallel import full_norm, make_mesh, shard_net, sync_gradients
+from distill.engine.parallel import full_norm, make_mesh, shard_networks
+from distill.engine.params import ParameterSet
 from distill.engine.progress import Progress
+from distill.engine.running import Running
 from distill.engine.update import Average, Diagnostics, Optim, Step, Update
 from distill.models.denoiser import Denoiser
 from distill.models.generator import Generator
@@ -33,15 +34,6 @@ from distill.world import World
 
 STUDENT = "student"
 Frozen = TypeVar("Frozen", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class _StepCache:
-    """What an update touches in every step, looked up once: walking over a network's modules costs as much as a small
-    layer. `updaters`: averages, each with its decay as a function of the update's step."""
-
-    parameters: list[nn.Parameter]
-    updaters: list[tuple[Callable[[int], float], EmaUpdater]]
 
 
 class DistillModule(L.LightningModule):
@@ -73,7 +65,8 @@ class DistillModule(L.LightningModule):
         self.frozen: dict[str, nn.Module] = {}
         self.progress = Progress()
         self.nonfinite = NonFinite()
-        self._step_caches: dict[str, _StepCache] = {}
+        self._step_caches: dict[str, Running] = {}
+        self._running: Running | None = None  # the update that ran last
         self.world, self.seed, self.stream = World(), 0, "train"
         self.begun: dict[str, Any] = {}  # what training began with, once it has: see `engine.made`
         self.latest: Mapping[str, Tensor] = {}  # what the last iteration logs, on the device
@@ -148,7 +141,7 @@ class DistillModule(L.LightningModule):
         """Derive everything from the updates: what is trained, averages, counters from zero. `optim` has one entry (an
         `Optim` or its fields) for each update, by its name."""
         self.seed, self.stream, self.world = seed, stream, world or World()
-        self._step_caches.clear()
+        self._forget()
         self.plan = list(self.updates())
         names = [update.name for update in self.plan]
         if len(set(names)) != len(names):
@@ -163,20 +156,27 @@ class DistillModule(L.LightningModule):
             )
         self.optim = {key: v if isinstance(v, Optim) else Optim(**v) for key, v in optim.items()}
         self.progress, self.nonfinite, self.begun = Progress(), NonFinite(), {}
-        self.networks: dict[str, nn.Module] = {}
-        self.ema = nn.ModuleDict()
+        self.trained: dict[str, ParameterSet] = {}
+        self.averaged: dict[str, ParameterSet] = {}
         for update in self.plan:
-            for role, network in update.trains.items():
-                self.networks[role] = network
-                if self.optim[update.name].averaged and role not in self.ema:
-                    self.ema[role] = shadow(network)
+            for role, given in update.trains.items():
+                found = ParameterSet.of(given, f"updates: {update.name}: {role}")
+                if self.trained.setdefault(role, found) != found:
+                    raise ValueError(
+                        f"updates: {update.name}: {role}: found other parameters than those of an earlier update; expected "
+                        "the same, or another name for them"
+                    )
+                if self.optim[update.name].averaged and role not in self.averaged:
+                    self.averaged[role] = found.copy()
+        self.networks = {role: parameters.network for role, parameters in self.trained.items()}
         self.further = dict(self.averages())
         for name, average in self.further.items():
             if name in self.networks or average.of not in self.networks:
                 raise ValueError(
                     f"averages: {name!r} of {average.of!r}: expected a new name and one of {sorted(self.networks)}"
                 )
-            self.ema[name] = shadow(self.networks[average.of])
+            self.averaged[name] = self.trained[average.of].copy()
+        self.ema = nn.ModuleDict({name: average.network for name, average in self.averaged.items()})
         self.student_update = next(update for update in self.plan if STUDENT in update.trains)
         if (told := self.result().boundary) != self.student.boundary:
             raise ValueError(
@@ -184,38 +184,50 @@ class DistillModule(L.LightningModule):
             )
 
     def distribute(self, shard: str, device: torch.device) -> None:
-        """Move all networks to their device and, with several processes, shard them: each on its own, averages
-        like what they average, so that averaging never communicates. Once, before optimizers are made."""
-        self._step_caches.clear()  # sharding replaces parameters
+        """Move all networks to their device and, with several processes, shard them: averages like what they follow, so
+        that averaging never communicates. Once, before optimizers are made."""
+        self._forget()  # sharding replaces parameters
+        trained, frozen = [*self.networks.values(), *self.ema.values()], list(self.frozen.values())
+        for network in [*trained, *frozen]:
+            network.to(device)
+        sets = [*self.trained.values(), *self.averaged.values()]
+        receiving = {id(p) for parameters in sets for p in parameters.parameters()}
         mesh = make_mesh(self.world, shard, device)
-        for network in [*self.networks.values(), *self.ema.values()]:
-            network.to(device)
-            shard_net(network.net if isinstance(network, Denoiser) else network, mesh)
-        for network in self.frozen.values():
-            network.to(device)
-            if shard != "none":
-                shard_net(network.net if isinstance(network, Denoiser) else network, mesh)
+        shard_networks(trained if shard == "none" else [*trained, *frozen], mesh, receiving)
+
+    def _forget(self) -> None:
+        """Parameters may be replaced: what was looked up of them is looked up again."""
+        self._step_caches.clear()
+        self._running = None
 
     def parameters_of(self, update: Update) -> list[nn.Parameter]:
-        """Parameters of everything that an update trains."""
-        return [p for network in update.trains.values() for p in network.parameters()]
+        """All parameters that an update trains."""
+        return [p for role in update.trains for p in self.trained[role].parameters()]
 
-    def _step_cache_of(self, update: Update) -> _StepCache:
-        """What the update touches; for steps, once the networks lie where they are trained."""
+    def _running_of(self, update: Update) -> Running:
+        """What the update touches; for steps, once the networks are on their devices."""
         if (cache := self._step_caches.get(update.name)) is None:
             settings = self.optim[update.name]
             updaters: list[tuple[Callable[[int], float], EmaUpdater]] = []
             if settings.averaged:
                 decay = partial(settings.decay_at, images=self._images)
                 updaters += [
-                    (decay, EmaUpdater(self.ema[role], network)) for role, network in update.trains.items()
+                    (decay, EmaUpdater(self.averaged[role], self.trained[role])) for role in update.trains
                 ]
             updaters += [
-                (average.decay, EmaUpdater(self.ema[name], update.trains[average.of]))
+                (average.decay, EmaUpdater(self.averaged[name], self.trained[average.of]))
                 for name, average in self.further.items()
                 if average.of in update.trains
             ]
-            cache = self._step_caches[update.name] = _StepCache(self.parameters_of(update), updaters)
+            trained = [self.trained[role] for role in update.trains]
+            # A target is asked as the network that it follows.
+            trained += [
+                self.averaged[n] for n, average in self.further.items() if average.of in update.trains
+            ]
+            training = trained if update.mode == "train" else []
+            others = [*self.networks.values(), *(self.ema[name] for name in self.further)]
+            cache = Running(self.parameters_of(update), updaters, training, others)
+            self._step_caches[update.name] = cache
         return cache
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
@@ -241,16 +253,15 @@ class DistillModule(L.LightningModule):
         """id(parameter) -> "role.name", the same however the network is sharded."""
         return {
             id(p): f"{role}.{name}"
-            for role, network in self.networks.items()
-            for name, p in network.named_parameters()
+            for role, parameters in self.trained.items()
+            for name, p in parameters.named().items()
         }
 
     def on_fit_start(self) -> None:
         """Nothing requires a gradient until its update runs."""
         for network in [*self.networks.values(), *self.frozen.values(), *self.ema.values()]:
             network.requires_grad_(False)
-        for network in self.networks.values():
-            network.train()
+        self._running = None
         self.nonfinite.to(self.device)
         self.restart_clock()
 
@@ -271,7 +282,7 @@ class DistillModule(L.LightningModule):
         """Run every update whose turn it is on all micro batches."""
         iteration = self.progress.iteration
         self._images = sum(len(micro) for micro in batch) * self.world.size
-        shared: list[dict[str, Tensor]] = [{} for _ in batch]
+        shared: list[dict[str, Any]] = [{} for _ in batch]
         logs: dict[str, Tensor] = {}
         for update in self.plan:
             if update.runs_at(iteration):
@@ -282,7 +293,7 @@ class DistillModule(L.LightningModule):
         self.latest = logs
 
     def _run(
-        self, update: Update, batch: list[Batch], shared: list[dict[str, Tensor]], iteration: int
+        self, update: Update, batch: list[Batch], shared: list[dict[str, Any]], iteration: int
     ) -> dict[str, Tensor]:
         """One optimizer step: losses of all micro batches, clip, step, average. Returns what to log, still on
         the device.
@@ -290,17 +301,9 @@ class DistillModule(L.LightningModule):
         A step whose loss or gradient is not finite anywhere changes no weight, on any process; it is counted,
         and it keeps its place in schedules and averages."""
         settings, optimizer = self.optim[update.name], self.optimizers_by_key[update.name]
-        cache = self._step_cache_of(update)
-        parameters = cache.parameters
-        for role, network in self.networks.items():
-            # What another update trains is asked as it will be used: without dropout.
-            if in_training(network) != (role in update.trains):
-                network.train(role in update.trains)
-        for name, average in self.further.items():  # a target is asked as the network that it follows
-            if in_training(self.ema[name]) != (average.of in update.trains):
-                self.ema[name].train(average.of in update.trains)
-        for parameter in parameters:
-            parameter.requires_grad_(True)
+        running = self._running_of(update)
+        running.start(self._running)
+        self._running, parameters = running, running.parameters
         logs = self._backward(update, batch, shared, iteration)
         # One call for all tensors: torch's default on GPUs, and on CPUs the same sums without a Python call a tensor.
         together = True if self.world.size == 1 else None
@@ -318,8 +321,7 @@ class DistillModule(L.LightningModule):
         step_unless(optimizer, bad)
         for parameter in parameters:
             parameter.grad = None
-            parameter.requires_grad_(False)
-        for decay, updater in cache.updaters:
+        for decay, updater in running.updaters:
             updater.update(decay(step))
         if update is self.student_update:
             self.progress.step += 1
@@ -329,16 +331,26 @@ class DistillModule(L.LightningModule):
         return logs | {f"{update.name}/grad_norm": norm, f"{update.name}/lr": rate}
 
     def _backward(
-        self, update: Update, batch: list[Batch], shared: list[dict[str, Tensor]], iteration: int
+        self, update: Update, batch: list[Batch], shared: list[dict[str, Any]], iteration: int
     ) -> dict[str, Tensor]:
         """Accumulate the gradients of all micro batches; returns the means of what the losses log."""
         logs: dict[str, Tensor] = {}
-        whole = len(batch) == 1
-        for number, (micro, scratch) in enumerate(zip(batch, shared, strict=True)):
-            if self.world.size > 1:
-                sync_gradients(update.trains.values(), number == len(batch) - 1)
-            draws = Draws(self.seed, f"{self.stream}/{update.name}", iteration, micro.index)
-            step = Step(iteration, draws, scratch, part=number * self.world.size + self.world.rank)
+        whole, running, stream = len(batch) == 1, self._running_of(update), f"{self.stream}/{update.name}"
+        steps = [
+            Step(
+                iteration,
+                Draws(self.seed, stream, iteration, micro.index),
+                scratch,
+                part=number * self.world.size + self.world.rank,
+            )
+            for number, (micro, scratch) in enumerate(zip(batch, shared, strict=True))
+        ]
+        if update.before is not None:
+            with steps[0].same_dropout("before"):
+                update.before(batch, steps)
+        for number, (micro, step) in enumerate(zip(batch, steps, strict=True)):
+            if not whole:
+                running.sync(number == len(batch) - 1)
             with step.same_dropout("loss"):
                 loss = update.loss(micro, step)
             # Not Lightning's manual_backward: it adds hooks that nothing here uses (and scaling, for fp16 alone).

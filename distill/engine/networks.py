@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from distill.engine.params import trained_by
 from distill.models.denoiser import Denoiser
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -29,7 +30,7 @@ def check_apart(role: str, network: nn.Module, student: nn.Module) -> None:
     Raises:
         ValueError: names `role`: it is the student, or shares weights with it.
     """
-    trained = list(student.parameters())
+    trained = list(trained_by(student).values())
     same = {id(p) for p in trained} & {id(p) for p in network.parameters()}
     places = {p.data_ptr() for p in trained if not p.is_meta and p.numel()}
     if same or any(not p.is_meta and p.numel() and p.data_ptr() in places for p in network.parameters()):

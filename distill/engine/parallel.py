@@ -1,23 +1,26 @@
 """Parallelism, applied from outside and only here: FSDP2 (`fully_shard`) a network on one (replicate, shard)
 mesh.
 
-Methods and nets know nothing of it. `shard` says how the mesh is cut: "none" replicates (replicate = world,
-shard = 1), "world" shards over all processes, "node" shards within a machine and replicates between machines.
+Methods know nothing of it, and nets at most name what it needs: `entries` (methods called beside `forward`) and `borrows`.
+`shard` says how the mesh is cut: "none" replicates (replicate = world, shard = 1), "world" shards over all processes, "node"
+shards within a machine and replicates between machines.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
+from distill.models.denoiser import Denoiser
 from distill.world import World
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
 # torch.distributed's tensor and fsdp packages take a second to import: only runs of several processes pay for them.
@@ -41,41 +44,129 @@ def make_mesh(world: World, shard: str, device: torch.device) -> DeviceMesh | No
 
 def units(net: nn.Module, least: int = UNIT_PARAMETERS) -> list[nn.Module]:
     """The blocks of a net that are worth a unit of their own: members of module lists with at least `least`
-    parameters."""
-    return [
+    parameters. Inner blocks stand before those that contain them."""
+    found = [
         child
         for module in net.modules()
         if isinstance(module, nn.ModuleList)
         for child in module
         if not isinstance(child, nn.ModuleList) and sum(p.numel() for p in child.parameters()) >= least
     ]
+    return found[::-1]  # `modules` gives parents first, sharding wants children first
 
 
-def shard_net(net: nn.Module, mesh: DeviceMesh | None, *, least: int = UNIT_PARAMETERS) -> None:
-    """Shard a net in place: blocks first, then the root.
+def shard_networks(
+    networks: Sequence[nn.Module], mesh: DeviceMesh | None, trained: Container[int] = frozenset()
+) -> None:
+    """Shard networks in place (of a denoiser, its net). A module that several of them contain, or that a net names in
+    `borrows` because it calls it without registering it, is sharded once, before them.
+
+    `trained`: ids of the parameters that receive gradients. Raises ValueError where one of them cannot be sharded."""
+    if mesh is None:
+        return
+    nets = list({net_of(network): None for network in networks})
+    for net in [*common_modules(nets, trained), *nets]:
+        shard_net(net, mesh, trained=trained)
+
+
+def net_of(network: nn.Module) -> nn.Module:
+    """What is sharded of a network: of a denoiser, which only reads its net's output, the net."""
+    return network.net if isinstance(network, Denoiser) else network
+
+
+def borrowed_by(net: nn.Module) -> Sequence[nn.Module]:
+    """Modules that a net calls without registering them, such as the base of an adapter."""
+    return tuple(getattr(net, "borrows", ()))
+
+
+def common_modules(nets: Sequence[nn.Module], trained: Container[int]) -> list[nn.Module]:
+    """The outermost modules with parameters that several nets contain, and those that nets borrow.
+
+    Raises ValueError where nets hold one trained parameter in different modules: each would shard a copy of its own and
+    train it apart from the others, without an error."""
+    holders: dict[int, list[set[nn.Module]]] = {}
+    owners: dict[nn.Module, int] = {}
+    for net in nets:
+        own: dict[int, set[nn.Module]] = {}
+        for module in net.modules():
+            owners[module] = owners.get(module, 0) + 1
+            for parameter in module.parameters(recurse=False):
+                if id(parameter) in trained:
+                    own.setdefault(id(parameter), set()).add(module)
+        for key, modules in own.items():
+            holders.setdefault(key, []).append(modules)
+    for net in nets:
+        for name, parameter in net.named_parameters():
+            if any(modules != holders[id(parameter)][0] for modules in holders.get(id(parameter), ())):
+                raise ValueError(
+                    f"{name} of {type(net).__name__}: found a trained parameter in different modules of several networks; "
+                    "expected one module that all of them hold"
+                )
+    found = {module: None for net in nets for module in borrowed_by(net)}
+
+    def visit(module: nn.Module) -> None:
+        if owners[module] > 1 and next(module.parameters(), None) is not None:
+            found[module] = None
+        else:
+            for child in module.children():
+                visit(child)
+
+    for net in nets:
+        visit(net)
+    return list(found)
+
+
+def shard_net(
+    net: nn.Module,
+    mesh: DeviceMesh | None,
+    *,
+    least: int = UNIT_PARAMETERS,
+    trained: Container[int] = frozenset(),
+) -> None:
+    """Shard a net in place: blocks first, then the root. Methods that the net names in `entries` may be called beside
+    `forward`. Of a net that contains modules that are sharded already, the modules without such ones are sharded.
 
     The root is resharded after its forward like every other unit. By default it is not, and then a forward
     under no_grad followed by an optimizer step leaves the next forward with the old weights, silently."""
-    if mesh is None:
+    own = [p for module in net.modules() for p in module.parameters(recurse=False)]
+    placed = {p for p in own if is_sharded(p)}  # within a module that is borrowed
+    if mesh is None or len(placed) == len(own):
         return
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
-    for parameter in net.parameters():
-        parameter.data = parameter.data.contiguous()  # channels-last weights cannot be sharded
-    for block in units(net, least):
-        fully_shard(block, mesh=mesh, reshard_after_forward=True)
-    fully_shard(net, mesh=mesh, reshard_after_forward=True)
+    if isinstance(net, FSDPModule):
+        return
+    if any(isinstance(module, FSDPModule) for module in net.modules()):
+        for name, parameter in net.named_parameters(recurse=False):
+            if id(parameter) in trained:
+                raise ValueError(
+                    f"{name} of {type(net).__name__}: found a trained parameter beside a module that several networks share; "
+                    "expected it in a module of its own"
+                )
+        for child in net.children():
+            shard_net(child, mesh, least=least, trained=trained)
+        return
+    for parameter in own:
+        if parameter not in placed:
+            parameter.data = parameter.data.contiguous()  # channels-last weights cannot be sharded
+    for block in [*units(net, least), net]:
+        fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=placed)
+    for name in getattr(net, "entries", ()):
+        register_fsdp_forward_method(net, name)
 
 
-def sync_gradients(networks: Iterable[nn.Module], now: bool) -> None:
-    """Whether the coming backward reduces gradients over processes: only the last micro batch of a step needs
-    to."""
-    from torch.distributed.fsdp import FSDPModule
+def sharded_modules(networks: Iterable[nn.Module]) -> list[FSDPModule]:
+    """All units of networks and of what they borrow; none can exist before their package is imported."""
+    if (package := sys.modules.get("torch.distributed.fsdp")) is None:
+        return []
+    roots = [root for network in networks for root in (network, *borrowed_by(net_of(network)))]
+    return [m for m in {m: None for r in roots for m in r.modules()} if isinstance(m, package.FSDPModule)]
 
-    for network in networks:
-        for module in network.modules():
-            if isinstance(module, FSDPModule):
-                module.set_requires_gradient_sync(now, recurse=False)
+
+def sync_gradients(modules: Iterable[FSDPModule], now: bool) -> None:
+    """Whether the coming backward reduces gradients over processes: only the last micro batch of a step needs to."""
+    for module in modules:
+        module.set_requires_gradient_sync(now, recurse=False)
 
 
 def full(value: Any) -> Any:
@@ -100,7 +191,12 @@ def full_norm(norm: Tensor) -> Tensor:
 
 def full_state(module: nn.Module) -> dict[str, Tensor]:
     """`state_dict` of a module as plain CPU tensors, sharded or not. Collective."""
-    return {name: full(value) for name, value in module.state_dict().items()}
+    return full_values(module.state_dict())
+
+
+def full_values(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same values as plain CPU tensors. Collective."""
+    return {name: full(value) for name, value in state.items()}
 
 
 @torch.no_grad()

@@ -7,11 +7,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from distill.engine.checkpoint import Refused
 from distill.engine.made import differences, over_length
 from distill.engine.module import DistillModule
+from distill.engine.params import holds
 from distill.typed import parse
 
 SHOWN = 6  # differences that a message names
@@ -67,7 +66,7 @@ def continued(
     ours, theirs = dict(wanted.made), dict(found.made)
     for role, weights in (theirs.get("start") or {}).items():
         # The method of an earlier call, given again, holds what it was trained to.
-        if role in module.networks and _holds(module.networks[role], state["networks"].get(role, {})):
+        if role in module.trained and holds(module.trained[role], state["networks"].get(role, {})):
             ours["start"] = {**ours["start"], role: weights}
     pairs = [({"config": found.config, **theirs}, {"config": wanted.config, **ours})]
     if found.steps != wanted.steps and "optim" in theirs:
@@ -88,11 +87,6 @@ def continued(
             f"{where}: seams: found {[asdict(s) for s in joined]}, the stage was begun with {[asdict(s) for s in seams]}"
         )
     return Record(found.made | {"optim": wanted.made["optim"]}, found.config, wanted.steps, joined)
-
-
-def _holds(network: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> bool:
-    own = network.state_dict()
-    return own.keys() == state.keys() and all(torch.equal(own[name].cpu(), state[name]) for name in own)
 
 
 def told(changes: Iterable[tuple[str, Any, Any]]) -> str:

@@ -6,14 +6,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from distill.data.batch import Batch
 from distill.data.rng import Draws, stream_key
 from distill.engine.ema import decay_at, halflife_decay
 from distill.engine.networks import seeded
+from distill.engine.params import Trainable
 
 
 class Loss(NamedTuple):
@@ -27,13 +28,13 @@ class Loss(NamedTuple):
 class Step:
     """One micro batch of one iteration, as a loss sees it.
 
-    `draws` gives this update's randomness for the micro batch; `shared` is a scratch space that all updates
-    of the iteration see for the same micro batch (DMD2's fake update reuses the generator's detached
-    images). `part` numbers the parts of the global batch (micro batches of all processes)."""
+    `draws` gives this update's randomness for the micro batch. `shared` holds what one update leaves for the later ones of
+    the iteration on the same micro batch: tensors, a `Cond` (DMD2's fake update reuses the generator's detached images and
+    their conditions). `part` numbers the parts of the global batch (micro batches of all processes)."""
 
     iteration: int
     draws: Draws
-    shared: dict[str, Tensor] = field(default_factory=dict)
+    shared: dict[str, Any] = field(default_factory=dict)
     part: int = 0
 
     def same_dropout(self, name: str = "dropout") -> AbstractContextManager[None]:
@@ -46,27 +47,35 @@ class Step:
 
 
 LossFunction = Callable[[Batch, Step], Loss]
+BeforeFunction = Callable[[Sequence[Batch], Sequence[Step]], None]
 
 
 @dataclass(frozen=True)
 class Update:
-    """One optimizer's turn.
+    """One optimizer step of an iteration.
 
     Attributes:
         name: names the update in logs, and its entry in the `optim` config.
-        trains: the networks that receive gradients, by role name; every other network is frozen during this
-            update.
+        trains: role -> what receives gradients: a network (what its `trained()` returns, else all parameters), or
+            (network, parameters) for a part of one, such as a head. Everything else is frozen during this update.
         loss: (micro batch, step) -> Loss.
         every, start: the update runs at iterations start, start + every, start + 2 every, ...
+        before: called once before the losses, with all micro batches of this process and their steps: for a loss of the
+            whole batch, whose gradient at each sample is found first and left in `Step.shared`.
+        mode: "train", or "eval" for networks without dropout also while they are trained.
     """
 
     name: str
-    trains: Mapping[str, nn.Module]
+    trains: Mapping[str, Trainable]
     loss: LossFunction
     every: int = 1
     start: int = 0
+    before: BeforeFunction | None = None
+    mode: Literal["train", "eval"] = "train"
 
     def __post_init__(self) -> None:
+        if self.mode not in ("train", "eval"):
+            raise ValueError(f"update {self.name!r}: mode: found {self.mode!r}, expected 'train' or 'eval'")
         if self.every < 1 or self.start < 0:
             raise ValueError(
                 f"update {self.name!r}: every >= 1 and start >= 0 expected, found {self.every}, {self.start}"

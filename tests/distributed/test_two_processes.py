@@ -54,8 +54,10 @@ def start(folder: Path, size: int, *jobs: str) -> None:
 def results(tmp_path_factory) -> Path:
     """The folder where both worlds have done all jobs."""
     folder = tmp_path_factory.mktemp("two")
-    start(folder, 1, "train", "gradients", "poison")
-    start(folder, 2, "train", "gradients", "stale", "local", "mesh", "poison", "continue")
+    parts = [f"parts_worker.{name}" for name in ("parts", "rows")]
+    start(folder, 1, "train", "gradients", "poison", *parts)
+    jobs = ("train", "gradients", "stale", "local", "mesh", "poison", "continue", "parts_worker.nested")
+    start(folder, 2, *jobs, *parts)
     start(folder, 1, "continue")
     return folder
 
@@ -104,6 +106,30 @@ def test_root_weights_are_never_stale(results):
 
 def test_averages_are_shard_local(results):
     assert load(results, "local") == {"width": 2, "all sharded": True, "same shards": True, "units": 3}
+
+
+def test_blocks_in_blocks_and_methods_beside_forward_have_the_gradients_of_the_whole_net(results):
+    found = load(results, "nested")
+    assert {name: len(gradients) for name, gradients in found.items()} == {"forward": 22, "logits": 2}
+    assert all(difference < 1e-6 for gradients in found.values() for difference in gradients.values())
+
+
+@pytest.mark.parametrize("shard", ["none", "world"])
+@pytest.mark.parametrize("name", ["head", "heads", "adapters"])
+def test_parts_of_networks_are_trained_as_on_one_process(results, name, shard):
+    """A head, two heads on one base, two adapters of one base."""
+    one, two = load(results, f"{name}-{shard}-1"), load(results, f"{name}-{shard}-2")
+    assert len(one) == {"head": 42, "heads": 70, "adapters": 8}[name]
+    assert_close(one, two)
+    frozen = [key for key in one if "base" in key or "gain" in key]
+    assert len(frozen) == {"head": 30, "heads": 50, "adapters": 0}[name]
+    assert all(torch.equal(one[key], two[key]) for key in frozen)
+
+
+def test_rows_of_all_processes_give_the_gradient_of_the_whole_batch(results):
+    one, two = load(results, "rows-1"), load(results, "rows-2")
+    assert torch.equal(one["labels"], two["labels"])
+    assert_close(one, two)
 
 
 def test_meshes_and_collecting(results):

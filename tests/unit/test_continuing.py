@@ -330,7 +330,9 @@ def test_model_folders_are_known_by_their_weights_and_not_by_their_place(tmp_pat
 
 
 def test_an_update_has_the_settings_of_its_name() -> None:
-    assert list(Update.__dataclass_fields__) == ["name", "trains", "loss", "every", "start"]
+    assert list(Update.__dataclass_fields__) == [
+        *["name", "trains", "loss", "every", "start", "before", "mode"]
+    ]
     update = Update(
         "student", {"student": nets()[0]}, lambda batch, step: Loss(torch.zeros(())), every=3, start=2
     )

@@ -16,6 +16,7 @@ from distill.data.rng import Draws, philox
 from distill.engine.ema import EmaUpdater
 from distill.engine.fit import Fit, train
 from distill.engine.nonfinite import flagged_step, nonfinite, step_unless
+from distill.engine.params import ParameterSet
 
 
 def test_philox_is_the_same_on_arrays_and_tensors_of_any_layout():
@@ -78,7 +79,7 @@ def test_a_updater_averages_parameters_and_copies_buffers_even_replaced_ones():
         for parameter in network.parameters():
             parameter.add_(1.0)
     expected = [0.75 * a + 0.25 * p for a, p in zip(average.parameters(), network.parameters(), strict=True)]
-    updater = EmaUpdater(average, network)
+    updater = EmaUpdater(*(ParameterSet.of(net, "") for net in (average, network)))
     network[1].running_mean = torch.tensor([5.0, 6.0])  # another tensor than the one that was looked up
     updater.update(0.75)
     for found, value in zip(average.parameters(), expected, strict=True):
@@ -87,8 +88,9 @@ def test_a_updater_averages_parameters_and_copies_buffers_even_replaced_ones():
 
 
 def test_a_updater_refuses_another_network():
+    two = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     with pytest.raises(ValueError, match="average: found 2 parameters, the network that it follows has 4"):
-        EmaUpdater(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+        EmaUpdater(*(ParameterSet.of(net, "") for net in (nn.Linear(2, 2), two)))
 
 
 def test_networks_are_walked_once_a_run_not_once_a_step(tmp_path, monkeypatch):
