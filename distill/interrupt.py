@@ -60,10 +60,10 @@ def taken() -> Iterator[None]:
     if _State.handlers is not None or not _main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in SIGNALS}
     # None: a handler from outside Python, which could not be put back.
     kept = (signal.SIG_IGN, None)
-    ours = {n: h if h in kept else _handle for n, h in before.items() if h is not None}
+    ours: dict[int, Any] = {n: h if h in kept else _handle for n, h in before.items() if h is not None}
     try:
         with _handlers(ours):
             yield

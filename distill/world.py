@@ -105,7 +105,7 @@ class _Rows(torch.autograd.Function):
         return gathered
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return gradient.chunk(ctx.size)[ctx.rank] * ctx.size, None, None
 
 
