@@ -129,7 +129,7 @@ def shard_net(
     The root is resharded after its forward like every other unit. By default it is not, and then a forward
     under no_grad followed by an optimizer step leaves the next forward with the old weights, silently."""
     own = [p for module in net.modules() for p in module.parameters(recurse=False)]
-    placed: set[nn.Parameter] = {p for p in own if is_sharded(p)}  # within a module that is borrowed
+    placed = {p for p in own if bool(is_sharded(p))}  # within a module that is borrowed
     if mesh is None or len(placed) == len(own):
         return
     from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
