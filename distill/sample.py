@@ -75,7 +75,7 @@ def main() -> None:
         generator = load_model(Path(options.model).expanduser(), device=options.device)
         passed = {name: getattr(options, name) for name in PASSED_ON}
         samples = generator.sample(options.count, options.label, **passed)
-        columns = options.columns or min(options.count, generator.num_classes or 10, 16)
+        columns = options.columns or min(options.count, generator.conditions.period or 10, 16)
         save_samples(samples, columns, out, SAMPLED)
         steps = options.steps or generator.spec.steps
         print(terminal.line(f"{out}: {options.count} samples of {options.model}, {steps} step(s)"))

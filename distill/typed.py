@@ -6,14 +6,16 @@ int, float (an int is accepted; nan and infinities are not), str, bool, None, `A
 
 from __future__ import annotations
 
+import copy
 import difflib
+import inspect
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
 from types import NoneType, UnionType
-from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
 Schema = TypeVar("Schema")
 
@@ -229,3 +231,29 @@ def _wrong(schema: Any, value: Any, where: str) -> ValueError:
     shown = repr(value)
     shown = shown if len(shown) <= 200 else f"{shown[:200]}..."
     return ValueError(f"{where.removesuffix(': ')}: found {shown}, expected {name_of(schema)}")
+
+
+class Configured:
+    """Objects that keep the arguments of their constructor: `models.build` makes an equal one from `config()`."""
+
+    _config: dict[str, Any]
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        made = super().__new__(cls)
+        signature = inspect.signature(cls.__init__)
+        given = signature.bind_partial(made, *args, **options).arguments if args or options else {}
+        plain = {name: _plain(value) for name, value in given.items() if name != "self"}
+        made.__dict__["_config"] = {"_target_": f"{cls.__module__}.{cls.__qualname__}", **plain}
+        return made
+
+    def config(self) -> dict[str, Any]:
+        """`{"_target_": import path, **arguments}` in plain containers."""
+        return copy.deepcopy(self._config)
+
+
+def _plain(value: Any) -> Any:
+    if callable(config := getattr(value, "config", None)):
+        return config()
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value

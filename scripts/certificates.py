@@ -170,7 +170,7 @@ class Bench:
         self.net = f"MLP of {parameters:,} parameters"
         if isinstance(self.process, EDM):
             net = EDMPrecond(net)
-        return Denoiser(net, self.process, kind, (2,), num_classes=classes, guidable=self.labelled)
+        return Denoiser(net, self.process, kind, (2,), guidable=self.labelled)
 
     def fit(
         self,

@@ -50,7 +50,7 @@ def mlp(
     for parameter in net.parameters():
         nn.init.normal_(parameter, std=0.3)
     net = net.double() if double else net
-    return Denoiser(net, process, kind, (2,), num_classes=classes, **{"guidable": classes > 0} | meaning)
+    return Denoiser(net, process, kind, (2,), **{"guidable": classes > 0} | meaning)
 
 
 class GaussianMap(nn.Module):

@@ -17,10 +17,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from distill.data.batch import Batch
-from distill.data.cond import Cond
 from distill.data.plain import plain_torch
 from distill.data.rng import noise_checksum, sample_noise
 from distill.files import canonical_json, read_json, sha256_file, sha256_text
+from distill.models.conditions import Conditions, classes
 from distill.models.description import LARGEST_SAMPLE
 from distill.names import inside
 from distill.samplers.solvers import CALLS
@@ -71,6 +71,11 @@ class Header:
                 raise ValueError(f"{name}: found {getattr(self, name)}, expected at least {least}")
         if self.solver not in CALLS:
             raise ValueError(f"solver: found {self.solver!r}, expected one of {list(CALLS)}")
+
+    @property
+    def conditions(self) -> Conditions:
+        """What the pairs are conditioned on."""
+        return classes(self.num_classes)
 
     @property
     def guidance(self) -> float:
@@ -136,11 +141,6 @@ def read_manifest(path: Path) -> tuple[Header, list[Shard]]:
     return header, shards
 
 
-def balanced_labels(ids: Tensor, num_classes: int) -> Tensor:
-    """[n] int32: sample i has class i mod num_classes; -1 for an unconditional teacher."""
-    return (ids % num_classes if num_classes else torch.full_like(ids, -1)).to(torch.int32)
-
-
 class Pairs:
     """Reads a finished cache; a `Source` for training. Shards are memory-mapped by safetensors; noise is
     drawn from its seeds, once for all where it fits in memory."""
@@ -158,7 +158,10 @@ class Pairs:
         self._check_noise(path)
         tables = [self._read_shard(shard) for shard in self.shards]
         self.ids = torch.cat([table["ids"] for table in tables])
-        self.labels = torch.cat([table["label"] for table in tables]).to(torch.int64)
+        self.conditions = header.conditions
+        self.columns = {
+            name: torch.cat([table[name] for table in tables]) for name in self._condition_columns()
+        }
         self.x0 = [table["x0"] for table in tables]
         self.stored = [table["z"] for table in tables] if header.noise == "stored" else None
         self.starts = torch.tensor([0, *(len(x0) for x0 in self.x0)]).cumsum(0)
@@ -166,12 +169,11 @@ class Pairs:
             raise ValueError(f"{path}: ids: found {int(self.ids.min())}, expected at least 0")
         if len(self.ids.unique()) != len(self.ids):
             raise ValueError(f"{path}: ids: some stand twice in the shards, expected each once")
-        lowest, highest = int(self.labels.min()), int(self.labels.max())
-        if highest >= header.num_classes or (lowest < 0 and header.num_classes):
-            raise ValueError(
-                f"{path}: label: found {lowest} .. {highest}, expected 0 .. {header.num_classes - 1}"
-            )
-        self.sample_shape, self.num_classes = header.sample_shape, header.num_classes
+        try:
+            self.conditions.check(self.columns)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        self.sample_shape, self.num_classes = header.sample_shape, self.conditions.num_classes
         if self.stored is not None:
             self._z: Tensor | None = None
             return
@@ -208,7 +210,7 @@ class Pairs:
         sample = self.header.sample_shape
         columns: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "ids": ((), torch.int64),
-            "label": ((), torch.int32),
+            **self._condition_columns(),
             "x0": (sample, torch.float32),
         }
         if self.header.noise == "stored":
@@ -224,6 +226,11 @@ class Pairs:
                 raise ValueError(f"{path}: {column}: found {table[column].dtype}, expected {dtype}")
         self.check_values(path, table)
         return table
+
+    def _condition_columns(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """name -> (shape of a row, type) of the columns that hold conditions."""
+        columns = self.header.conditions.columns(torch.arange(0))
+        return {name: (tuple(column.shape[1:]), column.dtype) for name, column in columns.items()}
 
     @staticmethod
     def check_values(path: Path, table: dict[str, Tensor]) -> None:
@@ -254,7 +261,7 @@ class Pairs:
             z = self._z[rows]
         else:
             z = sample_noise(self.header.seed, self.header.stream, ids, self.sample_shape)
-        cond = Cond.of_labels(self.labels[rows]) if self.header.num_classes else Cond.nothing(len(rows))
+        cond = self.conditions.stored({name: column[rows] for name, column in self.columns.items()})
         return Batch(ids=ids, index=index, cond=cond, x0=x0, z=z)
 
     def _rows(self, column: list[Tensor], rows: Tensor) -> Tensor:

@@ -14,8 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from distill.cache.pairs import HEADER, MANIFEST, Header, Pairs, balanced_labels, read_manifest
-from distill.data.cond import Cond
+from distill.cache.pairs import HEADER, MANIFEST, Header, Pairs, read_manifest
 from distill.data.plain import plain_torch
 from distill.data.rng import sample_noise
 from distill.files import read_json, remove, sha256_file, write_json, write_safetensors
@@ -51,11 +50,7 @@ def make_pairs(
     grid = None if named is None else named.make(teacher.process, header.steps)
     for number, part in world.share(chunks):
         z = sample_noise(header.seed, header.stream, part, header.sample_shape).to(device)
-        cond = (
-            Cond.of_labels(balanced_labels(part, header.num_classes))
-            if header.num_classes
-            else Cond.nothing(len(part))
-        ).to(device)
+        cond = header.conditions.of(part).to(device)
         x0 = teacher.transport(
             z, cond, solver=header.solver, steps=header.steps, guidance_scale=header.guidance_scale, grid=grid
         )[0].cpu()
@@ -119,8 +114,7 @@ def write_pairs(
                 on_samples=on_samples,
             )
             if x0 is not None:
-                labels = balanced_labels(ids, header.num_classes)
-                write_safetensors(path, {"ids": ids, "label": labels, "x0": x0})
+                write_safetensors(path, {"ids": ids, **header.conditions.columns(ids), "x0": x0})
                 written[path.name] = sha256_file(path)
                 write_json(folder / WRITTEN, {"header": header.to_dict(), "sha256": written})
         else:
@@ -160,6 +154,7 @@ def check_shard(path: Path, header: Header, ids: Tensor, sha256: str | None) -> 
         Pairs.check_values(path, table)
     except (SafetensorError, ValueError, KeyError) as error:
         return str(error)
-    labels, shape = balanced_labels(ids, header.num_classes), (len(ids), *header.sample_shape)
-    fits = torch.equal(table["ids"], ids) and torch.equal(table["label"], labels)
+    wanted = {"ids": ids, **header.conditions.columns(ids)}
+    fits = all(name in table and torch.equal(table[name], column) for name, column in wanted.items())
+    shape = (len(ids), *header.sample_shape)
     return "" if fits and tuple(table["x0"].shape) == shape else "holds other pairs"

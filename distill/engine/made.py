@@ -198,7 +198,8 @@ def _describe_network(network: nn.Module, depth: int) -> dict[str, Any]:
     told["layers"] = sha256_text(_without_address("\n".join(layers)))
     if isinstance(network, Denoiser):
         told |= {"process": describe(network.process, depth), "kind": network.kind}
-        told |= {"sample_shape": list(network.sample_shape), "num_classes": network.num_classes}
+        told |= {"sample_shape": list(network.sample_shape), "num_classes": 0}
+        told |= {k: v for k, v in network.conditions.config().items() if k != "_target_"}
     return told
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distill.data.cond import Cond
 from distill.data.rng import sample_noise
 from distill.models.generator import Generator
 from distill.process.flow import Flow
@@ -23,11 +22,9 @@ def euler_paths(
     generator: Generator, ids: Tensor, seed: int, stream: str, steps: int
 ) -> tuple[Tensor, Tensor]:
     """(path [steps + 1, B,*S], velocities [steps, B,*S]) of the samples `ids` [B] along Euler's uniform grid, with the
-    model's own guidance; labels go round the classes as in `Generator.sample`."""
+    model's own guidance and the conditions of these ids."""
     model = generator.denoiser
     z = sample_noise(seed, stream, ids, model.sample_shape).to(generator.device)
-    labels = generator.labels(len(ids))
-    cond = Cond.nothing(len(ids)) if labels is None else Cond.of_labels(labels)
-    cond = cond.with_guidance(generator.spec.embedded()).to(generator.device)
+    cond = generator.conditions.of(ids).with_guidance(generator.spec.embedded()).to(generator.device)
     grid = torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64, device=z.device)
     return rollout(lambda x, t: model.velocity(x, t, cond, generator.spec.guidance_scale), z, grid)

@@ -28,7 +28,7 @@ from distill.methods.families.options import FakeScore, Sampling
 from distill.methods.families.score_matching import ScoreMatching, conditions_of
 from distill.methods.families.student_input import StudentInput
 from distill.methods.losses.backtrack import node_steps
-from distill.models.denoiser import Denoiser
+from distill.models.denoiser import Denoiser, check_same
 from distill.models.result import Result
 from distill.models.spec import SamplerSpec
 from distill.typed import filled
@@ -87,7 +87,7 @@ class Degrade(DistillModule):
 
     def loss(self, batch: Batch, step: Step) -> Loss:
         """Denoising score matching on the initial student's samples."""
-        cond = conditions_of(self.labels, self.student.num_classes, batch, step.draws)
+        cond = conditions_of(self.labels, self.student.conditions, batch, step.draws)
         x = self.input.mixture(self.generator, cond, step.draws)
         return Loss(self.matching(self.student, x, cond, step.draws).mean(), {"x_std": x.std()})
 
@@ -95,10 +95,7 @@ class Degrade(DistillModule):
 def _check_models(teacher: Denoiser, generator: Denoiser, start: StudentInput) -> None:
     """Refuse models that do not fit together, and a distilled generator read at other times than its own."""
     check_apart("generator", generator, teacher)
-    for what in ("sample_shape", "num_classes"):
-        theirs, ours = getattr(generator, what), getattr(teacher, what)
-        if theirs != ours:
-            raise ValueError(f"generator.{what}: found {theirs}, expected the teacher's {ours}")
+    check_same("generator", generator, "teacher", teacher)
     if generator.process.config() != teacher.process.config():
         raise ValueError(
             f"generator: lives under {generator.process!r}, the teacher under {teacher.process!r}; expected one process"

@@ -82,7 +82,9 @@ class Denoising(DistillModule):
         independent; guidable where conditions are dropped."""
         steps, solver = (18, "heun") if isinstance(self.student.process, EDM) else (50, "ddim")
         sampler = SamplerSpec(steps=steps, any_steps=True, solver=solver)
-        return Result(sampler, "independent", guidable=self.null_prob > 0 and self.student.num_classes > 0)
+        return Result(
+            sampler, "independent", guidable=self.null_prob > 0 and self.student.conditions.has_null
+        )
 
     def draw_times(self, step: Step) -> Tensor:
         """[B] times in the process's own clock."""

@@ -50,7 +50,9 @@ class FlowMatching(DistillModule):
     def result(self) -> Result:
         """Any number of Euler steps, 50 by default. Noise and data are independent; guidable where conditions are dropped."""
         sampler = SamplerSpec(steps=50, any_steps=True, solver="euler")
-        return Result(sampler, "independent", guidable=self.null_prob > 0 and self.student.num_classes > 0)
+        return Result(
+            sampler, "independent", guidable=self.null_prob > 0 and self.student.conditions.has_null
+        )
 
     def loss(self, batch: Batch, step: Step) -> Loss:
         """E |v(x_t, t) - (eps - x0)|^2 over fresh noise and uniform times."""

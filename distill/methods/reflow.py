@@ -58,7 +58,7 @@ class Reflow(DistillModule):
         """Any number of Euler steps, 8 by default, since the paths are nearly straight. Noise and data are paired;
         guidable where conditions are dropped."""
         sampler = SamplerSpec(steps=8, any_steps=True, solver="euler")
-        return Result(sampler, "paired", guidable=self.null_prob > 0 and self.student.num_classes > 0)
+        return Result(sampler, "paired", guidable=self.null_prob > 0 and self.student.conditions.has_null)
 
     def loss(self, batch: Batch, step: Step) -> Loss:
         """E |v((1 - t) x0 + t z, t) - (z - x0)|^2 over stored pairs and uniform times."""

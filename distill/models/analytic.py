@@ -80,10 +80,11 @@ class GaussianMixture(nn.Module):
         variance = alpha.square() * self.std**2 + sigma.square()
         from_mean = x - alpha * self.means
         logits = -from_mean.square().sum(2) / (2 * variance[:, :, 0])
-        if self.num_classes and cond.label is not None:
-            check_range("label", cond.label, self.num_classes)
+        label = cond.get("label")
+        if self.num_classes and label is not None:
+            check_range("label", label, self.num_classes)
             component = torch.arange(self.num_classes, device=x.device)
-            others = (cond.label[:, None] >= 0) & (component != cond.label[:, None])
+            others = (label[:, None] >= 0) & (component != label[:, None])
             logits = logits.masked_fill(others, -math.inf)
         weight = torch.softmax(logits, 1)[:, :, None]
         x0 = (weight * (self.means + alpha * self.std**2 / variance * from_mean)).sum(1)
@@ -106,4 +107,4 @@ def exact_denoiser(
     net = GaussianMixture(
         ring_means() if means is None else means, std, process, shape=shape, labelled=labelled
     )
-    return Denoiser(net, process, "x0", net.shape, num_classes=net.num_classes, guidable=labelled)
+    return Denoiser(net, process, "x0", net.shape, guidable=labelled)

@@ -57,10 +57,6 @@ class BottleneckFeatures:
         """Shape of one sample's features."""
         device = next((p.device for p in self.denoiser.parameters()), torch.device("cpu"))
         x = torch.zeros(1, *self.denoiser.sample_shape, device=device)
-        cond = (
-            Cond.of_labels(torch.zeros(1, dtype=torch.int64))
-            if self.denoiser.num_classes
-            else Cond.nothing(1)
-        ).to(device)
+        cond = self.denoiser.conditions.of(torch.zeros(1, dtype=torch.int64)).to(device)
         t = torch.full((1,), self.denoiser.process.t_max, dtype=torch.float64, device=device)
         return tuple(self(x, t, cond).shape[1:])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from distill.data.cond import Cond
 from distill.models.boundary import Boundary
+from distill.models.conditions import Conditions, Nothing, of_net
 from distill.models.guidance import guide
 from distill.models.spec import SamplerSpec
 from distill.nets.layers import GuidanceEmbedding
@@ -33,7 +34,7 @@ class Denoiser(nn.Module):
         process: the noise process that the net was trained under.
         kind: "x0", "eps", "v" or "velocity": what the net's output is.
         sample_shape: S.
-        num_classes: class labels that the net is conditioned on; 0 for none.
+        conditions: what the net is conditioned on; None: what it says itself (`models.conditions.of_net`), else nothing.
         guidable: trained with dropped conditions, so guidance scales other than 1 make sense.
         coupling: which pairs of noise and data it was trained on: "independent" (the velocity is a score in
             disguise), "paired" (reflow; no score can be read off), "endpoint" (a one-step student, valid at t_max
@@ -54,7 +55,7 @@ class Denoiser(nn.Module):
         kind: str,
         sample_shape: Sequence[int],
         *,
-        num_classes: int = 0,
+        conditions: Conditions | None = None,
         guidable: bool = False,
         coupling: str = "independent",
         boundary: Boundary | None = None,
@@ -68,7 +69,11 @@ class Denoiser(nn.Module):
             )
         if coupling not in COUPLINGS:
             raise ValueError(f"coupling: found {coupling!r}, expected one of {list(COUPLINGS)}")
-        self.net, self.process, self.kind, self.num_classes = net, process, kind, num_classes
+        known = of_net(net)
+        if conditions is not None and known is not None and conditions != known:
+            raise ValueError(f"conditions: found {conditions.words()}, but the net takes {known.words()}")
+        self.conditions = conditions or known or Nothing()
+        self.net, self.process, self.kind = net, process, kind
         self.sample_shape, self.guidable, self.coupling = tuple(sample_shape), guidable, coupling
         self.sigma_data = sigma_data_of(net, process)
         self.boundary = boundary
@@ -77,7 +82,7 @@ class Denoiser(nn.Module):
         """The same net, shared and not copied, with another meaning; `self` stays as it is.
 
         meaning: `coupling`, `guidable`, `boundary`: constructor arguments to change."""
-        kept = {name: getattr(self, name) for name in ("num_classes", "guidable", "coupling", "boundary")}
+        kept = {name: getattr(self, name) for name in ("conditions", "guidable", "coupling", "boundary")}
         other = Denoiser(self.net, self.process, self.kind, self.sample_shape, **(kept | meaning))
         other.sampler, other.training = self.sampler, self.training
         return other
@@ -95,7 +100,7 @@ class Denoiser(nn.Module):
 
     @property
     def embeds_guidance(self) -> bool:
-        """Whether the net takes the guidance w as an input (`Cond.guidance_w`)."""
+        """Whether the net takes the guidance w as an input (`guidance_w` of `Cond`)."""
         return embeds_guidance(self.net)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond, guidance_scale: float | Tensor = 1.0) -> Tensor:
@@ -234,10 +239,19 @@ def check_same_samples(student: Denoiser, teacher: Denoiser) -> None:
         raise ValueError(
             f"teacher: lives under {teacher.process!r}, the student under {student.process!r}; expected one process"
         )
-    for what in ("sample_shape", "num_classes"):
-        theirs, ours = getattr(teacher, what), getattr(student, what)
-        if theirs != ours:
-            raise ValueError(f"teacher.{what}: found {theirs}, expected the student's {ours}")
+    check_same("teacher", teacher, "student", student)
+
+
+def check_same(role: str, model: Denoiser, other_role: str, other: Denoiser) -> None:
+    """Raise ValueError naming `role` where two models differ in the shape of samples or in their conditions."""
+    if model.sample_shape != other.sample_shape:
+        raise ValueError(
+            f"{role}.sample_shape: found {model.sample_shape}, expected the {other_role}'s {other.sample_shape}"
+        )
+    if model.conditions != other.conditions:
+        raise ValueError(
+            f"{role}.conditions: found {model.conditions.words()}, expected the {other_role}'s {other.conditions.words()}"
+        )
 
 
 def _places(times: Sequence[float], grid: Tensor) -> list[int]:

@@ -8,12 +8,12 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from distill.data.arguments import check_range, finite, flag, integer
 from distill.data.arguments import device as torch_device
-from distill.data.arguments import labels as class_labels
+from distill.data.arguments import finite, flag, integer
 from distill.data.cond import Cond
 from distill.data.plain import plain_torch
 from distill.data.rng import sample_noise
+from distill.models.conditions import Conditions, Label, Prompt
 from distill.models.denoiser import Denoiser
 from distill.models.spec import SamplerSpec
 from distill.samplers.fewstep import few_step
@@ -29,12 +29,17 @@ class Generator:
     """z ~ N(0, I) -> samples, in the few steps that `spec` names; images are clamped to their `range`, [-1, 1]."""
 
     def __init__(self, denoiser: Denoiser, spec: SamplerSpec) -> None:
-        self.denoiser, self.spec, self.num_classes = denoiser, spec, denoiser.num_classes
+        self.denoiser, self.spec = denoiser, spec
         self.range = value_range(denoiser.sample_shape)
 
     def __repr__(self) -> str:
         shape, valid = self.denoiser.sample_shape, sorted(self.spec.times) or "any"
-        return f"Generator(shape={shape}, classes={self.num_classes}, steps={self.spec.steps}, valid steps={valid})"
+        return f"Generator(shape={shape}, {self.conditions.words()}, steps={self.spec.steps}, valid steps={valid})"
+
+    @property
+    def conditions(self) -> Conditions:
+        """What the model can be asked for."""
+        return self.denoiser.conditions
 
     @property
     def device(self) -> torch.device:
@@ -132,8 +137,9 @@ class Generator:
     def sample(
         self,
         count: int,
-        label: int | Sequence[int] | Tensor | None = None,
+        label: Label | None = None,
         *,
+        prompt: Prompt | None = None,
         seed: int = 0,
         stream: str = "sample",
         steps: int | None = None,
@@ -143,16 +149,17 @@ class Generator:
         noise_scale: float | None = None,
         batch_size: int = 500,
     ) -> Tensor:
-        """`count` samples [count,*S] on the CPU, images clamped to [-1, 1]; sample i is a function of (seed, stream,
-        i) and its label alone.
+        """`count` samples [count,*S] on the CPU, images clamped to [-1, 1]; sample i is a function of (seed, stream, i) and
+        its condition alone.
 
-        label: one class for all, one a sample, or None: classes 0, 1, 2, ... in turn."""
+        label: one class for all, one a sample, or None: classes 0, 1, 2, ... in turn. prompt: the same, of models that take
+        prompts. Raises ValueError for what the model does not take."""
         count, batch_size = integer("count", count, at_least=1), integer("batch_size", batch_size, at_least=1)
-        labels = self.labels(count, label)
+        cond = self.conditions.ask(count=count, label=label, prompt=prompt)
         parts = [
             self.sample_ids(
                 ids,
-                labels,
+                cond,
                 seed=seed,
                 stream=stream,
                 steps=steps,
@@ -170,7 +177,7 @@ class Generator:
     def sample_ids(
         self,
         ids: Tensor,
-        labels: Tensor | None,
+        cond: Cond | None = None,
         *,
         seed: int,
         stream: str,
@@ -180,19 +187,19 @@ class Generator:
         guidance_w: float | None = None,
         noise_scale: float | None = None,
     ) -> Tensor:
-        """The samples `ids` [n] of `sample`, in one batch; `labels` holds those of all samples. Raises FloatingPointError for
-        samples that are not finite."""
+        """The samples `ids` [n] of `sample`, in one batch. `cond` holds the conditions of all samples, 0 and up; None: those
+        that the model gives to these ids. Raises FloatingPointError for samples that are not finite."""
         seed, force = integer("seed", seed), flag("force", force)
-        limit = None if labels is None else len(labels)
+        limit = None if cond is None else len(cond)
         if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.ndim != 1:
             raise ValueError(f"ids: expected int64 numbers of samples [n], found {ids!r}")
         if len(ids) and (int(ids.min()) < 0 or (limit is not None and int(ids.max()) >= limit)):
             raise ValueError(
                 f"ids: found {int(ids.min())} .. {int(ids.max())}, expected numbers of samples, 0 "
-                f"{'and up' if limit is None else f'.. {limit - 1}, those that have a label'}"
+                f"{'and up' if limit is None else f'.. {limit - 1}, those that have a condition'}"
             )
         z, fresh = self.noises(seed, stream, ids)
-        cond = (Cond.nothing(len(ids)) if labels is None else Cond.of_labels(labels[ids])).to(self.device)
+        cond = (self.conditions.of(ids) if cond is None else cond.rows(ids)).to(self.device)
         samples = self.generate(
             z,
             cond,
@@ -220,18 +227,3 @@ class Generator:
             return sample_noise(seed, f"{stream}/renoise{step}", ids, shape).to(device)
 
         return sample_noise(seed, stream, ids, shape).to(device), fresh
-
-    def labels(self, count: int, label: int | Sequence[int] | Tensor | None = None) -> Tensor | None:
-        """[count] int64 labels as `sample` reads them; None for an unconditional model."""
-        if not self.num_classes:
-            if label is not None:
-                raise ValueError(f"label: found {label}, but this model takes no class labels")
-            return None
-        if label is None:
-            return torch.arange(count, device="cpu") % self.num_classes
-        labels = class_labels("label", label, self.num_classes).cpu()
-        labels = labels.expand(count) if labels.ndim == 0 else labels
-        if labels.shape != (count,):
-            raise ValueError(f"label: expected one label or {count} of them, found {len(labels)}")
-        check_range("label", labels, self.num_classes, null=False)  # also those that came from an accelerator
-        return labels

@@ -12,10 +12,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from distill.data.cond import Cond
 from distill.data.plain import plain_torch
 from distill.files import canonical_json, sha256_file, write_json, write_safetensors
 from distill.models.build import REFUSALS, at_most, build_net, build_process
+from distill.models.conditions import Nothing, classes, of_net
 from distill.models.denoiser import Denoiser, embeds_guidance
 from distill.models.description import DESCRIPTION, SCHEMA, WEIGHTS, Description
 from distill.models.generator import Generator, value_range
@@ -39,7 +39,7 @@ def describe(denoiser: Denoiser, net: Mapping[str, Any], spec: SamplerSpec) -> d
         "guidable": denoiser.guidable,
         "coupling": denoiser.coupling,
         "boundary": None if denoiser.boundary is None else denoiser.boundary.to_dict(),
-        "num_classes": denoiser.num_classes,
+        "num_classes": denoiser.conditions.num_classes,
         "value_range": value_range(denoiser.sample_shape),
         "sampler": spec.to_dict(),
     }
@@ -110,7 +110,7 @@ def _denoiser(description: Description, net: nn.Module, process: Process) -> Den
         process,
         description.kind,
         description.sample_shape,
-        num_classes=description.num_classes,
+        conditions=classes(description.num_classes),
         guidable=description.guidable,
         coupling=description.coupling,
         boundary=description.boundary,
@@ -208,9 +208,11 @@ _calls: set[str] = set()  # of nets that take their samples: a run loads the sam
 
 def _check_samples(description: Description, net: nn.Module, where: str) -> None:
     """A net on the meta device takes samples, classes and guidance as the description says."""
-    classes = getattr(net, "num_classes", 0)
-    if classes != description.num_classes:
-        raise ValueError(f"{where}num_classes: found {description.num_classes}, but the net takes {classes}")
+    conditions = of_net(net) or Nothing()
+    if conditions.num_classes != description.num_classes:
+        raise ValueError(
+            f"{where}num_classes: found {description.num_classes}, but the net takes {conditions.num_classes}"
+        )
     embeds, given = embeds_guidance(net), description.sampler.guidance_w
     if embeds != (given is not None):
         found = "takes" if embeds else "does not take"
@@ -219,14 +221,15 @@ def _check_samples(description: Description, net: nn.Module, where: str) -> None
         )
     shape = description.sample_shape
     x, t = torch.empty(1, *shape, device="meta"), torch.empty(1, device="meta")
-    call = canonical_json({"net": description.net, "shape": shape, "classes": classes, "w": embeds})
+    call = canonical_json(
+        {"net": description.net, "shape": shape, "conditions": conditions.config(), "w": embeds}
+    )
     if call in _calls:
         return
-    label = torch.zeros(1, dtype=torch.int64, device="meta") if classes else None
-    w = torch.empty(1, device="meta") if embeds else None
+    cond = conditions.of(torch.zeros(1, dtype=torch.int64)).with_guidance(0.0 if embeds else None).to("meta")
     try:
         with torch.no_grad():
-            made = tuple(net(x, t, Cond(1, label, w)).shape)
+            made = tuple(net(x, t, cond).shape)
     except REFUSALS as error:
         raise ValueError(f"{where}sample_shape: the net does not take {list(shape)}: {error}") from error
     if made != (1, *shape):

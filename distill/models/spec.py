@@ -35,7 +35,7 @@ class SamplerSpec:
         start_scale: the net starts from `start_scale * z`, z ~ N(0, I).
         guidance_scale: the scale to sample with; 1 is none.
         guidance_baked: the scale that the student has learned from its teacher, for the record.
-        guidance_w: the guidance w = guidance_scale - 1 that the net gets as an input (`Cond.guidance_w`), and the range
+        guidance_w: the guidance w = guidance_scale - 1 that the net gets as an input (`guidance_w` of `Cond`), and the range
             that it was trained for; None for a net without that input.
         noise_scale: multiplies the fresh noise of "sde"; 1 is what the student was trained for.
         noise_floor: level sigma / alpha of noise that the predictions still hold (`samplers.fewstep`).

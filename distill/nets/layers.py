@@ -107,7 +107,7 @@ class ClassEmbedding(nn.Module):
 
 
 class GuidanceEmbedding(nn.Module):
-    """The guidance w of `Cond.guidance_w` as an input: [B] -> [B, width], 0 at the start, so that a net which gets it
+    """The guidance w (`guidance_w` of `Cond`) as an input: [B] -> [B, width], 0 at the start, so that a net which gets it
     begins as the net without it."""
 
     def __init__(self, features: int, width: int) -> None:

@@ -20,7 +20,7 @@ class MLP(nn.Module):
         features: sines and cosines of the time, of angular frequencies `time_scale` down to `time_scale` / 1000.
         num_classes: class labels; 0 for none.
         zero_out: start with an output of 0.
-        guidance_embedding: features of the guidance w as an input (`Cond.guidance_w`); 0: no such input.
+        guidance_embedding: features of the guidance w as an input (`guidance_w` of `Cond`); 0: no such input.
     """
 
     def __init__(
@@ -60,12 +60,12 @@ class MLP(nn.Module):
         """[B,*shape] at network times t [B] under `cond` -> [B,*shape]."""
         embedding = self.embed(self.time(t * self.time_scale).to(self.embed.weight.dtype))
         if self.label is not None:
-            if cond.label is None:
+            if (label := cond.get("label")) is None:
                 raise ValueError(
                     f"cond: this net expects one of {self.num_classes} class labels a sample, found no labels"
                 )
-            embedding = embedding + self.label(cond.label)
-        embedding = add_guidance(embedding, self.guidance, cond.guidance_w)
+            embedding = embedding + self.label(label)
+        embedding = add_guidance(embedding, self.guidance, cond.get("guidance_w"))
         hidden = self.stem(x.flatten(1).to(self.stem.weight.dtype))
         for layer in self.layers:
             hidden = hidden + layer(F.silu(hidden + embedding))

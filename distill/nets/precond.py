@@ -30,7 +30,7 @@ class EDMPrecond(nn.Module):
         if not sigma_data > 0:
             raise ValueError(f"sigma_data: found {sigma_data}, expected a positive number")
         self.net, self.sigma_data = net, sigma_data
-        self.num_classes: int = getattr(net, "num_classes", 0)
+        self.num_classes: int | None = getattr(net, "num_classes", None)
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The denoised [B,*S] from x_t [B,*S] at noise levels t = sigma [B] under `cond`."""

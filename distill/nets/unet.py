@@ -72,7 +72,7 @@ class UNet(nn.Module):
         plain_norm: group norms of elementary operations, needed by forward-mode derivatives on channels-last
             inputs.
         channels_last: memory format of the activations (1.3x faster on CPUs and tensor cores).
-        guidance_embedding: features of the guidance w as an input (`Cond.guidance_w`); 0: no such input.
+        guidance_embedding: features of the guidance w as an input (`guidance_w` of `Cond`); 0: no such input.
     """
 
     bottleneck = "middle_out"  # whose output discriminators look at
@@ -167,12 +167,12 @@ class UNet(nn.Module):
         """[B,C,H,W] at process times t [B] under `cond` -> [B,C,H,W]."""
         embedding = self.embed(self.time(t * self.time_scale))
         if self.label is not None:
-            if cond.label is None:
+            if (label := cond.get("label")) is None:
                 raise ValueError(
                     f"cond: this net expects one of {self.num_classes} class labels a sample, found no labels"
                 )
-            embedding = embedding + self.label(cond.label)
-        embedding = F.silu(add_guidance(embedding, self.guidance, cond.guidance_w))
+            embedding = embedding + self.label(label)
+        embedding = F.silu(add_guidance(embedding, self.guidance, cond.get("guidance_w")))
         hidden = self.stem(x.contiguous(memory_format=self.memory_format))
         skips = [hidden]
         for level, stack in enumerate(self.down):

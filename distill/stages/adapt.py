@@ -44,7 +44,7 @@ def adapted(
         student.process,
         changes.get("kind") or student.kind,
         student.sample_shape,
-        num_classes=student.num_classes,
+        conditions=student.conditions,
         guidable=student.guidable,
         coupling=student.coupling,
         boundary=student.boundary,

@@ -153,7 +153,11 @@ class Evaluate(Stage):
         """(a row, values of the real set) of a trial measurement: what is None there will be None."""
         generator = next(iter(generators.values()))
         return try_images(
-            self.data, self.features, generator.denoiser.sample_shape, generator.labels(self.count), self.k
+            self.data,
+            self.features,
+            generator.denoiser.sample_shape,
+            labels_of(generator, self.count),
+            self.k,
         )
 
     def _defined(
@@ -259,8 +263,8 @@ class Evaluate(Stage):
 
     def _balanced(self, generators: Mapping[str, Generator]) -> bool:
         """Whether every class has equally many samples."""
-        classes = next(iter(generators.values())).num_classes
-        return classes > 0 and self.count % classes == 0
+        period = next(iter(generators.values())).conditions.period
+        return period > 0 and self.count % period == 0
 
     def _bench(self, context: StageContext) -> Any:
         """What samples are measured with; its `reference` knows the real set's floor, values and protocol."""
@@ -273,7 +277,7 @@ class Evaluate(Stage):
 
     def _measure(self, samples: Tensor, generator: Generator, bench: Any) -> dict[str, float | None]:
         """The entries of a row that follow from its samples."""
-        return measure(samples, generator.labels(self.count), bench.reference, bench.extractor)
+        return measure(samples, labels_of(generator, self.count), bench.reference, bench.extractor)
 
     def _publish(
         self,
@@ -301,12 +305,11 @@ class Evaluate(Stage):
 
     def _sample(self, generator: Generator, steps: int, context: StageContext) -> tuple[Tensor | None, float]:
         """(images clamped to [-1, 1] on the CPU of the main process, seconds) of the samples 0 .. count - 1."""
-        labels = generator.labels(self.count)
         warm = torch.arange(min(self.count, self.batch_size))
-        generator.sample_ids(warm, labels, seed=context.seed, stream=self.stream, steps=1, force=True)
+        generator.sample_ids(warm, seed=context.seed, stream=self.stream, steps=1, force=True)
         start = time.perf_counter()
         parts = {
-            number: generator.sample_ids(ids, labels, seed=context.seed, stream=self.stream, steps=steps)
+            number: generator.sample_ids(ids, seed=context.seed, stream=self.stream, steps=steps)
             for number, ids in context.world.share(torch.arange(self.count).split(self.batch_size))
         }
         return context.world.collect(parts), time.perf_counter() - start
@@ -365,6 +368,11 @@ class Evaluate(Stage):
     ) -> str:
         """The text of report.md."""
         return report(context.recipe, rows, protocol, real, gates, grid=bool(self.grid), note=self.note)
+
+
+def labels_of(generator: Generator, count: int) -> Tensor | None:
+    """[count] classes of the samples 0 .. count - 1; None for a model without classes."""
+    return generator.conditions.ask(count=count).get("label")
 
 
 def _parameters(generator: Generator) -> int:

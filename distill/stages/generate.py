@@ -92,7 +92,7 @@ class Generate(Stage):
             # Which weights made them is known once the teacher is there.
             self._check_header(found, self._header(teacher.generator, found.seed, found.teacher))
         guidance = teacher.spec.guidance_baked * self.guidance_scale
-        return Made(pairs=PairsMade(denoiser.sample_shape, denoiser.num_classes, guidance))
+        return Made(pairs=PairsMade(denoiser.sample_shape, denoiser.conditions, guidance))
 
     def begun(self, folder: Path) -> bool:
         """A header or a shard is there."""
@@ -158,7 +158,7 @@ class Generate(Stage):
             solver=self.sampler["solver"],
             steps=self.sampler["steps"],
             guidance_scale=float(self.guidance_scale),
-            num_classes=teacher.num_classes,
+            num_classes=teacher.conditions.num_classes,
             guidance_learned=generator.spec.guidance_baked,
             grid=None if (grid := self._grid()) is None else grid.to_dict(),
         )

@@ -36,7 +36,7 @@ from distill.models.spec import SamplerSpec
 from distill.stages.artifact import digest_of
 from distill.stages.base import Settings, StageContext
 from distill.stages.display import Display
-from distill.stages.evaluate import Evaluate
+from distill.stages.evaluate import Evaluate, labels_of
 from distill.stages.ownership import PUBLISHED, patterns, sweep
 from distill.stages.request import (
     DEVICES,
@@ -106,7 +106,7 @@ class Judge(Evaluate):
         self._publish(context, [row], bench, len(set(counts)) == 1)
 
     def _measure(self, samples: Tensor, generator: Generator, bench: Any) -> dict[str, float | None]:
-        labels = generator.labels(self.count) if self.by_class else None
+        labels = labels_of(generator, self.count) if self.by_class else None
         return measure(samples, labels, bench.reference, bench.extractor)
 
     def _draw(
@@ -259,10 +259,10 @@ def plan_model(
             f"guidance_scale: found {spec.guidance_scale:g}, but this model was not trained with a null condition; "
             "expected 1"
         )
-    notes, by_class = [], generator.num_classes in (0, real.num_classes)
+    notes, by_class = [], generator.conditions.num_classes in (0, real.num_classes)
     if not by_class:
         notes.append(
-            f"No numbers by class: the model has {generator.num_classes} classes, the reference {real.num_classes}."
+            f"No numbers by class: the model has {generator.conditions.words()}, the reference {real.num_classes}."
         )
     if forced:
         notes.append(

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from distill.data.cond import Cond
 from distill.models.build import build_net, build_process
+from distill.models.conditions import Conditions
 from distill.models.denoiser import Denoiser
 from distill.models.description import WEIGHTS, read_description
 from distill.models.generator import Generator
@@ -42,7 +42,7 @@ class PairsMade:
     """What a training stage asks of pairs before they exist."""
 
     sample_shape: tuple[int, ...]
-    num_classes: int
+    conditions: Conditions
     guidance: float
 
 
@@ -99,24 +99,19 @@ def fresh_part(
 ) -> Part:
     """An untrained model; `make` builds the net."""
     built = make(net)
-    denoiser = Denoiser(
-        built, build_process(process), kind, sample_shape, num_classes=getattr(built, "num_classes", 0)
-    )
+    denoiser = Denoiser(built, build_process(process), kind, sample_shape)
     return Part(denoiser, net, SamplerSpec(steps=1, any_steps=True))
 
 
-def check_student(student: Denoiser, sample_shape: Sequence[int], num_classes: int) -> None:
-    """Raise ValueError unless the student takes the data's samples and classes; one forward call says so."""
+def check_student(student: Denoiser, sample_shape: Sequence[int], conditions: Conditions) -> None:
+    """Raise ValueError unless the student takes the data's samples and conditions; one forward call shows it."""
     if student.sample_shape != tuple(sample_shape):
         raise ValueError(
             f"data: samples of shape {tuple(sample_shape)}, but the student makes {student.sample_shape}"
         )
-    if student.num_classes and num_classes > student.num_classes:
-        raise ValueError(
-            f"net.num_classes: found {student.num_classes}, but the data have {num_classes} classes"
-        )
+    student.conditions.accepts(conditions)
     device = device_of(student.net)
-    cond = Cond.of_labels(torch.zeros(1, dtype=torch.int64)) if num_classes else Cond.nothing(1)
+    cond = conditions.of(torch.zeros(1, dtype=torch.int64))
     cond = cond.with_guidance(0.0 if student.embeds_guidance else None).to(device)
     x, t = (
         torch.zeros(1, *sample_shape, device=device),

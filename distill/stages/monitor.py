@@ -186,12 +186,11 @@ class Monitor:
         model, world = module.best(STUDENT), self.context.world
         training, _ = model.training, model.eval()
         generator = module.as_generator()
-        labels = generator.labels(self.options.count)
         chunks = list(torch.arange(self.options.count).split(self.options.batch_size))
         parts: dict[int, Tensor] = {}
         for number in range(world.rank, -(-len(chunks) // world.size) * world.size, world.size):
             ids = chunks[number] if number < len(chunks) else chunks[0]
-            images = generator.sample_ids(ids, labels, seed=self.context.seed, stream="monitor")
+            images = generator.sample_ids(ids, seed=self.context.seed, stream="monitor")
             if number < len(chunks):
                 parts[number] = images
         model.train(training)
@@ -213,7 +212,7 @@ class Monitor:
                 classes=getattr(data, "classes", None),
             )
         assert self._extractor is not None
-        labels = module.as_generator().labels(self.options.count)
+        labels = module.as_generator().conditions.ask(count=self.options.count).get("label")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a small count is chosen knowingly here, and named so
             row = measure(samples.to(self.context.device), labels, self._reference, self._extractor)

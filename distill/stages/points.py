@@ -10,7 +10,6 @@ import torch
 from hydra.utils import instantiate
 from torch import Tensor
 
-from distill.data.cond import Cond
 from distill.data.points import Points
 from distill.data.rng import sample_noise
 from distill.evaluation.gates import GateResult
@@ -142,9 +141,7 @@ class EvaluatePoints(Evaluate):
             generator = generators[label]
             ids = torch.arange(min(self.paths, self.count))
             z, fresh = generator.noises(context.seed, self.stream, ids)
-            labels = generator.labels(len(ids))
-            cond = Cond.nothing(len(ids)) if labels is None else Cond.of_labels(labels)
-            path = generator.generate(z, cond, steps, noise=fresh, return_path=True)
+            path = generator.generate(z, generator.conditions.of(ids), steps, noise=fresh, return_path=True)
             panels.append(Panel(f"{label}, {steps} step{'s' * (steps > 1)}", path))
         data: Points = instantiate(self.data)
         save_trajectories(

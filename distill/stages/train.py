@@ -22,6 +22,7 @@ from distill.engine.module import DistillModule
 from distill.engine.parallel import full_state
 from distill.files import make_folder
 from distill.models.build import build_net, build_process
+from distill.models.conditions import of_source
 from distill.models.denoiser import Denoiser
 from distill.models.native import describe, save_model
 from distill.stages.adapt import Adapt, adapted
@@ -212,7 +213,8 @@ class Train(ModelStage):
         if pairs is not None and self.teacher is None:
             spec = replace(spec, guidance_baked=pairs.guidance)
         if (monitor := self._monitor) is not None:
-            shape, labels = generator.denoiser.sample_shape, generator.labels(monitor.count)
+            shape = generator.denoiser.sample_shape
+            labels = generator.conditions.ask(count=monitor.count).get("label")
             try:
                 try_images(monitor.data, monitor.features, shape, labels, monitor.k)
             except ValueError as error:
@@ -371,7 +373,7 @@ class Train(ModelStage):
         elif self.adapt is not None:
             with device_of(init.denoiser.net):
                 init = Part(*adapted(init.denoiser, init.net, self.adapt), init.spec)
-        check_student(init.denoiser, source.sample_shape, source.num_classes)
+        check_student(init.denoiser, source.sample_shape, of_source(source))
         return init
 
     def _method(self, student: Denoiser, models: Mapping[str, Part], nodes: Sequence[Path]) -> DistillModule:

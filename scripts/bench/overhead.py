@@ -78,9 +78,7 @@ CASES = {
 def method(case: Case) -> FlowMatching:
     """A prepared teacher training: the engine's side."""
     torch.manual_seed(0)
-    made = FlowMatching(
-        Denoiser(case.net(), Flow(), "velocity", (1, 8, 8), num_classes=10), null_prob=NULL_PROB
-    )
+    made = FlowMatching(Denoiser(case.net(), Flow(), "velocity", (1, 8, 8)), null_prob=NULL_PROB)
     adamw = partial(torch.optim.AdamW, lr=LR, fused=True)
     made.prepare({"student": Optim(adamw, Constant(), clip=CLIP, ema=EMA, ema_ramp=True)}, seed=0)
     return made
@@ -108,7 +106,7 @@ class Bare:
             self.rows = torch.randperm(len(self.data))
         rows, self.rows = self.rows[: self.batch_size], self.rows[self.batch_size :]
         label = torch.where(torch.rand(len(rows)) < NULL_PROB, NULL_LABEL, self.data.labels[rows])
-        return self.data.images[rows], Cond(len(rows), label)
+        return self.data.images[rows], Cond.of_labels(label)
 
     def steps(self, count: int) -> None:
         """Train for `count` steps."""

@@ -79,7 +79,7 @@ def leave_an_export(folder: Path) -> None:
     """A one-step student of the digits as `recipe=instaflow` exports it, untrained."""
     options = {"_target_": "distill.nets.unet.UNet", "width": 8, "embedding": 16, "groups": 4}
     net = UNet(**{key: value for key, value in options.items() if key != "_target_"})
-    student = Denoiser(net, Flow(), "velocity", (1, 8, 8), num_classes=10)
+    student = Denoiser(net, Flow(), "velocity", (1, 8, 8))
     spec = replace(OneStep(student).result().sampler, guidance_baked=1.0)
     save_model(folder, net.state_dict(), describe(student, options, spec) | {"coupling": "endpoint"})
 

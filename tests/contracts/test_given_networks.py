@@ -52,7 +52,7 @@ def networks(path: Path) -> dict[str, Denoiser]:
     for role in (role for role in ROLES if role in taken):
         torch.manual_seed(len(role))
         config = net if role == "student" else NET
-        model = Denoiser(build_net(config), process, kind, (1, 8, 8), num_classes=10, guidable=True)
+        model = Denoiser(build_net(config), process, kind, (1, 8, 8), guidable=True)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
         model.sampler = SamplerSpec(steps=50, any_steps=True)
@@ -94,7 +94,7 @@ def record(model: Denoiser, *, weights: bool = True) -> dict[str, Any]:
         )
         if weights:
             seen[f"{name}:values"] = tensor.tolist()
-    for name in ("coupling", "guidable", "boundary", "sampler", "kind", "num_classes", "sample_shape"):
+    for name in ("coupling", "guidable", "boundary", "sampler", "kind", "conditions", "sample_shape"):
         seen[f"model.{name}"] = copy.deepcopy(getattr(model, name))
     seen["process"] = model.process.config()
     del seen[":process"]

@@ -85,7 +85,6 @@ def build(path: Path) -> DistillModule:
             process,
             kind,
             (1, 8, 8),
-            num_classes=10,
             guidable=True,
         )
         for role in ("student", "teacher", "generator")

@@ -45,7 +45,7 @@ def small() -> Denoiser:
     mlp = MLP(**SMALL)
     for parameter in mlp.parameters():
         nn.init.normal_(parameter, std=0.2)
-    return Denoiser(mlp, Flow(), "velocity", (1, 8, 8), num_classes=10)
+    return Denoiser(mlp, Flow(), "velocity", (1, 8, 8))
 
 
 def unet() -> Denoiser:
@@ -53,7 +53,7 @@ def unet() -> Denoiser:
     net = UNet(width=8, multipliers=(1,), embedding=16, groups=4, attention="none")
     for parameter in net.parameters():
         nn.init.normal_(parameter, std=0.15)
-    return Denoiser(net, Flow(), "velocity", (1, 8, 8), num_classes=10)
+    return Denoiser(net, Flow(), "velocity", (1, 8, 8))
 
 
 def sid(student: Denoiser, teacher: Denoiser, nodes: Sequence[Path]) -> DistillModule:

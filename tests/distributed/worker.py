@@ -44,7 +44,7 @@ def net() -> Denoiser:
     unet = UNet(width=8, multipliers=(1,), embedding=16, groups=4)
     for parameter in unet.parameters():
         nn.init.normal_(parameter, std=0.15)
-    return Denoiser(unet, Flow(), "velocity", (1, 8, 8), num_classes=10)
+    return Denoiser(unet, Flow(), "velocity", (1, 8, 8))
 
 
 class Score(DistillModule):

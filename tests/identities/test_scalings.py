@@ -142,7 +142,7 @@ def test_precond_is_the_formula() -> None:
     torch.testing.assert_close(net.seen[1], SIGMA.log() / 4)
     assert net.seen[2] is cond
     assert precond.num_classes == 7
-    assert EDMPrecond(nn.Identity()).num_classes == 0
+    assert EDMPrecond(nn.Identity()).num_classes is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

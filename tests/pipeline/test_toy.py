@@ -87,7 +87,7 @@ class TestExact:
         folder = made(Exact(process=process, ring=RING, labelled=True), tmp_path / "teacher")
         generator = load_model(folder)
         assert isinstance(generator.denoiser.process, VPCosine)
-        assert (generator.num_classes, generator.denoiser.guidable) == (8, True)
+        assert (generator.conditions.num_classes, generator.denoiser.guidable) == (8, True)
         found = generator.sample(200, label=2, steps=200)
         assert found.mean(0).tolist() == pytest.approx([0, 1.5], abs=0.05)
         guided = generator.sample(200, label=2, steps=200, guidance_scale=2.0)

@@ -24,6 +24,7 @@ from distill.evaluation.measure import Reference, measure
 from distill.models.features import load_digits64
 from distill.recipe import compose as recipe_configs
 from distill.recipe.arguments import arguments
+from distill.stages.evaluate import labels_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*covariance is singular")
 
@@ -170,7 +171,7 @@ def test_exported_samples_measured_from_files_agree_with_the_model(run, photos, 
     """Through 8-bit files the numbers change by the rounding alone."""
     student = distill.load(run / "export")
     images = student.sample(SMOKE_COUNT, stream="evaluate")
-    write_images(tmp_path / "samples", images, student.labels(SMOKE_COUNT))
+    write_images(tmp_path / "samples", images, labels_of(student, SMOKE_COUNT))
     files, _ = evaluate("model=samples", f"reference={photos['b']}")
     model, _ = evaluate(
         f"model={run / 'export'}", f"reference={photos['b']}", f"count={SMOKE_COUNT}", out="model"

@@ -20,6 +20,7 @@ from distill.recipe.run import run
 from distill.stages import threads as threads_of
 from distill.stages.base import Settings, StageContext
 from distill.stages.display import Display
+from distill.stages.evaluate import labels_of
 from distill.stages.threads import PeakMemory, use_threads
 
 DATA = {"_target_": "distill.data.digits.Digits"}
@@ -81,20 +82,16 @@ def test_a_monitor_under_bf16_mixed_measures_the_model_that_is_saved_in_float32(
     generator = load_model(mixed / "best")
     images = generator.sample(MONITOR["count"], seed=3, stream="monitor")
     reference = Reference(data.images, data.labels, features, k=5, seed=3)
-    row = measure(images, generator.labels(MONITOR["count"]), reference, features)
+    row = measure(images, labels_of(generator, MONITOR["count"]), reference, features)
     for name in ("fd", "kid", "sliced_wasserstein", "recall", "pixel_std", "class_accuracy"):
         assert noted[name] == pytest.approx(row[name], rel=1e-6, abs=1e-7), name
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = generator.denoiser.net(images, torch.full((40,), 0.5), instantiate_cond(generator))
+        rounded = generator.denoiser.net(
+            images, torch.full((40,), 0.5), generator.conditions.ask(count=MONITOR["count"])
+        )
     assert rounded.dtype == torch.bfloat16, (
         "the net computes otherwise under autocast; else the test shows nothing"
     )
-
-
-def instantiate_cond(generator: Any) -> Any:
-    from distill.data.cond import Cond
-
-    return Cond.of_labels(generator.labels(MONITOR["count"]))
 
 
 def test_an_autocast_around_the_run_changes_nothing(tmp_path: Path) -> None:

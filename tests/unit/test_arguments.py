@@ -53,7 +53,7 @@ def model() -> Generator:
         net = UNet(width=8, embedding=16, groups=4, num_classes=10)
         for parameter in net.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
-    denoiser = Denoiser(net, Flow(), "velocity", (1, 8, 8), num_classes=10, guidable=True)
+    denoiser = Denoiser(net, Flow(), "velocity", (1, 8, 8), guidable=True)
     return Generator(denoiser.eval(), SamplerSpec(steps=1, any_steps=True))
 
 
@@ -110,7 +110,7 @@ def test_ids_are_integers() -> None:
 def test_labels_of_every_library(model: Generator, labels: object) -> None:
     expected = model.sample(2, torch.tensor([3, 1]))
     assert torch.equal(model.sample(2, labels), expected)  # type: ignore[arg-type]
-    assert Cond.of_labels(labels).label.tolist() == [3, 1]  # type: ignore[arg-type, union-attr]
+    assert Cond.of_labels(labels).get("label").tolist() == [3, 1]  # type: ignore[arg-type, union-attr]
 
 
 @pytest.mark.parametrize(
@@ -137,13 +137,13 @@ def test_a_class_that_does_not_exist_is_not_the_null_condition(model: Generator,
     if kind == "unet":
         denoiser, classes = model.denoiser, 10
     elif kind == "mlp":
-        denoiser, classes = Denoiser(MLP(num_classes=4), Flow(), "velocity", (2,), num_classes=4), 4
+        denoiser, classes = Denoiser(MLP(num_classes=4), Flow(), "velocity", (2,)), 4
     else:
         denoiser, classes = exact_denoiser(Flow(), labelled=True), 8
     x, t = torch.zeros(2, *denoiser.sample_shape), torch.full((2,), 0.5)
     for label in (classes, classes + 1, -2):
         with pytest.raises(ValueError, match=f"expected classes 0 .. {classes - 1} or -1"):
-            denoiser.x0(x, t, Cond(2, torch.tensor([0, label])))
+            denoiser.x0(x, t, Cond(2, {"label": torch.tensor([0, label])}))
         with pytest.raises(ValueError, match=f"expected classes 0 .. {classes - 1} or -1"):
             Cond.of_labels([0, label], num_classes=classes)
     null = denoiser.x0(x, t, Cond.of_labels([-1, 0]))
@@ -258,14 +258,20 @@ def test_tensors_as_data(given: dict[str, Tensor], told: str) -> None:
     [
         (lambda: Cond(2.0), "size: found 2.0, expected an integer"),  # type: ignore[arg-type]
         (lambda: Cond(-1), "size: expected at least 0"),
-        (lambda: Cond(2, torch.tensor([1])), r"label: expected a tensor \[2\] of torch.int64, found .*\[1\]"),
         (
-            lambda: Cond(1, torch.tensor([1.0])),
+            lambda: Cond(2, {"label": torch.tensor([1])}),
+            r"label: expected a tensor \[2\] of torch.int64, found .*\[1\]",
+        ),
+        (
+            lambda: Cond(1, {"label": torch.tensor([1.0])}),
             r"label: expected a tensor \[1\] of torch.int64, found .*float",
         ),
-        (lambda: Cond(1, [1]), "label: .*found list"),  # type: ignore[arg-type]
-        (lambda: Cond(2, None, torch.zeros(1)), r"guidance_w: expected a tensor \[2\] of torch.float32"),
-        (lambda: Cond(1, None, torch.tensor([True])), "guidance_w: .*found torch.bool"),
+        (lambda: Cond(1, {"label": [1]}), "label: .*found list"),  # type: ignore[arg-type]
+        (
+            lambda: Cond(2, {"guidance_w": torch.zeros(1)}),
+            r"guidance_w: expected a tensor \[2\] of torch.float32",
+        ),
+        (lambda: Cond(1, {"guidance_w": torch.tensor([True])}), "guidance_w: .*found torch.bool"),
     ],
 )
 def test_a_condition_made_by_hand_is_checked(made: object, message: str) -> None:
@@ -283,7 +289,6 @@ def test_noise_conditions_and_ids_that_do_not_belong_together(model: Generator) 
             call(z[:, 0], cond)
         with pytest.raises(ValueError, match=r"z: expected noise .* found torch.int64"):
             call(z.long(), cond)
-    labels = torch.tensor([3, 4])
     for ids in (torch.tensor([2]), torch.tensor([-1]), torch.tensor([0.5]), [0]):
         with pytest.raises(ValueError, match="ids: "):
-            model.sample_ids(ids, labels, seed=0, stream="sample")  # type: ignore[arg-type]
+            model.sample_ids(ids, cond, seed=0, stream="sample")  # type: ignore[arg-type]

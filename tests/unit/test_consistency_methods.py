@@ -653,7 +653,7 @@ def test_wrong_models_of_consistency() -> None:
         (mlp(Flow(), coupling="few_step"), "teacher: found a few-step student, which has no trajectories"),
         (mlp(Flow(), coupling="endpoint"), "teacher: found a few-step student"),
         (mlp(Flow(), w=8), "teacher: takes the guidance as an input; expected a teacher without"),
-        (mlp(Flow(), classes=8), "teacher.num_classes: found 8, expected the student's 0"),
+        (mlp(Flow(), classes=8), "teacher.conditions: found 8 classes, expected the student's no conditions"),
         (
             exact_denoiser(Flow(), [[0.0] * 3]),
             r"teacher.sample_shape: found \(3,\), expected the student's \(2,\)",

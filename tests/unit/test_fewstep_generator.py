@@ -89,8 +89,7 @@ def test_a_sample_is_a_function_of_seed_stream_and_number_alone(make: Any, count
             generator.sample(24, seed=3, steps=steps, batch_size=5), whole, atol=1e-5, rtol=1e-5
         )
         torch.testing.assert_close(generator.sample(9, seed=3, steps=steps), whole[:9], atol=1e-5, rtol=1e-5)
-        labels = generator.labels(24)
-        some = generator.sample_ids(torch.tensor([17, 2]), labels, seed=3, stream="sample", steps=steps)
+        some = generator.sample_ids(torch.tensor([17, 2]), seed=3, stream="sample", steps=steps)
         torch.testing.assert_close(some, whole[[17, 2]], atol=1e-5, rtol=1e-5)
         assert torch.equal(generator.sample(24, seed=3, steps=steps), whole)
         for changed in ({"seed": 4}, {"stream": "other"}):
@@ -170,7 +169,7 @@ def test_one_step_is_the_prediction_at_t_max() -> None:
     for generator in (consistency(EDM(), "x0"), consistency(Flow(), "velocity"), latent()):
         z, cond = (
             noise(5, dtype=torch.float32),
-            Cond.of_labels(torch.arange(5)) if generator.num_classes else Cond.nothing(5),
+            generator.conditions.of(torch.arange(5)),
         )
         torch.testing.assert_close(
             generator.generate(z, cond, 1), generator.one_step(z, cond), atol=1e-5, rtol=1e-5
@@ -192,7 +191,7 @@ def test_several_steps_need_fresh_noise() -> None:
 @every_student
 def test_the_path_ends_in_the_sample(make: Any, counts: tuple[int, ...]) -> None:
     generator, most = make(), max(counts)
-    cond = Cond.of_labels(torch.arange(5)) if generator.num_classes else Cond.nothing(5)
+    cond = generator.conditions.of(torch.arange(5))
     z, given = noise(5, dtype=torch.float32), torch.stack([noise(5, i) for i in range(4)]).float()
     path = generator.generate(z, cond, most, noise=given, return_path=True)
     assert path.shape == (most + 1, 5, 2)
@@ -289,7 +288,7 @@ def test_samplers_survive_json() -> None:
 def test_samples_are_differentiable_with_respect_to_the_noise(make: Any, counts: tuple[int, ...]) -> None:
     """No hidden no_grad: the sample's Jacobian is that of central differences, at every step count."""
     generator = make(double=True)
-    cond = Cond.of_labels(torch.arange(3)) if generator.num_classes else Cond.nothing(3)
+    cond = generator.conditions.of(torch.arange(3))
     given = torch.stack([noise(3, 20 + i) for i in range(4)])
     for steps in counts:
 
@@ -365,7 +364,7 @@ def saved(generator: Generator, folder: Path) -> Path:
         "width": 16,
         "depth": 2,
         "features": 8,
-        "num_classes": denoiser.num_classes,
+        "num_classes": denoiser.conditions.num_classes,
         "time_scale": denoiser.net.time_scale,
         "guidance_embedding": 8 if denoiser.embeds_guidance else 0,
     }

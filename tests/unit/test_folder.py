@@ -79,7 +79,7 @@ def test_sub_folders_are_classes(tmp_path):
     assert data.pixels[:, 0, 0, 0].tolist() == [10, 10, 2, 2, 2, 9]
     batch = data.fetch(torch.tensor([5, 2]), torch.tensor([0, 1]))
     assert batch.ids.tolist() == [5, 2]
-    assert batch.cond.label.tolist() == [1, 0]
+    assert batch.cond.get("label").tolist() == [1, 0]
     assert torch.equal(batch.x0, data.images[[5, 2]])
 
 
@@ -87,7 +87,7 @@ def test_one_sub_folder_is_no_class(tmp_path):
     write(tmp_path / "all" / "a.png", noise(2, 2))
     data = ImageFolder(str(tmp_path))
     assert (data.num_classes, data.labels) == (0, None)
-    assert data.fetch(torch.tensor([0]), torch.tensor([0])).cond.label is None
+    assert data.fetch(torch.tensor([0]), torch.tensor([0])).cond.get("label") is None
 
 
 def test_linked_folders_are_read_and_loops_refused(tmp_path):
@@ -248,7 +248,7 @@ def test_a_method_trains_on_it_as_on_the_embedded_data(tmp_path):
     def trained(source) -> torch.Tensor:
         torch.manual_seed(0)
         net = UNet(width=8, embedding=16, groups=4, num_classes=10)
-        method = FlowMatching(Denoiser(net, Flow(), "velocity", (1, 8, 8), num_classes=10, guidable=True))
+        method = FlowMatching(Denoiser(net, Flow(), "velocity", (1, 8, 8), guidable=True))
         optim = Optim(partial(torch.optim.AdamW, lr=1e-3), Constant())
         method.prepare({"student": optim}, seed=0)
         train(method, source, Fit(steps=2, batch_size=8), folder=tmp_path / source.name, config={})

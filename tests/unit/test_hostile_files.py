@@ -80,7 +80,7 @@ def made(folder: Path, case: str) -> Path:
     built = build_net(net)
     for parameter in built.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    model = Denoiser(built, process, kind, shape, num_classes=built.num_classes, **options)
+    model = Denoiser(built, process, kind, shape, **options)
     save_model(folder, built.state_dict(), describe(model, net, spec))
     return folder
 

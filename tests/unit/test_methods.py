@@ -19,6 +19,7 @@ from distill.engine.update import Optim, Step
 from distill.methods.flow_matching import FlowMatching
 from distill.methods.one_step import OneStep
 from distill.methods.reflow import Reflow
+from distill.models.conditions import Labels
 from distill.models.denoiser import Denoiser
 from distill.process.flow import Flow
 from distill.process.vp import VPCosine
@@ -38,11 +39,13 @@ class Known(nn.Module):
         self.two = nn.Parameter(torch.tensor(2.0))
 
     def forward(self, x, t, cond):
-        return self.two * x + 3 * t[:, None].to(x.dtype) + cond.label[:, None]
+        return self.two * x + 3 * t[:, None].to(x.dtype) + cond.get("label")[:, None]
 
 
 def student(coupling: str = "independent") -> Denoiser:
-    return Denoiser(Known(), Flow(), "velocity", (D,), num_classes=10, guidable=True, coupling=coupling)
+    return Denoiser(
+        Known(), Flow(), "velocity", (D,), conditions=Labels(10), guidable=True, coupling=coupling
+    )
 
 
 def batch() -> Batch:
@@ -63,7 +66,7 @@ def test_flow_matching_regresses_eps_minus_x0_on_fresh_noise():
     data, draws = batch(), step().draws
     eps, t, dropped = draws.normal("eps", (D,)), draws.uniform("t"), draws.uniform("null") < 0.25
     assert 4 < int(dropped.sum()) < 32
-    label = torch.where(dropped, NULL_LABEL, data.cond.label)
+    label = torch.where(dropped, NULL_LABEL, data.cond.get("label"))
     expected = (
         (known((1 - t)[:, None] * data.x0 + t[:, None] * eps, t, label) - (eps - data.x0)).square().mean()
     )
@@ -74,7 +77,7 @@ def test_flow_matching_regresses_eps_minus_x0_on_fresh_noise():
 def test_reflow_regresses_the_stored_noise():
     data, draws = batch(), step().draws
     t, dropped = draws.uniform("t"), draws.uniform("null") < 0.25
-    label = torch.where(dropped, NULL_LABEL, data.cond.label)
+    label = torch.where(dropped, NULL_LABEL, data.cond.get("label"))
     x_t = (1 - t)[:, None] * data.x0 + t[:, None] * data.z
     expected = (known(x_t, t, label) - (data.z - data.x0)).square().mean()
     assert torch.isclose(Reflow(student(), null_prob=0.25).loss(data, step()).total, expected, rtol=1e-5)
@@ -85,11 +88,11 @@ def test_one_step_is_the_squared_distance_of_the_jump(t_eps):
     data, method = batch(), OneStep(student(), t_eps=t_eps)
     t = torch.full((B,), 1 - t_eps)
     x_t = t_eps * data.x0 + (1 - t_eps) * data.z
-    expected = (known(x_t, t, data.cond.label) - (data.z - data.x0)).square().mean()
+    expected = (known(x_t, t, data.cond.get("label")) - (data.z - data.x0)).square().mean()
     assert torch.isclose(method.loss(data, step()).total, expected, rtol=1e-5)
     assert method.result().sampler.times == {1: (1 - t_eps, 0.0)}
     if t_eps == 0:  # with G(z) = z - v(z, 1), the loss is |G(z) - x0|^2
-        jump = data.z - known(data.z, t, data.cond.label)
+        jump = data.z - known(data.z, t, data.cond.get("label"))
         assert torch.isclose(expected, (jump - data.x0).square().mean(), rtol=1e-5)
 
 
@@ -200,7 +203,7 @@ def test_guidance_of_pairs_is_the_teachers(tmp_path):
     write_pairs(tmp_path, student(), header)
     pairs = Pairs(tmp_path).fetch(torch.arange(20), torch.arange(20))
     one = torch.ones(20)
-    u, c = known(pairs.z, one, torch.full((20,), NULL_LABEL)), known(pairs.z, one, pairs.cond.label)
+    u, c = known(pairs.z, one, torch.full((20,), NULL_LABEL)), known(pairs.z, one, pairs.cond.get("label"))
     assert torch.allclose(pairs.x0, pairs.z - (u + 3 * (c - u)), atol=1e-5)
     plain = replace(header, guidance_scale=1.0)
     write_pairs(tmp_path / "plain", student(), plain)

@@ -9,6 +9,7 @@ import torch
 
 import distill
 from distill.data.cond import Cond
+from distill.models.conditions import Labels, Nothing
 from distill.models.denoiser import Denoiser
 from distill.models.generator import Generator
 from distill.models.native import describe, load_model, save_model
@@ -29,11 +30,13 @@ class Counting(torch.nn.Module):
 
     def forward(self, x, t, cond):
         self.calls.append(len(x))
-        return self.one * (cond.label + 1.0)[:, None] * x
+        return self.one * (cond.get("label") + 1.0)[:, None] * x
 
 
 def denoiser(**options) -> Denoiser:
-    return Denoiser(Counting(), Flow(), "velocity", (2,), **({"guidable": True, "num_classes": 3} | options))
+    return Denoiser(
+        Counting(), Flow(), "velocity", (2,), **({"guidable": True, "conditions": Labels(3)} | options)
+    )
 
 
 def make(folder, spec: SamplerSpec = ONE) -> Generator:
@@ -41,7 +44,7 @@ def make(folder, spec: SamplerSpec = ONE) -> Generator:
     net = UNet(**{k: v for k, v in NET.items() if k != "_target_"})
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    model = Denoiser(net, Flow(), "velocity", (1, 8, 8), num_classes=3, coupling="endpoint")
+    model = Denoiser(net, Flow(), "velocity", (1, 8, 8), coupling="endpoint")
     save_model(folder, model.net.state_dict(), describe(model, NET, spec))
     return Generator(model.eval(), spec)
 
@@ -149,13 +152,17 @@ def test_broken_model_folders_are_named(tmp_path):
 
 def test_labels_are_checked(tmp_path):
     generator = make(tmp_path)
-    assert generator.labels(5).tolist() == [0, 1, 2, 0, 1]
+    assert generator.conditions.ask(count=5).get("label").tolist() == [0, 1, 2, 0, 1]
     with pytest.raises(ValueError, match=r"label: expected classes 0 .. 2, found \[7\]"):
         generator.sample(2, label=7)
     with pytest.raises(ValueError, match="label: expected one label or 3 of them, found 2"):
         generator.sample(3, label=[0, 1])
     with pytest.raises(ValueError, match="this model takes no class labels"):
-        Generator(denoiser(num_classes=0), ONE).sample(1, label=0)
+        Generator(denoiser(conditions=Nothing()), ONE).sample(1, label=0)
+    with pytest.raises(
+        ValueError, match=r"prompt: found 'a cat', but this model takes no prompts; expected label=0 .. 2"
+    ):
+        generator.sample(1, prompt="a cat")
 
 
 def test_scores_are_read_off_independent_couplings_alone():

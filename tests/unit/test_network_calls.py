@@ -22,6 +22,7 @@ from distill.methods.sid import SiD
 from distill.models.analytic import exact_denoiser
 from distill.models.boundary import Boundary
 from distill.models.build import build_net
+from distill.models.conditions import Labels
 from distill.models.denoiser import SOLVERS, Denoiser
 from distill.models.generator import Generator
 from distill.models.native import describe, load_model, save_model
@@ -60,7 +61,7 @@ def counted(process: Process, kind: str = "x0") -> Denoiser:
             return process.convert("x0", exact.net(x, t, cond), x, t, kind)
 
     net = Counted(exact.net if kind == "x0" else OfKind())
-    return Denoiser(net, process, kind, (2,), num_classes=3, guidable=True)
+    return Denoiser(net, process, kind, (2,), conditions=Labels(3), guidable=True)
 
 
 def z(count: int = 4) -> Tensor:

@@ -58,7 +58,7 @@ def test_pairs_are_the_teachers_endpoints_of_the_noise_of_their_ids(tmp_path):
     rows = torch.tensor([9, 0, 5, 5])
     batch = pairs.fetch(rows, torch.arange(4))
     assert torch.equal(batch.ids, rows)
-    assert batch.cond.label.tolist() == [9, 0, 5, 5]
+    assert batch.cond.get("label").tolist() == [9, 0, 5, 5]
     assert torch.equal(batch.z, sample_noise(3, "pairs", rows, SHAPE))
     with torch.no_grad():
         expected = teacher().eval().transport(batch.z, batch.cond, solver="euler", steps=3)[0]
@@ -126,7 +126,7 @@ def break_manifest(folder: Path, **changes) -> None:
         ({"count": 11}, "count: the shards hold 10 pairs, the header expects 11"),
         ({"dtype": "float16"}, "dtype: found 'float16', expected one of 'float32'"),
         ({"noise": "lost"}, "noise: found 'lost', expected one of 'seed', 'stored'"),
-        ({"num_classes": 5}, r"label: found 0 .. 9, expected 0 .. 4"),
+        ({"num_classes": 5}, r"label: expected classes 0 .. 4, found 0 .. 9"),
         ({"colour": "blue"}, "header.colour: no such key"),
     ],
 )

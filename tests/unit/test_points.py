@@ -43,9 +43,9 @@ def test_as_a_source():
     assert (plain.num_classes, plain.sample_shape, len(plain)) == (0, (2,), 9)
     assert torch.equal(batch.x0, plain.images[rows])
     assert torch.equal(batch.ids, rows)
-    assert batch.cond.label is None
+    assert batch.cond.get("label") is None
     assert labelled.num_classes == 5
-    assert torch.equal(labelled.fetch(rows, torch.arange(3)).cond.label, labelled.labels[rows])
+    assert torch.equal(labelled.fetch(rows, torch.arange(3)).cond.get("label"), labelled.labels[rows])
     space = Points(means=[[0.0, 1.0, 2.0]], std=0.0, count=4)
     assert space.sample_shape == (3,)
     assert space.images.tolist() == [[0.0, 1.0, 2.0]] * 4

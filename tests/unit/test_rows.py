@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from distill.data.cond import Cond
 from distill.evaluation.rows import Row, check_follows, guidance_of
+from distill.models.conditions import Labels
 from distill.models.denoiser import Denoiser
 from distill.models.generator import Generator
 from distill.models.spec import SamplerSpec
@@ -21,12 +22,12 @@ class Offset(nn.Module):
     num_classes = 3
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        assert cond.label is not None
-        return torch.ones_like(x) * (cond.label + 1).to(x.dtype)[:, None]
+        assert cond.get("label") is not None
+        return torch.ones_like(x) * (cond.get("label") + 1).to(x.dtype)[:, None]
 
 
 def generator(guidable: bool = True, **spec) -> Generator:
-    model = Denoiser(Offset(), Flow(), "velocity", (2,), num_classes=3, guidable=guidable)
+    model = Denoiser(Offset(), Flow(), "velocity", (2,), conditions=Labels(3), guidable=guidable)
     return Generator(model, SamplerSpec(**({"steps": 2, "any_steps": True} | spec)))
 
 
@@ -116,7 +117,8 @@ def test_samples_that_are_not_finite_are_refused():
             return x * torch.tensor([1.0, float("inf")])
 
     model = Generator(
-        Denoiser(Diverges(), Flow(), "velocity", (2,), num_classes=3), SamplerSpec(steps=1, any_steps=True)
+        Denoiser(Diverges(), Flow(), "velocity", (2,), conditions=Labels(3)),
+        SamplerSpec(steps=1, any_steps=True),
     )
     with pytest.raises(FloatingPointError, match="found 4 of 4 with numbers that are not finite"):
         model.sample(4)

@@ -197,8 +197,8 @@ def test_models() -> None:
     wide = Denoiser(student.net, Flow(), "velocity", (3,))
     for one, other, message in (
         (student, mlp(VPCosine(), "v"), r"teacher: lives under VPCosine.*, the student under Flow\(\)"),
-        (student, labelled, "teacher.num_classes: found 8, expected the student's 0"),
-        (labelled, student, "teacher.num_classes: found 0, expected the student's 8"),
+        (student, labelled, "teacher.conditions: found 8 classes, expected the student's no conditions"),
+        (labelled, student, "teacher.conditions: found no conditions, expected the student's 8 classes"),
         (student, wide, r"teacher.sample_shape: found \(3,\), expected the student's \(2,\)"),
         (student, mlp(Flow(), coupling="paired"), "teacher: found a model of paired noise and data, which has no score"),
         (student, mlp(Flow(), coupling="few_step"), "teacher: found a model of few_step noise"),
@@ -216,7 +216,11 @@ def test_models_of_degrade() -> None:
     teacher, guided = mlp(Flow()), mlp(Flow(), w=8)
     for one, other, message in (
         (teacher, mlp(VPCosine(), "v"), r"generator: lives under VPCosine.*, the teacher under Flow\(\)"),
-        (teacher, mlp(Flow(), classes=CLASSES), "generator.num_classes: found 8, expected the teacher's 0"),
+        (
+            teacher,
+            mlp(Flow(), classes=CLASSES),
+            "generator.conditions: found 8 classes, expected the teacher's no conditions",
+        ),
         (mlp(Flow(), coupling="endpoint"), teacher, "init: found a model of endpoint noise and data"),
         (teacher, guided, "generator: takes the guidance as an input"),
         (guided, teacher, "init: takes the guidance as an input"),

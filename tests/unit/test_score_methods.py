@@ -367,7 +367,7 @@ def test_the_fake_score_learns_the_student_s_samples(
     alpha, sigma = process.alpha(t), process.sigma(t)
     dropped = d.uniform("null") < guided.get("null_prob", 0)
     assert kappa == 1 or 3 < int(dropped.sum()) < 13
-    cond = Cond.of_labels(torch.where(dropped, NULL_LABEL, batch.cond.label))
+    cond = Cond.of_labels(torch.where(dropped, NULL_LABEL, batch.cond.get("label")))
     told = answer(method.fake, column(alpha) * x + column(sigma) * eps, t, cond, kappa)
     snr = (alpha / sigma).square()
     target, weight = {
@@ -390,7 +390,7 @@ def test_the_share_of_dropped_conditions(share: float) -> None:
     found: list[Cond] = []
     method.fake.net.register_forward_pre_hook(lambda net, given: found.append(given[2]))
     method.fake_loss(ring_batch(2000, classes=CLASSES), step(2000))
-    dropped = float((found[0].label == NULL_LABEL).float().mean())
+    dropped = float((found[0].get("label") == NULL_LABEL).float().mean())
     assert dropped == 0 if share == 0 else abs(dropped - share) < 0.02
 
 
@@ -432,13 +432,15 @@ def test_dmd_s_fake_score_reuses_the_student_s_images_and_labels() -> None:
         assert 1 <= len(calls) <= 3
         (x_t, t, cond), (x, told) = calls[-1], learned[-1]
         assert torch.equal(x, x_t - t[:, None] * method.student.net(x_t, t, cond))
-        assert torch.equal(told.label, cond.label), "the fake score hears of other classes than were made"
+        assert torch.equal(told.get("label"), cond.get("label")), (
+            "the fake score hears of other classes than were made"
+        )
         assert not x.requires_grad
-        assert not torch.equal(told.label, batch.cond.label), "labels: uniform"
+        assert not torch.equal(told.get("label"), batch.cond.get("label")), "labels: uniform"
     calls.clear()
     both(method, batch, 6, student=False)
     assert len(calls) == 3, "the mixture takes all steps"
-    assert torch.equal(learned[-1][1].label, calls[0][2].label)
+    assert torch.equal(learned[-1][1].get("label"), calls[0][2].get("label"))
     assert not any(torch.equal(learned[-1][0], x) for x, _ in learned[:-1])
 
 
@@ -574,7 +576,7 @@ def test_real_noised_students_start_from_data() -> None:
         d, ((x_t, t, cond),) = double_step().draws, calls
         assert set(t.tolist()) == {0.8, 0.5}
         close(x_t, column(1 - t) * batch.x0 + column(t) * d.normal("z", (2,)))
-        assert torch.equal(cond.label, batch.cond.label)
+        assert torch.equal(cond.get("label"), batch.cond.get("label"))
     assert not learned[0][0].requires_grad
 
 
@@ -965,16 +967,16 @@ def test_the_head_hears_the_label_that_was_asked_for_and_the_data_s() -> None:
     batch, found, tap = ring_batch(classes=CLASSES), [], method.features
 
     def noted(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        found.append(cond.label)
+        found.append(cond.get("label"))
         return tap(x, t, cond)
 
     method.features = noted  # type: ignore[assignment]
     calls = calls_of(method.student)
     both(method, batch, 0)
     student, real, generated = found
-    assert torch.equal(real, batch.cond.label)
-    assert torch.equal(student, calls[0][2].label)
-    assert torch.equal(generated, calls[0][2].label)
+    assert torch.equal(real, batch.cond.get("label"))
+    assert torch.equal(student, calls[0][2].get("label"))
+    assert torch.equal(generated, calls[0][2].get("label"))
     assert not torch.equal(student, real)
 
 

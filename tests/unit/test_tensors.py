@@ -27,11 +27,11 @@ def test_rows_labels_and_fingerprint():
     batch = source.fetch(rows, rows)
     assert torch.equal(batch.x0, x0[rows])
     assert torch.equal(batch.z, z[rows])
-    assert batch.cond.label.tolist() == [0, 2]
+    assert batch.cond.get("label").tolist() == [0, 2]
     assert (source.num_classes, source.sample_shape, len(source)) == (3, (2,), 5)
     assert source.fingerprint() == Tensors(x0.clone(), z, labels).fingerprint()
     assert source.fingerprint() != Tensors(x0 + 1, z, labels).fingerprint()
-    assert Tensors(x0).fetch(rows, rows).cond.label is None
+    assert Tensors(x0).fetch(rows, rows).cond.get("label") is None
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ def exported(folder: Path, mode: str) -> Path:
             torch.nn.init.normal_(parameter, std=0.1)
     process = Flow() if mode == "ode" else VPLinearBetas(num_timesteps=20)
     kind = "velocity" if mode == "ode" else "eps"
-    denoiser = Denoiser(net, process, kind, (1, 8, 8), num_classes=10, guidable=True)
+    denoiser = Denoiser(net, process, kind, (1, 8, 8), guidable=True)
     spec = SamplerSpec(steps=3, any_steps=True, mode=mode, guidance_scale=1.5)
     folder.mkdir()
     save_model(folder, net.state_dict(), describe(denoiser, NET, spec))
@@ -293,7 +293,7 @@ def test_plain_torch_restores_what_it_changes() -> None:
 def test_gradients_through_a_generator_are_the_callers_choice() -> None:
     """`generate` is differentiable: only what samples by number is without gradients."""
     model = Generator(
-        Denoiser(UNet(width=8, embedding=16, groups=4), Flow(), "velocity", (1, 8, 8), num_classes=10),
+        Denoiser(UNet(width=8, embedding=16, groups=4), Flow(), "velocity", (1, 8, 8)),
         SamplerSpec(steps=1, any_steps=True),
     )
     z, _ = model.noises(0, "x", torch.arange(2))

@@ -97,7 +97,7 @@ class DistributionMatching(ScoreDistillation):
                 "sampling.unit_noise: found true, but with input 'real_noised' the student starts from noised data; expected "
                 "false"
             )
-        if self.labels == "uniform" and self.student.num_classes:
+        if self.labels == "uniform" and self.student.conditions.has_null:
             raise ValueError(
                 "sampling.labels: found 'uniform', but with input 'real_noised' the student starts from data, which have "
                 "labels of their own; expected 'data'"

@@ -114,7 +114,7 @@ class ScoreDistillation(DistillModule):
 
     def conditions(self, batch: Batch, draws: Draws) -> Cond:
         """Conditions of the samples, as `sampling.labels` says."""
-        return conditions_of(self.labels, self.student.num_classes, batch, draws)
+        return conditions_of(self.labels, self.student.conditions, batch, draws)
 
     def samples(self, batch: Batch, step: Step, cond: Cond) -> Tensor:
         """x [B,*S] of the student's update, with the graph of the student's last step."""
@@ -129,9 +129,7 @@ class ScoreDistillation(DistillModule):
         cond = self.conditions(batch, step.draws)
         x = self.samples(batch, step, cond)
         if self.shares_samples:
-            step.shared["x"] = x.detach()
-            if cond.label is not None:
-                step.shared["label"] = cond.label
+            step.shared |= {"x": x.detach(), "cond": cond}
         return x, cond
 
     @torch.no_grad()
@@ -139,8 +137,7 @@ class ScoreDistillation(DistillModule):
         """(x [B,*S], conditions) that the fake score learns: those of the student's update of this iteration where there are
         any, else fresh ones."""
         if "x" in step.shared:
-            x = step.shared.pop("x")
-            return x, Cond(len(x), step.shared.pop("label", None))
+            return step.shared.pop("x"), step.shared.pop("cond")
         cond = self.conditions(batch, step.draws)
         return self.fresh_samples(batch, step, cond), cond
 

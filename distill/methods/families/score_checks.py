@@ -37,7 +37,7 @@ def check_guidance(teacher: Denoiser, guidance: Guidance) -> None:
             raise ValueError(
                 f"guidance.{name}: found {scale}, but the teacher was trained without a null condition; expected 1"
             )
-    if guidance.null_prob > 0 and not teacher.num_classes:
+    if guidance.null_prob > 0 and not teacher.conditions.has_null:
         raise ValueError(
             f"guidance.null_prob: found {guidance.null_prob}, but the teacher has no conditions to drop; expected 0"
         )

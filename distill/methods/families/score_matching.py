@@ -14,6 +14,7 @@ from distill.methods.families.options import FakeScore
 from distill.methods.families.suits import check_clean_end, refuse_idle
 from distill.methods.losses.score import FAKE_SCORE_KINDS, fake_score_loss, fake_score_weight
 from distill.methods.losses.score_times import times_of, usual_times
+from distill.models.conditions import Conditions
 from distill.models.denoiser import Denoiser, check_sigma_data
 
 AUTO = {"x0": "edm", "eps": "eps", "v": "v", "velocity": "flow"}
@@ -97,17 +98,17 @@ def _weighting(model: Denoiser, options: FakeScore) -> str:
     return found
 
 
-def conditions_of(labels: str, num_classes: int, batch: Batch, draws: Draws) -> Cond:
-    """Conditions of samples: those of the batch ("data"), or labels drawn uniformly ("uniform").
+def conditions_of(labels: str, conditions: Conditions, batch: Batch, draws: Draws) -> Cond:
+    """Conditions of samples: those of the batch ("data"), or conditions drawn uniformly ("uniform").
 
     Raises:
-        ValueError: "data" where the batch has no labels.
+        ValueError: "data" where the model is conditional and the batch is not.
     """
-    if num_classes and labels == "uniform":
-        return Cond.of_labels(draws.integer("label", num_classes))
-    if num_classes and batch.cond.label is None:
+    if labels == "uniform" and conditions.has_null:
+        return conditions.draw(draws)
+    if conditions.has_null and not batch.cond.values:
         raise ValueError(
-            f"sampling.labels: found 'data', but the data source has none and the model has {num_classes} classes; expected "
+            f"sampling.labels: found 'data', but the data source has none and the model has {conditions.words()}; expected "
             "'uniform'"
         )
     return batch.cond

@@ -125,7 +125,7 @@ def _others(process: Process) -> str:
 
 def guides(teacher: Denoiser) -> bool:
     """Whether guidance of a teacher changes anything: it was trained with a null condition, and has others."""
-    return teacher.guidable and teacher.num_classes > 0
+    return teacher.guidable and teacher.conditions.has_null
 
 
 def refuse_unused(method: object, given: Mapping[str, Any], because: str) -> None:
@@ -164,5 +164,5 @@ def check_null_prob(method: object, null_prob: float, student: Denoiser) -> None
     """
     if not 0 <= null_prob < 1:
         raise ValueError(f"null_prob: expected a probability in [0, 1), found {null_prob}")
-    if not student.num_classes and null_prob != 0:
+    if not student.conditions.has_null and null_prob != 0:
         refuse_unused(method, {"null_prob": null_prob}, "for a net without classes")
