@@ -37,7 +37,7 @@ def parse(arguments: list[str]) -> Options:
     try:
         options = terminal.read_options(Options, named)
     except ValueError as error:
-        raise ValueError(str(error).replace("expected key=value", "expected a path or key=value")) from error
+        raise ValueError(f"{error}, or a path") from error
     options.paths = [os.path.expanduser(terminal.check_utf8(path, "runs")) for path in paths]
     return options
 
@@ -53,7 +53,7 @@ def _is_option(argument: str, keys: tuple[str, ...]) -> bool:
 
 def main() -> None:
     """Read, check, print, write."""
-    with terminal.told():
+    with terminal.report_errors():
         if {"-h", "--help"} & set(sys.argv[1:]):
             print(f"{__doc__}\n{Options.__doc__}")
             return

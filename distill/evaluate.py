@@ -19,7 +19,7 @@ from distill.stages.request import Request, data_configs
 def main(cfg: DictConfig) -> None:
     """Compose, measure, print the table and the protocol. Wrong input ends in one message, not a traceback."""
     try:
-        with terminal.told(compose.explain), interrupt.watch():
+        with terminal.report_errors(compose.explain), interrupt.watch():
             plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
             assert isinstance(plain, dict)
             sources = HydraConfig.get().runtime.config_sources

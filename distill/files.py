@@ -1,5 +1,4 @@
-"""Writing files so that nobody ever sees half of one: a temporary name beside the target, flushed to disk,
-then renamed."""
+"""Atomic file writes (a temporary file beside the target, flushed to disk, then renamed), strict JSON, checksums."""
 
 from __future__ import annotations
 
@@ -21,30 +20,30 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 TEMPORARY_SUFFIX = ".part"
-LARGEST_JSON = 64 * 2**20  # a manifest of a million shards is smaller
+LARGEST_JSON = 64 * 2**20  # bytes; a manifest of a million shards is smaller
 
 _UMASK = os.umask(0)
 os.umask(_UMASK)
 
-# What a failed write can be answered with.
+# Advice for failed writes.
 _HINTS = {
     errno.ENOSPC: "free some space, or choose a folder on another disk",
     errno.EDQUOT: "free some of your quota, or choose a folder on another disk",
-    errno.EROFS: "choose a folder that can be written",
-    errno.EACCES: "choose a folder that can be written",
-    errno.EPERM: "choose a folder that can be written",
+    errno.EROFS: "choose a writable folder",
+    errno.EACCES: "choose a writable folder",
+    errno.EPERM: "choose a writable folder",
     errno.ENAMETOOLONG: "use a shorter name",
 }
 _guards: list[Callable[[], None]] = []
 
 
 class Lost(ValueError):
-    """What was being written to belongs to this process no longer."""
+    """The folder that this process writes to may belong to another process."""
 
 
 @contextmanager
 def guarded(check: Callable[[], None]) -> Iterator[None]:
-    """Call `check` before every write inside the block: what it raises (`Lost`) stops the writing."""
+    """Call `check` before every write inside the block; it raises `Lost` to prevent the write."""
     _guards.append(check)
     try:
         yield
@@ -59,26 +58,29 @@ def _still_ours() -> None:
 
 @contextmanager
 def writing(path: Path, size: int | None = None, temporary: Path | None = None) -> Iterator[None]:
-    """An error of the file system inside the block becomes an OSError that names `path`, what was to be written and the
-    bytes that are free.
+    """Convert errors of the file system inside the block to an OSError with the path, the size and the free bytes.
 
-    size: bytes to write, where they are known; temporary: where the bytes are written first."""
+    Args:
+        path: the target.
+        size: bytes to write, if known.
+        temporary: path of the temporary file.
+    """
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        # Writers report a full disk each in their own way; the file and the space left say what happened.
+        # Errors for a full disk differ between writers; path, size and free bytes are always reported.
         number = error.errno if isinstance(error, OSError) else None
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        told = [] if size is None else [f"{size} bytes to write"]
+        details = [] if size is None else [f"{size} bytes to write"]
         if size is None and temporary is not None and temporary.is_file():
-            told = [f"stopped after {temporary.stat().st_size} bytes"]
-        told.append(f"{_free(path)} bytes free")
+            details = [f"stopped after {temporary.stat().st_size} bytes"]
+        details.append(f"{_free(path)} bytes free")
         hint = f"; {_HINTS[number]}" if number in _HINTS else ""
-        raise OSError(f"{path}: could not be written: {reason} ({', '.join(told)}){hint}") from error
+        raise OSError(f"{path}: could not be written: {reason} ({', '.join(details)}){hint}") from error
 
 
 def _free(path: Path) -> int | str:
-    """Bytes free where `path` is or would be."""
+    """Return the free bytes on the disk of `path`, which need not exist."""
     for place in path.absolute().parents:
         with suppress(OSError):
             return shutil.disk_usage(place).free
@@ -86,7 +88,7 @@ def _free(path: Path) -> int | str:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder with its parents, where it is not there yet."""
+    """Make a folder and its parents, if they do not exist."""
     if not path.is_dir():
         _still_ours()
         with writing(path):
@@ -94,23 +96,23 @@ def make_folder(path: Path) -> None:
 
 
 def write_atomic(path: Path, write: Callable[[Path], object], size: int | None = None) -> None:
-    """Call `write(temporary path)`, then rename the result to `path`; on an error nothing is left at either name.
+    """Call `write(temporary path)`, then rename the result to `path`. On an error, the temporary file is deleted.
 
-    size: bytes that will be written, for the message of an error. A link at `path` is replaced, its target stays."""
+    If `path` is a link, it is replaced and its target is not changed. `size`: bytes to write, for error messages."""
     _still_ours()
     make_folder(path.parent)
     temporary = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
-    if os.path.lexists(temporary):  # another's file, or a link: never written into
+    if os.path.lexists(temporary):  # never write to an existing file or link
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
     with writing(path, size):
         temporary.open("xb").close()
     try:
         with writing(path, size, temporary):
             write(temporary)
-            temporary.chmod(0o666 & ~_UMASK)  # some writers make files that only their owner can read
+            temporary.chmod(0o666 & ~_UMASK)  # some writers make files with mode 0600
             with temporary.open("rb") as handle:
                 os.fsync(handle.fileno())
-        _still_ours()  # it may have taken long
+        _still_ours()  # again, because writing may take long
         with writing(path, size):
             temporary.replace(path)
     finally:
@@ -120,23 +122,23 @@ def write_atomic(path: Path, write: Callable[[Path], object], size: int | None =
 
 
 def sync(folder: Path) -> None:
-    """Make renames and deletions in a folder survive a power cut."""
+    """Flush renames and deletions in a folder to disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        with suppress(OSError):  # not every file system can
+        with suppress(OSError):  # some file systems do not support it
             os.fsync(handle)
     finally:
         os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Atomically write `text` as UTF-8."""
+    """Write `text` atomically as UTF-8."""
     content = text.encode()
     write_atomic(path, lambda temporary: temporary.write_bytes(content), len(content))
 
 
 def append_text(path: Path, text: str) -> None:
-    """Append `text` as UTF-8 to a file (never through a link)."""
+    """Append `text` as UTF-8 to a file; raise OSError if it is a link."""
     _still_ours()
     content = text.encode()
     with writing(path, len(content)):
@@ -146,24 +148,24 @@ def append_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Atomically write `value` as indented JSON; NaN and infinities are refused."""
+    """Write `value` atomically as indented JSON. Raises ValueError for NaN and infinities."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Atomically write tensors, in sorted order and without metadata, so equal tensors give equal bytes."""
+    """Write tensors atomically, sorted by name and without metadata: equal tensors give equal bytes."""
     ordered = {name: tensors[name].detach().to("cpu").contiguous() for name in sorted(tensors)}
     size = sum(tensor.nbytes for tensor in ordered.values())
     write_atomic(path, lambda temporary: save_file(ordered, temporary), size)
 
 
 def copy(source: Path, target: Path) -> None:
-    """Atomically copy a file's content. The copy shares no storage with `source`, which may be a link."""
+    """Copy a file's content atomically. Links at `source` are followed; the copy is a separate file."""
     write_atomic(target, lambda temporary: shutil.copyfile(source, temporary), source.stat().st_size)
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a link (not what it leads to); nothing where there is none."""
+    """Delete a file or a link (not its target); does nothing if it does not exist."""
     _still_ours()
     try:
         path.unlink(missing_ok=True)
@@ -172,11 +174,14 @@ def remove(path: Path) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON, strictly: a regular file of at most `LARGEST_JSON` bytes, no key twice in an object, every number finite.
+    """Read JSON from a regular file of at most `LARGEST_JSON` bytes. `typed.parse` converts the value to types.
 
-    Raises FileNotFoundError, or ValueError; the message names the file. `typed.parse` gives the value its types."""
+    Raises:
+        FileNotFoundError: if there is no file.
+        ValueError: names the file and what is wrong: not UTF-8 or JSON, a duplicate key, a number that is not finite, ...
+    """
     try:
-        status = path.stat()  # never opened first: opening a pipe waits for its writer
+        status = path.stat()  # before opening: opening a pipe waits for its writer
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"{path}: no such file") from None
     if not stat.S_ISREG(status.st_mode):
@@ -201,7 +206,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
-        raise ValueError(f"the key {twice!r} stands twice in one object")
+        raise ValueError(f"found the key {twice!r} twice in an object")
     return found
 
 
@@ -223,16 +228,16 @@ def _whole(text: str) -> int:
 
 
 def canonical_json(value: Any) -> str:
-    """JSON with sorted keys and no spaces: equal values give equal text.
+    """Return JSON with sorted keys and no spaces: equal values give equal text.
 
-    Raises ValueError naming the entry whose number is not finite, which JSON has no form for."""
+    Raises ValueError naming the entry whose number is not finite."""
     if (place := _not_finite(value, "")) is not None:
-        raise ValueError(f"{place}: found a number that is not finite, expected a finite one")
+        raise ValueError(f"{place}: found NaN or infinity, expected a finite number")
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
 
 
 def _not_finite(value: Any, place: str) -> str | None:
-    """The dotted place of the first number that is nan or infinite."""
+    """Return the dotted place of the first number that is NaN or infinite, or None."""
     if isinstance(value, float) and not math.isfinite(value):
         return place
     entries: Any = ()
@@ -245,11 +250,11 @@ def _not_finite(value: Any, place: str) -> str | None:
 
 
 def sha256_text(text: str) -> str:
-    """sha256 of UTF-8 text, in hex."""
+    """Return the sha256 of `text` as UTF-8, in hex."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def sha256_file(path: Path) -> str:
-    """sha256 of a file's bytes, in hex."""
+    """Return the sha256 of a file's bytes, in hex."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Starts the processes of a run on this machine: `trainer.devices=N` needs no other launcher."""
+"""Starts the processes of a run with `trainer.devices=N` on this machine."""
 
 from __future__ import annotations
 
@@ -14,27 +14,31 @@ from types import FrameType
 
 
 def needed(devices: int) -> bool:
-    """Whether this process should start the others rather than be one of them."""
+    """Return whether this process must start the processes of the run."""
     return isinstance(devices, int) and devices > 1 and os.environ.get("WORLD_SIZE", "1") == "1"
 
 
 def free_port() -> int:
-    """A TCP port that nobody uses now."""
+    """Return an unused TCP port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def _die_with_parent() -> None:
-    """In the child: be killed when the launcher is (PR_SET_PDEATHSIG; Linux alone)."""
+    """In the child: get SIGKILL when the launcher dies (PR_SET_PDEATHSIG; only on Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def launch(module: str, arguments: Sequence[str], devices: int) -> int:
-    """Run `python -m module arguments` `devices` times with the environment of torchrun; returns the exit code of the run.
+    """Run `python -m module arguments` in `devices` processes with the environment variables of torchrun.
 
-    SIGINT and SIGTERM are passed on. When one process fails, the others are ended: they would wait for it for ever."""
+    SIGINT and SIGTERM are passed on. If a process fails, the others are killed after 5 s, because they would wait for it.
+
+    Returns:
+        The exit code of the run: that of the first failed process, or 0.
+    """
     environment = os.environ | {
         "WORLD_SIZE": str(devices),
         "LOCAL_WORLD_SIZE": str(devices),
@@ -46,8 +50,8 @@ def launch(module: str, arguments: Sequence[str], devices: int) -> int:
         subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
             env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            process_group=0,  # a Ctrl-C reaches them once, from here
-            preexec_fn=_die_with_parent,  # no threads exist yet
+            process_group=0,  # so that Ctrl-C reaches them only through `pass_on`
+            preexec_fn=_die_with_parent,  # safe: there are no threads yet
         )
         for rank in range(devices)
     ]
@@ -66,7 +70,7 @@ def launch(module: str, arguments: Sequence[str], devices: int) -> int:
 
 
 def _wait(children: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Wait for all; after the first failure give the others a moment, then end them."""
+    """Wait for all processes; kill the others 5 s after the first failure."""
     failed, deadline = 0, float("inf")
     while any(child.poll() is None for child in children):
         codes = [child.returncode for child in children if child.returncode not in (None, 0)]

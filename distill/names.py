@@ -1,4 +1,4 @@
-"""Names that become paths: one check for runs, stages, rows and files that data files name."""
+"""Checks of names that become path components: of runs, stages, rows, and files named in other files."""
 
 from __future__ import annotations
 
@@ -6,14 +6,23 @@ import unicodedata
 from collections.abc import Collection
 from pathlib import Path
 
-LONGEST = 200  # bytes; file systems allow 255, and temporary names and suffixes need some
+LONGEST = 200  # bytes; file systems allow 255, of which temporary names and suffixes need some
 
 
 def check_name(name: object, where: str, *, reserved: Collection[str] = ()) -> str:
-    """`name`, if it is one component of a path that hides nothing: a string without `/`, control characters or a leading
-    dot, of at most 200 bytes of UTF-8, and none of `reserved`.
+    """Return `name` if it is a valid path component.
 
-    where: what the name is of, which starts the message. Raises ValueError."""
+    It must be a string without `/`, backslash, control characters, a leading dot or spaces at its ends, of at most 200 bytes
+    of UTF-8, and not in `reserved`.
+
+    Args:
+        name: to check.
+        where: place of the name, the start of the message.
+        reserved: names that the run uses.
+
+    Raises:
+        ValueError: names the place and the name.
+    """
     expected = "expected a name: one component of a path, without a leading dot"
     if not isinstance(name, str) or not name or name.startswith(".") or "/" in name or "\\" in name:
         raise ValueError(f"{where}: found {name!r}, {expected}")
@@ -29,5 +38,5 @@ def check_name(name: object, where: str, *, reserved: Collection[str] = ()) -> s
 
 
 def inside(folder: Path, name: object, where: str) -> Path:
-    """The file `name` of `folder`, as a data file in it calls it: one component, so that it lies in that folder."""
+    """Return `folder / name` for a name read from a file. Raises ValueError unless it is one component."""
     return folder / check_name(name, where)

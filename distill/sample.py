@@ -66,7 +66,7 @@ def check_device(name: str) -> None:
 
 def main() -> None:
     """Draw and save."""
-    with terminal.told():
+    with terminal.report_errors():
         if {"-h", "--help"} & set(sys.argv[1:]):
             print(f"{__doc__}\n\n{Options.__doc__}")
             return

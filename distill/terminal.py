@@ -1,5 +1,4 @@
-"""What a verb says to a terminal: one message for an error, no control character that a name brings along, nothing that a
-terminal's encoding or a closed pipe could break."""
+"""Terminal input and output: one message per error, escaped control characters, closed pipes, `key=value` arguments."""
 
 from __future__ import annotations
 
@@ -18,12 +17,12 @@ from distill.typed import unknown_key
 
 Options = TypeVar("Options")
 EXPECTED = (ValueError, OSError, RuntimeError, ImportError, FloatingPointError)
-CLOSED = 128 + 13  # the exit code of a program that SIGPIPE ends
+CLOSED = 128 + 13  # exit status of a process killed by SIGPIPE
 UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format, surrogate; line and paragraph separators
 
 
 def printable(text: object) -> str:
-    """`text` with control characters, all but line feeds, written as escapes: none reaches the terminal."""
+    """Return `text` with all control characters but line feeds escaped."""
     return "".join(
         letter
         if letter == "\n" or unicodedata.category(letter) not in UNSEEN
@@ -33,26 +32,29 @@ def printable(text: object) -> str:
 
 
 def line(text: object) -> str:
-    """`text` as one line: `printable`, and a line feed written as an escape too."""
+    """Return `text` with all control characters and line feeds escaped."""
     return printable(text).replace("\n", "\\n")
 
 
 def full_errors() -> bool:
-    """Whether DISTILL_TRACEBACK=1 asks for tracebacks."""
+    """Return whether DISTILL_TRACEBACK=1 is set."""
     return os.environ.get("DISTILL_TRACEBACK", "0") == "1"
 
 
 def is_main() -> bool:
-    """Whether this process talks (of several, the one of rank 0)."""
+    """Return whether this is the main process (rank 0)."""
     return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
-def told(explain: Callable[[Exception], str | None] = lambda _: None) -> Iterator[None]:
-    """An error inside the block ends the program with one message; DISTILL_TRACEBACK=1 shows where it came from.
+def report_errors(explain: Callable[[Exception], str | None] = lambda _: None) -> Iterator[None]:
+    """Exit with one message on an error inside the block; DISTILL_TRACEBACK=1 shows the traceback.
 
-    explain: the message of an error that it knows, None for others. Standard output takes every character, as an escape
-    where its encoding has none, and may be closed at any time."""
+    Characters that standard output cannot encode are escaped. If standard output is closed, exits with status `CLOSED`.
+
+    Args:
+        explain: returns the message for an error, or None to use the error's own text.
+    """
     _prepare()
     try:
         yield
@@ -76,26 +78,25 @@ def told(explain: Callable[[Exception], str | None] = lambda _: None) -> Iterato
 
 
 def read_options(schema: type[Options], given: Sequence[str]) -> Options:
-    """`key=value` arguments as a dataclass; of a key that is given twice, the last counts.
+    """Parse `key=value` arguments into a dataclass. If a key is given twice, the last value is used.
 
-    Strings are taken as typed; `null` is None where the field may be None; numbers are decimal. Raises ValueError naming
-    the key."""
+    Strings are taken literally; `null` is None if the field may be None; numbers are decimal. Raises ValueError naming the
+    key."""
     hints = get_type_hints(schema)
     names = [field.name for field in fields(schema) if field.init]  # type: ignore[arg-type]
     found: dict[str, Any] = {}
     for argument in given:
         key, equals, value = argument.partition("=")
-        if not equals or key not in names:
-            known = unknown_key("", key, names).partition(": ")[2]
-            near = re.search(r"did you mean (\w+)\?", known)
-            hint = f"; did you mean {near[1]}=?" if near else ""
-            raise ValueError(f"{argument}: expected key=value with a key among {', '.join(names)}{hint}")
+        if not equals:
+            raise ValueError(f"{argument}: expected key=value with a key among {', '.join(names)}")
+        if key not in names:
+            raise ValueError(unknown_key("", key, names))
         found[key] = _read(hints[key], check_utf8(value, key), key)
     return schema(**found)
 
 
 def check_utf8(text: str, where: str) -> str:
-    """`text`, which the shell gave; raises ValueError where its bytes are no UTF-8 (reports and JSON could not hold it)."""
+    """Return `text`; raise ValueError if it is not valid UTF-8, which reports and JSON need."""
     if any("\ud800" <= letter <= "\udfff" for letter in text):
         raise ValueError(f"{where}: found {printable(text)}, which is not UTF-8; rename the file or folder")
     return text
@@ -120,13 +121,13 @@ def _read(declared: Any, text: str, key: str) -> Any:
 
 
 def _prepare() -> None:
-    """Streams that take every text; a stream that the caller closed is the null device."""
+    """Make standard output and error escape characters that they cannot encode; closed streams become the null device."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         elif isinstance(stream, io.TextIOWrapper):
-            with suppress(OSError, ValueError):  # it flushes first, and nobody may be reading
+            with suppress(OSError, ValueError):  # it flushes first, which fails for a closed pipe
                 stream.reconfigure(errors="backslashreplace")
 
 
@@ -138,7 +139,7 @@ def _flush() -> None:
 
 
 def _drop_output() -> None:
-    """What is still buffered for standard output goes nowhere, so that the interpreter ends in silence."""
+    """Discard buffered output, so that the interpreter exits without an error message."""
     null = os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(null, sys.stdout.fileno())

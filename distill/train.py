@@ -1,4 +1,4 @@
-"""`python -m distill.train recipe=NAME`: from a teacher to an exported, evaluated student; run again, it continues."""
+"""`python -m distill.train recipe=NAME`: trains, distils, evaluates and exports; the same command continues a run."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ compose.register_recipes()
 
 @hydra.main(version_base="1.3", config_path=str(compose.CONFIGS), config_name="config")
 def main(cfg: DictConfig) -> None:
-    """Compose, run, say where everything lies. Wrong input ends in one message, not a traceback."""
+    """Compose and run a recipe, and print the paths of its results. Wrong input exits with one message."""
     hydra_config = HydraConfig.get()
     try:
-        with terminal.told(compose.explain), schema.typed_places(cfg):
+        with terminal.report_errors(compose.explain), schema.typed_places(cfg):
             recipe_name = compose.chosen_recipe(hydra_config.runtime.choices)
             plain = schema.read(cfg)
             name = compose.run_name(plain["name"], recipe_name, hydra_config, sys.argv[1:])
             devices = plain["trainer"]["devices"]
             if launch.needed(devices) and not plain["plan"]:
-                # What is wrong is said once, before there are several processes to say it.
+                # Report errors once, before several processes start.
                 check(plain, name=name, processes=devices)
                 if code := launch.launch(
                     "distill.train", compose.process_arguments(hydra_config, name), devices

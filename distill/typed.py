@@ -1,7 +1,7 @@
-"""Plain containers (YAML, JSON) read into declared types: unknown keys, missing entries and wrong types raise, at every depth.
+"""Parses plain containers (YAML, JSON) into declared types. Unknown keys, missing entries and wrong types raise.
 
 A schema is any of: a dataclass, `X | None`, `Literal[...]`, `list[T]`, `tuple[T, ...]`, `tuple[A, B]`, `dict[K, T]`,
-int, float (an int is accepted; nan and infinities are not), str, bool, None, `Any`.
+int, float (accepts an int, not nan or infinities), str, bool, None, `Any`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,16 @@ Schema = TypeVar("Schema")
 
 
 def parse(schema: type[Schema], value: Any, where: str = "") -> Schema:
-    """`value` as an instance of `schema`; mappings become dataclasses, lists become the declared sequences.
+    """Convert `value` to an instance of `schema`.
 
-    where: the place of `value`, which starts every message: "stages.evaluate", "runs/x/model.json: sampler".
-    Raises ValueError naming the place, what was found and what is expected."""
+    Args:
+        schema: the declared type.
+        value: plain containers; mappings become dataclasses, lists become the declared sequences.
+        where: place of `value`, the start of every message: "stages.evaluate", "runs/x/model.json: sampler".
+
+    Raises:
+        ValueError: names the place, what was found and what is expected.
+    """
     return _read(schema, value, where)
 
 
@@ -38,8 +44,9 @@ def filled(default: Schema, given: Schema | Mapping[str, Any], where: str) -> Sc
 
 
 def settle(instance: Any, where: str = "") -> None:
-    """Convert every field of a dataclass instance in place to the type that it declares; for `__post_init__`, where the
-    constructor was called with plain containers. Raises like `parse`."""
+    """Convert every field of a dataclass instance in place to its declared type. Raises as `parse`.
+
+    For `__post_init__`, if the constructor is called with plain containers."""
     for field, declared in _fields(instance.__class__).values():
         if not field.name.startswith("_"):
             value = _read(declared, getattr(instance, field.name), _join(where, field.name))
@@ -47,7 +54,7 @@ def settle(instance: Any, where: str = "") -> None:
 
 
 def unknown_key(where: str, key: str, known: Iterable[str]) -> str:
-    """The message for a key that nobody reads: the nearest known one, and all of them."""
+    """Return the message for an unknown key, with the most similar known key and the list of all."""
     names = [str(name) for name in known]
     near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
     hint = f", did you mean {_join(where.rpartition(': ')[2], near[0])}?" if near else ""
@@ -55,14 +62,14 @@ def unknown_key(where: str, key: str, known: Iterable[str]) -> str:
 
 
 def within(where: str, error: object, separator: str = ".") -> str:
-    """The message of an error, which is put behind the place where it came up; so is the key that it suggests."""
+    """Return the message of an error with the place `where` before it, and before the key that it suggests."""
     place = where.rpartition(": ")[2]
-    told = re.sub(
-        r"(no such (?:key|option), did you mean )(?!stages\.)(\w[\w.]*)\?",  # a suggested value stays as it is
+    message = re.sub(
+        r"(no such key, did you mean )(?!stages\.)(\w[\w.]*)\?",  # a suggested value stays unchanged
         lambda m: f"{m[1]}{_join(place, m[2])}?",
         str(error),
     )
-    return f"{where}{separator}{told}"
+    return f"{where}{separator}{message}"
 
 
 def check_keys(value: Mapping[str, Any], known: Iterable[str], where: str) -> None:
@@ -74,7 +81,7 @@ def check_keys(value: Mapping[str, Any], known: Iterable[str], where: str) -> No
 
 
 def name_of(schema: Any) -> str:
-    """A type in words, for messages."""
+    """Return a readable name of a type, for messages."""
     origin, args = get_origin(schema), get_args(schema)
     if schema is Any:
         return "anything"
@@ -103,7 +110,7 @@ def _join(where: str, key: Any) -> str:
 
 @cache
 def _fields(schema: Any) -> dict[str, tuple[Field[Any], Any]]:
-    """name -> (field, its type) of a dataclass."""
+    """Return name -> (field, its type) of a dataclass."""
     hints = get_type_hints(schema)
     return {f.name: (f, hints[f.name]) for f in fields(schema) if get_origin(hints[f.name]) is not ClassVar}
 
@@ -142,7 +149,7 @@ def _read_scalar(schema: Any, value: Any, where: str) -> Any:
 
 
 def _read_union(options: Sequence[Any], value: Any, where: str) -> Any:
-    """The first option that takes the value; where only one could by its kind, that one's message."""
+    """Convert to the first option that accepts the value; the error is that of the last option of the value's kind."""
     if value is None and NoneType in options:
         return None
     options = [option for option in options if option is not NoneType]
@@ -221,7 +228,7 @@ def _read_dataclass(schema: Any, value: Any, where: str) -> Any:
     try:
         return schema(**given)
     except (ValueError, TypeError) as error:
-        # `__post_init__` names its own fields: the place of the whole goes before them.
+        # `__post_init__` names a field: put the place of the dataclass before it.
         first = re.split(r"\W", str(error), maxsplit=1)[0]
         separator = ": " if first not in known else "." if where and not where.endswith((": ", ".")) else ""
         raise ValueError(within(where, error, separator)) from error

@@ -1,4 +1,4 @@
-"""Command lines as people type them: names and paths are taken letter for letter, before Hydra's grammar sees them."""
+"""Converts command-line arguments for Hydra: quotes names and paths, so that Hydra reads them literally."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from distill.files import sha256_text
 from distill.terminal import check_utf8
 
-# Keys at the top whose values are names or paths; `path` is one at every depth.
+# Top-level keys whose values are names or paths. The value of `path` is a path at every depth.
 NAMES = ("name", "recipe")
 PATHS = ("runs_dir", "model", "reference", "out")
 MULTIRUN = ("-m", "--multirun")
@@ -24,18 +24,21 @@ TAKES_VALUE = (
     *("--experimental-rerun", "--cfg", "-c", "--info", "-i"),
 )
 QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
-# Overrides of a sweep that change no result: no part of a run's name unless the sweep goes over them.
+# Overrides that change no result. They enter the name of a run only if the sweep varies them.
 NOT_IN_NAMES = ("recipe", "profile", "runs_dir", "name", "plan", "redo", "trainer", "loggers")
 PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*=(?:[A-Za-z0-9_.]+|[0-9][0-9.]*e-[0-9]+)")
 LONGEST_SLUG = 120
 
 
 def arguments(given: Sequence[str]) -> list[str]:
-    """Command-line arguments as Hydra reads them: overrides first, so that flags may stand anywhere; values of names and
-    paths quoted; step counts as a list; `~` at the start of a path expanded.
+    """Convert command-line arguments for Hydra.
 
-    A value that stands in quotes already, and the values that a sweep (`-m`) goes over, keep Hydra's meaning. Raises
-    ValueError for an argument that is not UTF-8."""
+    Moves overrides before flags, quotes names and paths, writes `steps=1,2` as a list and expands `~` at the start of a
+    path. Quoted values and the value lists of a sweep (`-m`) keep Hydra's meaning.
+
+    Raises:
+        ValueError: if an argument is not UTF-8, or is neither a flag nor `key=value`.
+    """
     overrides: list[str] = []
     flags: list[str] = []
     sweep = bool(set(MULTIRUN) & set(given))
@@ -64,12 +67,12 @@ def _override(argument: str, sweep: bool) -> str:
     if sweep and is_sweep(argument):
         if re.search(r"[\[\](){}'\"]", value):
             return argument
-        return f"{key}={','.join(_letters(key, one.strip()) for one in value.split(','))}"
-    return f"{key}={_letters(key, value)}"
+        return f"{key}={','.join(_literal(key, one.strip()) for one in value.split(','))}"
+    return f"{key}={_literal(key, value)}"
 
 
 def check_choice(argument: str, groups: Path) -> None:
-    """Raise ValueError where an override gives a group (a folder of `groups`) a config in place of names of its options."""
+    """Raise ValueError if an override sets a config group (a folder of `groups`) to a config instead of option names."""
     key, _, value = argument.partition("=")
     group = key.lstrip("+").partition("@")[0]
     folder = groups / group
@@ -78,29 +81,29 @@ def check_choice(argument: str, groups: Path) -> None:
     try:
         given = OverridesParser.create().parse_override(argument).value()
     except HydraException:
-        return  # told when Hydra reads it
+        return  # Hydra reports it later
     if isinstance(given, list) and all(isinstance(one, str | QuotedString) for one in given):
         return
     names = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
-    keys = f"; its keys are given one by one, {group}.KEY=VALUE" if isinstance(given, dict) else ""
+    keys = f"; to change single keys, type {group}.KEY=VALUE" if isinstance(given, dict) else ""
     raise ValueError(
-        f"{group}: found {value}, expected names of options among {names}{keys}; an option of your own is a file "
-        f"FOLDER/{group}/NAME.yaml, with --config-dir FOLDER"
+        f"{group}: found {value}, expected option names among {names}{keys}; to add an option, write "
+        f"FOLDER/{group}/NAME.yaml and pass --config-dir FOLDER"
     )
 
 
-def _letters(key: str, value: str) -> str:
+def _literal(key: str, value: str) -> str:
     return quoted(value if key.lstrip("+") in NAMES else os.path.expanduser(value))
 
 
 def is_name_or_path(key: str) -> bool:
-    """Whether the value of a key is a name or a path."""
+    """Return whether the value of `key` is a name or a path."""
     key = key.lstrip("+")
     return key in (*NAMES, *PATHS) or key == "path" or key.endswith(".path")
 
 
 def quoted(value: str) -> str:
-    """A string in Hydra's grammar that means `value` letter for letter: no number, no list, no interpolation."""
+    """Quote `value` so that Hydra reads it literally: not as a number, a list or an interpolation."""
     value = re.sub(r"(\\*)\$\{", lambda m: f"{m[1]}{m[1]}\\${{", value)
     value = re.sub(r"(\\*)'", lambda m: f"{m[1]}{m[1]}\\'", value)
     value = re.sub(r"(\\+)\Z", lambda m: m[1] * 2, value)
@@ -108,15 +111,15 @@ def quoted(value: str) -> str:
 
 
 def is_sweep(argument: str) -> bool:
-    """Whether Hydra reads an override as several values to go over."""
+    """Return whether Hydra reads an override as a sweep over several values."""
     try:
         return bool(OverridesParser.create().parse_override(argument).is_sweep_override())
     except HydraException:
         return False
 
 
-def typed_again(override: str) -> str:
-    """An override of a job, as Hydra renders it, for the command line of another process."""
+def to_argument(override: str) -> str:
+    """Convert an override of a job, as Hydra renders it, to an argument for another process."""
     parsed: Override = OverridesParser.create().parse_override(override)
     value = parsed.value()
     if isinstance(value, str) and is_name_or_path(override.partition("=")[0]):
@@ -125,25 +128,30 @@ def typed_again(override: str) -> str:
 
 
 def swept(given: Sequence[str]) -> set[str]:
-    """Keys that a command line gives several values for."""
+    """Return the keys to which a command line gives several values."""
     return {
         o.partition("=")[0].lstrip("+") for o in given if "=" in o and not o.startswith("-") and is_sweep(o)
     }
 
 
 def slug(overrides: Sequence[str], over: set[str], named: bool) -> str:
-    """What a run of a sweep adds to its name: its overrides, readable, and different for different ones.
+    """Return the suffix that a run of a sweep adds to its name: its overrides, unique for each set of overrides.
 
-    over: keys that the sweep goes over; named: whether the run was given a name (else recipe and profile stand in it).
-    Overrides that lose letters in a file name add a digest of what they were."""
-    told = sorted(o for o in overrides if _tells(o.partition("=")[0].lstrip("+"), over, named))
-    text = "-".join(re.sub(r"[^A-Za-z0-9_.]+", "-", o.lstrip("+~")).strip("-") for o in told)
-    if len(text) <= LONGEST_SLUG and all(PLAIN.fullmatch(o) for o in told):
+    A digest is appended if the overrides contain characters that are not allowed in the name, or are too long.
+
+    Args:
+        overrides: of this run.
+        over: keys that the sweep varies.
+        named: whether the run has a `name`; if not, its name already contains recipe and profile.
+    """
+    kept = sorted(o for o in overrides if _in_name(o.partition("=")[0].lstrip("+"), over, named))
+    text = "-".join(re.sub(r"[^A-Za-z0-9_.]+", "-", o.lstrip("+~")).strip("-") for o in kept)
+    if len(text) <= LONGEST_SLUG and all(PLAIN.fullmatch(o) for o in kept):
         return text
-    return f"{text[: LONGEST_SLUG - 20]}-{sha256_text(chr(0).join(told))[:12]}"
+    return f"{text[: LONGEST_SLUG - 20]}-{sha256_text(chr(0).join(kept))[:12]}"
 
 
-def _tells(key: str, over: set[str], named: bool) -> bool:
+def _in_name(key: str, over: set[str], named: bool) -> bool:
     first = re.split(r"[.@]", key)[0]
     if first not in NOT_IN_NAMES:
         return True

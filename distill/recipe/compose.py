@@ -1,5 +1,4 @@
-"""Where configs and recipes lie, how recipes become the Hydra group `recipe`, and what a wrong override is
-answered."""
+"""Finds configs, registers recipes as the Hydra group `recipe`, explains bad overrides."""
 
 from __future__ import annotations
 
@@ -24,16 +23,16 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from distill.recipe.arguments import arguments, check_choice, quoted, slug, swept, typed_again
+from distill.recipe.arguments import arguments, check_choice, quoted, slug, swept, to_argument
 from distill.recipe.sources import SUFFIXES, register_sources
 from distill.stages.renamed import moved_option
-from distill.terminal import told
+from distill.terminal import report_errors
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def _root() -> Path:
-    """A wheel carries both folders as package data; a checkout has them beside the package."""
+    """Return the parent of `configs` and `recipes`: package data in a wheel, the repository in a checkout."""
     installed = PACKAGE / "_conf"
     return installed if installed.is_dir() else PACKAGE.parent
 
@@ -42,14 +41,15 @@ CONFIGS, RECIPES = _root() / "configs", _root() / "recipes"
 
 
 def recipes() -> dict[str, Path]:
-    """name -> file of every recipe that the package ships."""
+    """Return name -> file of the recipes in the package."""
     return {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
 
 
 @cache
 def register_recipes() -> None:
-    """Once a process: register every file of `recipes/` as an option of the group `recipe`, merged at the top of the config.
-    A user's own recipes are `recipe/*.yaml` under `--config-dir` or a search path."""
+    """Register every file of `recipes/` as an option of the group `recipe`, merged into the root of the config.
+
+    Users add recipes as `recipe/*.yaml` in a folder given by `--config-dir` or the search path."""
     register_sources()
     store = ConfigStore.instance()
     for name, path in recipes().items():
@@ -59,20 +59,25 @@ def register_recipes() -> None:
 
 
 def chosen_recipe(choices: Mapping[str, Any]) -> str:
-    """The recipe of this run; without one, an error that lists them."""
+    """Return the recipe of this run. Raises ValueError with a list of recipes if none is given."""
     name = choices.get("recipe")
     if name in (None, "null", "None"):
         listed = "\n".join(f"  recipe={name}" for name in recipes())
-        raise ValueError(
-            f"recipe: none was chosen; python -m distill.train recipe=NAME with one of\n{listed}"
-        )
+        raise ValueError(f"recipe: missing; type python -m distill.train recipe=NAME with one of\n{listed}")
     return str(name)
 
 
 def run_name(given: Any, recipe: str, hydra_config: Any, given_arguments: Sequence[str] = ()) -> str:
-    """Name of the run folder: `name`, or the recipe, with the profile where it is not the full one, so that a
-    trial never blocks the real run. Each run of a multirun adds what it overrides (`given_arguments`: the command
-    line, which says what the sweep goes over)."""
+    """Return the name of the run folder: `name`, or `<recipe>`, or `<recipe>-<profile>` for profiles other than "full".
+
+    Runs of a multirun append their overrides (`arguments.slug`).
+
+    Args:
+        given: the config's `name`, or None.
+        recipe: name of the recipe.
+        hydra_config: config of Hydra.
+        given_arguments: the command line, which determines the keys of the sweep.
+    """
     if given is not None and not isinstance(given, str):
         raise ValueError(f"name: found {given!r}, expected a string; put it in quotes")
     profile = hydra_config.runtime.choices.get("profile", "full")
@@ -80,13 +85,13 @@ def run_name(given: Any, recipe: str, hydra_config: Any, given_arguments: Sequen
     if hydra_config.mode != RunMode.MULTIRUN:
         return name
     over = swept(given_arguments) | {str(key) for key in hydra_config.sweeper.get("params") or {}}
-    told_apart = slug(hydra_config.overrides.task, over, named=given is not None)
-    return f"{name}-{told_apart}" if told_apart else name
+    suffix = slug(hydra_config.overrides.task, over, named=given is not None)
+    return f"{name}-{suffix}" if suffix else name
 
 
 def process_arguments(hydra_config: Any, name: str) -> list[str]:
-    """The command line of one process of this run (of a multirun, of this job)."""
-    task = [typed_again(o) for o in hydra_config.overrides.task if not o.startswith("name=")]
+    """Return the command line of one process of this run (in a multirun: of this job)."""
+    task = [to_argument(o) for o in hydra_config.overrides.task if not o.startswith("name=")]
     hydra = [o for o in hydra_config.overrides.hydra if not o.startswith(("hydra.mode=", "hydra.sweep"))]
     folders = [
         s.path
@@ -102,10 +107,9 @@ def process_arguments(hydra_config: Any, name: str) -> list[str]:
 
 
 def run_verb(main: Callable[[], None]) -> None:
-    """Run a Hydra main; an override that does not fit ends in one message that names the key and the nearest
-    valid one."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print and exit; its exception says more
-    with told(explain):
+    """Run a Hydra main. For a bad override, exit with one message that names the key and the nearest valid key."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise the exception instead of printing a shortened message
+    with report_errors(explain):
         register_sources()
         sys.argv[1:] = arguments(sys.argv[1:])
         for argument in sys.argv[1:]:
@@ -116,14 +120,15 @@ def run_verb(main: Callable[[], None]) -> None:
 
 @contextmanager
 def _composed_once() -> Iterator[None]:
-    """Hydra composes every config once more to read `hydra.mode` (half a second). Ours do not set it; what the command line
-    adds (`hydra.*`, a folder of configs) may, and is read as ever."""
+    """Skip the second composition in which Hydra reads `hydra.mode` (0.5 s).
+
+    The configs of the package do not set it. Hydra still reads it if the command line has `hydra.*` or a config folder."""
     whole = Hydra.get_mode
 
     def get_mode(self: Hydra, config_name: str | None, overrides: list[str]) -> Any:
         theirs = any(o.lstrip("+").startswith("hydra.") for o in overrides)
         theirs |= any(a.startswith(("--config", "-c")) for a in sys.argv[1:])
-        return whole(self, config_name, overrides) if theirs else None  # None: as -m says
+        return whole(self, config_name, overrides) if theirs else None  # None: the flag -m decides
 
     Hydra.get_mode = get_mode  # type: ignore[method-assign]
     try:
@@ -133,9 +138,9 @@ def _composed_once() -> Iterator[None]:
 
 
 def explain(error: BaseException) -> str | None:
-    """One message for an error of composing a config; None for other errors."""
+    """Return the message for an error in composing a config; None for other errors."""
     if isinstance(error, MissingMandatoryValue):
-        return f"{error.full_key}: missing; give it a value, as in {error.full_key}=..."
+        return f"{error.full_key}: missing; type {error.full_key}=..."
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return None
     cause: BaseException | None = error
@@ -147,18 +152,16 @@ def explain(error: BaseException) -> str | None:
         wanted = str(error.missing_cfg_file)
         group, _, option = wanted.rpartition("/")
         listed = ", ".join(error.options)
-        told = (
-            f"{group}: found no option {option!r}; {group} is one of: {listed}{_near(option, error.options)}"
-        )
-        return f"{told}{_own_option(group, option)}"
-    told = str(error)
-    if told.startswith("Error merging override") and error.__cause__ is not None:
-        told = f"{told.removeprefix('Error merging override ')}: {str(error.__cause__).splitlines()[0]}"
-    return told
+        message = f"{group}: found {option!r}{_near(option, error.options)}; expected {listed}"
+        return f"{message}{_own_option(group, option)}"
+    message = str(error)
+    if message.startswith("Error merging override") and error.__cause__ is not None:
+        message = f"{message.removeprefix('Error merging override ')}: {str(error.__cause__).splitlines()[0]}"
+    return message
 
 
 def _unknown_key(error: Any) -> str:
-    """An override names a key that is not there: which part is wrong, and what is near it."""
+    """Return the message for an override of a key that does not exist."""
     parent, key, path = error.parent_node, str(error.key), str(error.full_key)
     where = path.rpartition(".")[0]
     if (target := _group_behind(where)) is not None:
@@ -170,19 +173,19 @@ def _unknown_key(error: Any) -> str:
         else ["recipe", "data", "net", "teacher", "trainer", "profile", "eval", "loggers"]
     )
     if not where and (others := _recipes_with(key)):
-        return f"{path}: no such key in this recipe; expected another key, or one of the recipes {', '.join(others)}"
+        return f"{path}: no such key in this recipe; the recipes {', '.join(others)} have it"
     keys = sorted(set(keys))
     if (moved := moved_option(key, keys)) is not None:
         return f"{path}: is now {where}.{moved}; write {where}.{moved}=..."
-    inside = f"{where} has" if where else "the options are"
     near = _near(key, keys, where)
-    add = f"; an option that the config leaves out is added with +{path}=..." if where and not near else ""
-    return f"{path}: no such key{near}; {inside}: {', '.join(keys)}{add}"
+    add = f"; to add an option that the config omits, type +{path}=..." if where and not near else ""
+    return f"{path}: no such key{near}; expected {', '.join(keys)}{add}"
 
 
 def _group_behind(where: str) -> str | None:
-    """The group that a recipe, or an option of another group, puts at a place by ${group}, or None. (Hydra's error no
-    longer tells.)"""
+    """Return the group that a recipe or another group's option inserts at `where` by ${group}, or None.
+
+    Hydra's error does not contain it."""
     group, _, inside = where.partition(".")
     places = [(file, where) for file in recipes().values()]
     places += [(file, inside) for file in sorted((CONFIGS / group).glob("*.yaml")) if inside]
@@ -196,20 +199,20 @@ def _group_behind(where: str) -> str | None:
 
 
 def _own_option(group: str, option: str) -> str:
-    """How to name the folder of a user's own option: the one in which a file of that name lies, where it is near."""
+    """Return a hint on --config-dir: the folder that contains a config of this name, if one is found nearby."""
     for folder in (Path(), *sorted(path for path in Path().glob("*") if path.is_dir())):
         if any((folder / group / f"{option}{suffix}").is_file() for suffix in SUFFIXES):
             return f"; to use {folder / group / option}.yaml, add --config-dir {folder}"
-    return f"; an option of your own is a file FOLDER/{group}/NAME.yaml, with --config-dir FOLDER"
+    return f"; to add an option, write FOLDER/{group}/NAME.yaml and pass --config-dir FOLDER"
 
 
 def _recipes_with(key: str) -> list[str]:
-    """Recipes of the package that have a key of their own at the top."""
+    """Return the recipes of the package that have `key` at the top level."""
     return [name for name, file in recipes().items() if key in OmegaConf.load(file)]
 
 
 def _near(found: str, valid: Sequence[str], where: str = "") -> str:
-    """ ", did you mean x?", where something is near."""
+    """Return ", did you mean x?" for the most similar name, or an empty string."""
     near = difflib.get_close_matches(found, valid, n=1, cutoff=0.5)
     prefix = f"{where}." if where else ""
     return f", did you mean {prefix}{near[0]}?" if near else ""

@@ -1,5 +1,4 @@
-"""From a composed recipe to the list of stages that run: repeated rounds, pretrained teachers, profile
-limits."""
+"""Expands a composed recipe to its stages: repeated rounds, halvings, loaded models, limits of the profile."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ LOAD, TRAIN = "distill.stages.load.Load", "distill.stages.train.Train"
 
 @dataclass(frozen=True)
 class Repeat:
-    """The block `repeat`, see `repeat`."""
+    """The block `repeat` of a recipe; see the function `repeat`."""
 
     stages: list[str]
     times: Any  # often the key `rounds` of a recipe
@@ -27,15 +26,18 @@ class Repeat:
 
 
 def expand(recipe: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Stage configs by name, in order, from a composed config's `stages`, `repeat`, `halve` and `profile` (plain
-    containers)."""
+    """Return stage configs by name, in execution order, from `stages`, `repeat`, `halve` and `profile` of a composed config.
+
+    Raises:
+        ValueError: names the stage or key and what is wrong with it.
+    """
     stages: dict[str, dict[str, Any]] = {}
     for name, config in parse(dict[str, dict[str, Any] | None], recipe["stages"], "stages").items():
-        if config is not None:  # null takes a stage out
+        if config is not None:  # null removes a stage
             stage_class(config, f"stages.{name}")
             stages[name] = copy.deepcopy(config)
     if not stages:
-        raise ValueError("stages: found none; expected a recipe's: a mapping of names to stages")
+        raise ValueError("stages: found none, expected a mapping of names to stages")
     for name, config in stages.items():
         if config["_target_"] == TRAIN and config.get("path") is not None:
             stages[name] = {"_target_": LOAD, "path": config["path"]}
@@ -49,7 +51,7 @@ def expand(recipe: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _limits(profile: Any, stages: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
-    """Upper limits by field: those that every profile may set, and whatever whole number a stage of the recipe has."""
+    """Return upper limits by field: `SIZES` and every integer field of a stage or monitor of the recipe."""
     found = parse(dict[str, int | None], profile or {}, "profile")
     fields = [part for config in stages.values() for part in (config, config.get("monitor"))]
     numbers = {
@@ -62,15 +64,14 @@ def _limits(profile: Any, stages: Mapping[str, Mapping[str, Any]]) -> dict[str, 
 
 
 def in_order(stages: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Stages with every stage after those it refers to, else as written (merging configs does not keep their
-    order)."""
+    """Return the stages sorted so that each follows those it refers to; otherwise the order is kept.
+
+    (Merging configs does not preserve the order.)"""
     ordered: dict[str, dict[str, Any]] = {}
 
     def visit(name: str, path: tuple[str, ...]) -> None:
         if name in path:
-            raise ValueError(
-                f"stages: {' -> '.join([*path[path.index(name) :], name])} refer to each other in a circle"
-            )
+            raise ValueError(f"stages: {' -> '.join([*path[path.index(name) :], name])}: circular reference")
         for target in references(stages[name]):
             if target not in stages:
                 raise ValueError(f"stages.{name}: refers to {target!r}, expected one of {list(stages)}")
@@ -83,17 +84,20 @@ def in_order(stages: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def repeat(stages: dict[str, dict[str, Any]], block: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Insert rounds 2 .. times of the stages of `block` after their first round.
+    """Insert rounds 2 .. `times` of the stages of `block` after their first round.
 
-    block: {stages: [pairs, reflow], times: k, carry: {teacher: reflow}, then: {reflow: {init: reflow}}}. In round
-    r > 1 a stage is named `<name>_round<r>`; its references to stages of the block mean this round's, and `carry` says
-    which earlier stage's place the previous round's result takes. `then` gives fields that a stage has from round 2
-    on; a stage of the block named there means the previous round's. Stages after the block refer to the last round;
-    evaluated models of the block get a row set a round.
+    In round r > 1 a stage is named `<name>_round<r>` and refers to the stages of its own round. Stages after the block
+    refer to the last round. Evaluated models of the block get one set of rows per round.
+
+    Args:
+        stages: stage configs by name.
+        block: {stages: [pairs, reflow], times: k, carry: {teacher: reflow}, then: {reflow: {init: reflow}}}.
+            `carry` replaces references to a stage outside the block by the result of the previous round.
+            `then` sets fields from round 2 on; names of stages in it refer to the previous round.
     """
-    told = parse(Repeat, block, "repeat")
-    names, times, carry, then = told.stages, told.times, told.carry or {}, told.then or {}
-    _check_repeat(told, stages)
+    settings = parse(Repeat, block, "repeat")
+    names, times, carry, then = settings.stages, settings.times, settings.carry or {}, settings.then or {}
+    _check_repeat(settings, stages)
     result: dict[str, dict[str, Any]] = {}
     order = list(stages)
     last = max(order.index(name) for name in names)
@@ -120,13 +124,13 @@ def repeat(stages: dict[str, dict[str, Any]], block: Mapping[str, Any]) -> dict[
     return result
 
 
-def _check_repeat(told: Repeat, stages: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuse a `repeat` block that means nothing, in part or as a whole, or whose copies would take names that are there."""
-    names, carry, then = told.stages, told.carry or {}, told.then or {}
-    if isinstance(told.times, bool) or not isinstance(told.times, int) or told.times < 1:
-        raise ValueError(f"repeat.times, rounds: expected an integer of at least 1, found {told.times!r}")
+def _check_repeat(block: Repeat, stages: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise ValueError if a part of `repeat` has no effect, names unknown stages, or its rounds have names already in use."""
+    names, carry, then = block.stages, block.carry or {}, block.then or {}
+    if isinstance(block.times, bool) or not isinstance(block.times, int) or block.times < 1:
+        raise ValueError(f"repeat.times, rounds: expected an integer of at least 1, found {block.times!r}")
     if missing := [name for name in [*names, *carry, *carry.values(), *then] if name not in stages]:
-        raise ValueError(f"repeat: names the stages {missing}, found only {list(stages)}")
+        raise ValueError(f"repeat: found the stages {missing}, expected some of {list(stages)}")
     if not names or len(set(names)) != len(names):
         raise ValueError(f"repeat.stages: found {names}, expected the names of stages, each once")
     for key, inner in (("carry", carry.values()), ("then", then)):
@@ -137,17 +141,19 @@ def _check_repeat(told: Repeat, stages: Mapping[str, Mapping[str, Any]]) -> None
     for old in carry:
         if not any(old in references(stages[name]) for name in names):
             raise ValueError(
-                f"repeat.carry.{old}: no stage of {names} refers to it, so nothing would be carried"
+                f"repeat.carry.{old}: has no effect: no stage of {names} refers to it; remove it"
             )
     for name, options in then.items():
         check_keys(options, stage_fields(stages[name]), f"repeat.then.{name}")
-    copies = [f"{name}_round{number}" for name in names for number in range(2, told.times + 1)]
+    copies = [f"{name}_round{number}" for name in names for number in range(2, block.times + 1)]
     if taken := [name for name in copies if name in stages]:
-        raise ValueError(f"repeat.stages: the rounds need the names {taken}, which stages have")
+        raise ValueError(
+            f"repeat.stages: the rounds need the names {taken}; rename the stages of these names"
+        )
 
 
 def _rounds_of_models(models: Mapping[str, Any], names: list[str], times: int) -> dict[str, Any]:
-    """Evaluated models, with one entry a round for those of the repeated block: reflow, reflow2, ..."""
+    """Return the evaluated models with one entry per round for those of the repeated block: reflow, reflow2, ..."""
     rows: dict[str, Any] = {}
     for label, model in models.items():
         rows[label] = copy.deepcopy(model)
@@ -155,15 +161,14 @@ def _rounds_of_models(models: Mapping[str, Any], names: list[str], times: int) -
             for number in range(2, times + 1):
                 if f"{label}{number}" in models:
                     raise ValueError(
-                        f"models.{label}{number}: is the row of round {number} of {label!r}; expected another label"
+                        f"models.{label}{number}: is used for round {number} of {label!r}; expected another label"
                     )
                 rows[f"{label}{number}"] = dict(model) | {"stage": f"{model['stage']}_round{number}"}
     return rows
 
 
 def limit(config: dict[str, Any], limits: Mapping[str, int]) -> dict[str, Any]:
-    """A stage with the profile's upper limits on its sizes; with any limit, quality gates say nothing and are
-    dropped."""
+    """Apply the profile's upper limits to a stage. If there are any, quality gates are removed: they would be meaningless."""
     config = copy.deepcopy(config)
     if not limits:
         return config

@@ -1,4 +1,4 @@
-"""What a run will do: every stage with its digest, held against what lies in its folder."""
+"""The plan of a run: all stages with their digests and states."""
 
 from __future__ import annotations
 
@@ -45,8 +45,17 @@ from distill.typed import parse, within
 
 @dataclass
 class Planned:
-    """A stage, what it depends on, and how far it is: "finished", "extend", "interrupted", "changed" or
-    "new"."""
+    """A stage of the plan.
+
+    Attributes:
+        name: of the stage. stage: its object. config: its config. folder: where it writes.
+        identity: everything that its result depends on (`stages.artifact.identity`).
+        state: "new", "interrupted", "finished", "extend" (finished with fewer steps) or "changed" (the folder has work of
+            another identity).
+        changes: differences to the recorded identity, as "key: old -> new".
+        broken: why the recorded work cannot be used, if the reason is not a changed config.
+        made: digest of the stage's files, if it is finished.
+    """
 
     name: str
     stage: Stage
@@ -55,19 +64,17 @@ class Planned:
     identity: dict[str, Any]
     state: str = "new"
     changes: tuple[str, ...] = ()
-    # Why what lies there cannot be used, where it is not another config.
     broken: str = ""
-    # Digest of the files that it has made, where it is finished.
     made: str | None = None
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Patterns of the files that are the stage's, and of those of the stage that its folder was made by."""
+        """Patterns of the files of this stage, and of the stage recorded in its folder."""
         config = recorded_identity(self.folder).get("config")
         target = str(config.get("_target_")) if isinstance(config, Mapping) else ""
         before: Any = None
         now = {first: name for name, first in FIRST_NAMES.items()}.get(target, target)
-        if now.startswith("distill.stages."):  # a file must not choose code from elsewhere to run
+        if now.startswith("distill.stages."):  # a file must not import other code
             with suppress(ImportError, ValueError):
                 before = get_class(now)
         made = before.made() if isinstance(before, type) and issubclass(before, Stage) else ()
@@ -75,18 +82,18 @@ class Planned:
 
     @property
     def digest(self) -> str:
-        """Digest of the identity."""
+        """The digest of the identity."""
         return digest_of(self.identity)
 
 
 def build_stages(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Stage]:
-    """Make and check every stage before anything runs; errors name the stage and the field."""
+    """Build and check every stage before any runs. Raises ValueError naming the stage and the field."""
     stages: dict[str, Stage] = {}
     for name, config in configs.items():
         where = f"stages.{name}"
         kind = stage_class(config, where)
         fields = {key: value for key, value in config.items() if key != "_target_"}
-        later = ("method", "optim")  # the stage itself says more of them
+        later = ("method", "optim")  # `stage.check` has better messages for these
         try:
             for key, value in fields.items():
                 if key not in later:
@@ -104,12 +111,13 @@ def build_stages(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Stage]:
 
 
 def dry_run(stages: Mapping[str, Stage]) -> None:
-    """Try every stage on what those before it will make: nothing is found out after hours of training that can be known
-    now. Errors name the stage and the field."""
+    """Dry-run every stage on the outputs that the stages before it will have, to report errors before training.
+
+    Raises ValueError naming the stage and the field."""
     made: dict[str, Made] = {}
     for name, stage in stages.items():
         try:
-            with torch.random.fork_rng(devices=[]):  # untrained networks are drawn and thrown away
+            with torch.random.fork_rng(devices=[]):  # initialising networks must not change the random state
                 made[name] = stage.dry_run(made)
         except InstantiationException as error:
             raise ValueError(f"stages.{name}: {error.__cause__ or error}") from error
@@ -118,17 +126,17 @@ def dry_run(stages: Mapping[str, Stage]) -> None:
 
 
 def plan(recipe: Mapping[str, Any], run_folder: Path, seed: int) -> list[Planned]:
-    """All stages in order with digests and states."""
+    """Return the plan of a run: all stages in order with digests and states."""
     configs = expand(recipe)
     check_names(list(configs))
     for name, config in configs.items():
         path = config.get("path")
         if path is not None and Path(path).resolve().is_relative_to(run_folder.resolve()):
             raise ValueError(
-                f"stages.{name}.path: {path} lies in this run, whose stages replace their folders; expected another run's"
+                f"stages.{name}.path: {path} is in this run's folder, which the run overwrites; expected a path in another run"
             )
     if any(value is not None for value in (recipe.get("profile") or {}).values()):
-        build_stages(expand({**recipe, "profile": None}))  # what a profile cuts away may be wrong, too
+        build_stages(expand({**recipe, "profile": None}))  # also check the values that the profile limits
     stages = build_stages(configs)
     dry_run(stages)
     planned: list[Planned] = []
@@ -150,7 +158,7 @@ def plan(recipe: Mapping[str, Any], run_folder: Path, seed: int) -> list[Planned
 
 
 def _state(entry: Planned, before: Mapping[str, Planned]) -> None:
-    """Compare a stage with what lies in its folder. `before`: the stages before it, by name."""
+    """Set the state of a stage from the records in its folder. `before`: the earlier stages by name."""
     check_stage_folder(entry.folder, entry.stage.made())
     begun = entry.folder / IDENTITY
     try:
@@ -170,16 +178,14 @@ def _state(entry: Planned, before: Mapping[str, Planned]) -> None:
         inputs, finished = found.pop(INPUT_FILES, None), False
         if inputs is None:
             entry.state = "changed"
-            entry.broken = (
-                f"{begun}: {INPUT_FILES}: missing, expected what the stage was begun from: it was changed"
-            )
+            entry.broken = f"{begun}: {INPUT_FILES}: missing, expected the digests of the stage's inputs: the file was changed"
             return
     else:
         return
     swapped = tuple(
         f"inputs.{role}: {inputs.get(role)} -> {other}"
         for role, target in entry.stage.inputs().items()
-        # None: the input is made first, and compared then
+        # None: the input is made in this run, and compared then
         if inputs is not None and (other := before[target].made) not in (None, inputs.get(role))
     )
     _compare(entry, found, "finished" if finished else "interrupted", swapped)
@@ -191,9 +197,17 @@ def _named(entry: Planned, changes: Sequence[str]) -> tuple[str, ...]:
 
 
 def _compare(entry: Planned, found: Mapping[str, Any], same: str, swapped: tuple[str, ...]) -> None:
-    """The state of a stage whose folder holds work of the identity `found`; `same` if it is today's. A stage that was made
-    longer keeps that in its identity: it is not what training to the same length at once makes. `swapped`: inputs whose
-    files are others."""
+    """Set the state of a stage from the recorded identity `found`.
+
+    A stage that was trained further keeps the entry `extended` in its identity: its weights differ from those of a stage
+    trained to the same length at once.
+
+    Args:
+        entry: changed in place.
+        found: the recorded identity.
+        same: the state if `found` equals the current identity.
+        swapped: inputs whose files have changed.
+    """
     stage, kept = entry.stage, {EXTENDED: found[EXTENDED]} if EXTENDED in found else {}
     if not differences(found, entry.identity | kept):
         entry.state, entry.changes = "changed" if swapped else same, swapped
@@ -206,12 +220,12 @@ def _compare(entry: Planned, found: Mapping[str, Any], same: str, swapped: tuple
         return
     if changes := differences(lasting_identity(stage, found), lasting_identity(stage, entry.identity)):
         raw = differences(_plain(found), entry.identity)
-        told = [line if line in raw else f"{line} ({_STRETCHED})" for line in changes]
-        entry.state, entry.changes = "changed", _named(entry, told)
+        lines = [line if line in raw else f"{line} ({_STRETCHED})" for line in changes]
+        entry.state, entry.changes = "changed", _named(entry, lines)
         return
     if not stage.begun(entry.folder):
         raise FileNotFoundError(
-            f"stages.{entry.name}: {entry.folder} cannot be trained further: its last checkpoint is gone; "
+            f"stages.{entry.name}: {entry.folder} cannot be trained further: its last checkpoint is missing; "
             f"redo={entry.name} trains it from the start"
         )
     try:
@@ -226,17 +240,17 @@ def _compare(entry: Planned, found: Mapping[str, Any], same: str, swapped: tuple
 
 
 _STRETCHED = (
-    "taken from the stage's steps: give this option its old value to train further, or redo the stage"
+    "computed from the stage's steps: set this option to its old value to train further, or redo the stage"
 )
 
 
 def _plain(content: Mapping[str, Any]) -> dict[str, Any]:
-    """An identity as of a stage that is trained at once."""
+    """Return an identity without the entry `extended`."""
     return {key: value for key, value in content.items() if key != EXTENDED}
 
 
 def redo(planned: Sequence[Planned], named: str | Sequence[str] | None) -> list[Planned]:
-    """Mark the named stages and everything that depends on them as not made; returns them."""
+    """Set the named stages and all stages that depend on them to "new"; returns these stages."""
     if not (
         named is None
         or isinstance(named, str)
@@ -254,28 +268,30 @@ def redo(planned: Sequence[Planned], named: str | Sequence[str] | None) -> list[
             gone.add(entry.name)
             entry.state, entry.changes, entry.broken = "new", (), ""
             inputs = {role: digests[target] for role, target in entry.stage.inputs().items()}
-            # Made at once, from inputs that are.
+            # Trained at once, from the new inputs.
             entry.identity = _plain(entry.identity) | {"inputs": inputs}
         digests[entry.name] = entry.digest
     return [entry for entry in planned if entry.name in gone]
 
 
 class Changed(ValueError):
-    """Finished or begun work does not fit the config."""
+    """Recorded work does not match the config."""
 
 
 def readable(change: str) -> str:
-    """A change of an identity for people: inputs and data are known by digests, which say nothing."""
+    """Return a change of an identity as a message; digests of inputs and data are replaced by words."""
     where = change.partition(": ")[0]
     if where.startswith("inputs."):
-        return f"{where.removeprefix('inputs.')}: is not the one it was made from"
+        return f"{where.removeprefix('inputs.')}: has changed since this stage was made"
     return (
-        "data: are not those it was made from" if where == "fingerprint" else change.removeprefix("config.")
+        "data: have changed since this stage was made"
+        if where == "fingerprint"
+        else change.removeprefix("config.")
     )
 
 
 def check_split(planned: Sequence[Planned], processes: int) -> None:
-    """Raise if a batch cannot be split over the processes, before any stage runs."""
+    """Raise ValueError if the batch of a stage cannot be split evenly over the processes."""
     for entry in planned:
         batch, parts = entry.config.get("batch_size"), processes * entry.config.get("accumulate", 1)
         if "accumulate" in entry.config and entry.state != "finished" and batch % parts:
@@ -286,7 +302,7 @@ def check_split(planned: Sequence[Planned], processes: int) -> None:
 
 
 def refuse_changes(planned: Sequence[Planned], run_folder: Path) -> None:
-    """Raise if finished or begun work does not fit the config: what changed, and the two ways out."""
+    """Raise `Changed` if recorded work does not match the config; the message lists the changes and what to type."""
     extended = [entry.name for entry in planned if entry.state == "extend"]
     changed = [entry for entry in planned if entry.state == "changed"]
     if not changed:
@@ -294,20 +310,20 @@ def refuse_changes(planned: Sequence[Planned], run_folder: Path) -> None:
     first = changed[0]
     if first.broken:
         raise Changed(
-            f"stages.{first.name}: {first.broken}\nEither redo={first.name} (makes it and what depends on it again) "
-            f"or another name=... (a new run beside {run_folder})."
+            f"stages.{first.name}: {first.broken}\nUse redo={first.name} to make it and the stages that depend on it again, "
+            f"or another name=... for a new run beside {run_folder}."
         )
     reason = f" (because {', '.join(extended)} would be trained further)" if extended else ""
     lines = "\n".join(f"  {readable(line)}" for line in first.changes[:20])
     raise Changed(
         f"stages.{first.name}: {first.folder} was made with other settings{reason}:\n{lines}\n"
-        f"Either redo={first.name} (makes it and what depends on it again) "
-        f"or another name=... (a new run beside {run_folder})."
+        f"Use redo={first.name} to make it and the stages that depend on it again, "
+        f"or another name=... for a new run beside {run_folder}."
     )
 
 
 def describe_plan(planned: Sequence[Planned], run_folder: Path) -> str:
-    """The table that `plan=true` prints."""
+    """Return the table that `plan=true` prints."""
     width = max(len(entry.name) for entry in planned)
     kinds = max(len(type(entry.stage).__name__) for entry in planned)
     lines = [f"{run_folder}: {len(planned)} stages"]

@@ -1,4 +1,4 @@
-"""Which stages a stage config refers to, and how such references are renamed when stages are repeated."""
+"""References from stage configs to other stages: finds them, and renames them when stages are repeated."""
 
 from __future__ import annotations
 
@@ -15,12 +15,10 @@ from distill.stages.targets import resolve
 
 
 def stage_class(config: Any, where: str) -> type[Stage]:
-    """The class of a stage config. Raises ValueError naming the place where it is none."""
+    """Return the class of a stage config. Raises ValueError with the place if it is not a stage."""
     for name, first in FIRST_NAMES.items():
         if isinstance(config, Mapping) and config.get("_target_") == first:
-            raise ValueError(
-                f"{where}._target_: found {first!r}, which is called {name!r} now; expected that"
-            )
+            raise ValueError(f"{where}._target_: found {first!r}, which was renamed; expected {name!r}")
     found = resolve(config, where)
     if not (isinstance(found, type) and issubclass(found, Stage)):
         raise ValueError(f"{where}._target_: found {config['_target_']!r}, expected a stage")
@@ -28,31 +26,31 @@ def stage_class(config: Any, where: str) -> type[Stage]:
 
 
 def reference_keys(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The fields of a stage that name other stages, as its class says."""
+    """Return the fields of a stage that name other stages (`Stage.REFERENCES`)."""
     stage: Any = get_class(config["_target_"])
     return tuple(stage.REFERENCES)
 
 
 def stage_fields(config: Mapping[str, Any]) -> list[str]:
-    """The options that a stage's class has."""
+    """Return the options of a stage's class."""
     return [field.name for field in fields(get_class(config["_target_"])) if field.init]
 
 
 def references(config: Mapping[str, Any]) -> list[str]:
-    """Names of the stages that a stage config refers to."""
+    """Return the names of the stages that a stage config refers to."""
     named = [config[key] for key in reference_keys(config) if isinstance(config.get(key), str)]
     networks, models = config.get("networks"), config.get("models")
     named += (
         [name for name in networks.values() if isinstance(name, str)] if isinstance(networks, Mapping) else []
     )
-    if isinstance(models, Mapping):  # of another form, they are told when the stage is made
+    if isinstance(models, Mapping):  # other types are reported when the stage is built
         rows = [model for model in models.values() if isinstance(model, Mapping)]
         named += [row["stage"] for row in rows if isinstance(row.get("stage"), str)]
     return named
 
 
 def redirect(config: Mapping[str, Any], mapping: Mapping[str, str]) -> dict[str, Any]:
-    """The same stage with its references to other stages renamed."""
+    """Return a copy of a stage config with its references to other stages renamed."""
     changed = copy.deepcopy(dict(config)) | {
         key: mapping[value]
         for key in reference_keys(config)

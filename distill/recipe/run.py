@@ -1,5 +1,4 @@
-"""Runs a recipe: plans, refuses what does not fit what is there, skips what is finished, continues what is
-not."""
+"""Runs a recipe: makes the plan, raises if recorded work does not match it, skips finished stages, continues others."""
 
 from __future__ import annotations
 
@@ -45,8 +44,18 @@ from distill.world import join
 
 
 def run(recipe: Mapping[str, Any], *, name: str, recipe_name: str) -> Path:
-    """Run (or continue) a composed recipe in `runs_dir/name`; returns the run folder. Several processes call it
-    together: all run every stage, the main one writes."""
+    """Run or continue a composed recipe in `runs_dir/name`.
+
+    All processes call this function and run every stage; only the main process writes.
+
+    Args:
+        recipe: the composed config as plain containers (`schema.read`).
+        name: of the run.
+        recipe_name: recorded in plan.json.
+
+    Returns:
+        The run folder.
+    """
     run_folder, seed = run_place(recipe, name)
     settings = parse(Settings, recipe["trainer"], "trainer")
     check_run_folder(run_folder)
@@ -59,11 +68,11 @@ def run(recipe: Mapping[str, Any], *, name: str, recipe_name: str) -> Path:
     world = join(settings.device)
     with lock(run_folder) if world.main else nullcontext() as held:
         world.barrier()
-        planned = plan(recipe, run_folder, seed)  # under the lock: nobody changes what it looks at
+        planned = plan(recipe, run_folder, seed)  # under the lock: no other run changes the folder
         again = [] if pending(run_folder, planned, recipe.get("redo")) else redo(planned, recipe.get("redo"))
         refuse_changes(planned, run_folder)
         check_split(planned, world.size)
-        world.barrier()  # all have looked before anything changes
+        world.barrier()  # all processes have the plan before files change
         if world.main:
             clean(run_folder, planned, again)
             if again:
@@ -93,27 +102,27 @@ def run(recipe: Mapping[str, Any], *, name: str, recipe_name: str) -> Path:
 
 
 def refusal(planned: Sequence[Planned], run_folder: Path, settings: Settings) -> str:
-    """For `plan=true`: the error that the same command ends with when it runs; empty where it runs."""
+    """Return the error that this command raises without `plan=true`; empty if it runs."""
     try:
         refuse_changes(planned, run_folder)
         check_split(planned, settings.devices if isinstance(settings.devices, int) else 1)
     except ValueError as error:
-        return printable(f"\nWithout plan=true this command is refused:\n{error}\n")
+        return printable(f"\nWithout plan=true this command fails:\n{error}\n")
     return ""
 
 
 def redo_key(planned: Sequence[Planned], named: Any) -> dict[str, Any]:
-    """What a redo is known by: its stages and what they are to become."""
+    """Return what identifies a redo: its argument and the digests of all stages."""
     return {"redo": named, "digests": {entry.name: entry.digest for entry in planned}}
 
 
 def pending(run_folder: Path, planned: Sequence[Planned], named: Any) -> bool:
-    """Whether this very redo was begun and interrupted: then the same command continues it."""
+    """Return whether the same redo was interrupted; then this command continues it."""
     return bool(named) and read_object(run_folder / REDO) == redo_key(planned, named)
 
 
 def run_place(recipe: Mapping[str, Any], name: str) -> tuple[Path, int]:
-    """(run folder, seed) of a composed recipe."""
+    """Return (run folder, seed) of a composed recipe."""
     seed, runs_dir = recipe["seed"], recipe["runs_dir"]
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise ValueError(f"seed: found {seed!r}, expected an integer")
@@ -123,7 +132,7 @@ def run_place(recipe: Mapping[str, Any], name: str) -> tuple[Path, int]:
 
 
 def check(recipe: Mapping[str, Any], *, name: str, processes: int) -> None:
-    """Raise what `run` would raise before its first stage; changes nothing."""
+    """Raise the errors that `run` raises before its first stage. Writes nothing but the run folder's mark and lock."""
     parse(Settings, recipe["trainer"], "trainer")
     run_folder, seed = run_place(recipe, name)
     check_run_folder(run_folder)
@@ -132,13 +141,12 @@ def check(recipe: Mapping[str, Any], *, name: str, processes: int) -> None:
         redo(planned, recipe.get("redo"))
     refuse_changes(planned, run_folder)
     check_split(planned, processes)
-    with lock(run_folder):  # held by nobody else
+    with lock(run_folder):  # raises if another process holds it
         pass
 
 
 def clean(run_folder: Path, planned: Sequence[Planned], again: Sequence[Planned]) -> None:
-    """Delete the files of the stages that are made again, with what they published, and sweep what killed writers left
-    behind."""
+    """Delete files of the stages in `again`, copies at the top of the run folder, and temporary files of killed processes."""
     for entry in again:
         empty(entry.folder, entry.files)
     for name in PUBLISHED if again else ():
@@ -149,13 +157,13 @@ def clean(run_folder: Path, planned: Sequence[Planned], again: Sequence[Planned]
 
 
 def _advance(entry: Planned, context: StageContext, held: Held | None) -> None:
-    """Skip a finished stage after checking its files; run any other and record it. `held` is the main process's."""
+    """Check and skip a finished stage; run any other stage and write its record. `held`: the lock, on the main process."""
     world = context.world
     if entry.state == "finished":
         if world.main:
             _check_finished(entry, context)
             entry.stage.publish(context)
-        context.display.line("finished before, skipped")
+        context.display.line("already finished, skipped")
         return
     watched: AbstractContextManager[None] = nullcontext()
     if world.main:
@@ -165,7 +173,7 @@ def _advance(entry: Planned, context: StageContext, held: Held | None) -> None:
             _check_inputs(entry, record.get(INPUT_FILES), made_of)
         make_folder(entry.folder)
         if entry.state == "new":
-            empty(entry.folder, entry.files)  # whatever lies there belongs to no stage that is known
+            empty(entry.folder, entry.files)  # left by a stage that was changed or interrupted
         remove(entry.folder / ARTIFACT)
         sync(entry.folder)
         write_json(entry.folder / IDENTITY, entry.identity | {INPUT_FILES: made_of})
@@ -183,21 +191,20 @@ def _advance(entry: Planned, context: StageContext, held: Held | None) -> None:
 
 
 def _record(entry: Planned, facts: Mapping[str, Any], made_of: Mapping[str, str]) -> None:
-    """Note that a stage is finished."""
+    """Write the record of a finished stage."""
     stage = entry.stage
     write_artifact(entry.folder, entry.identity, facts, stage.made(), stage.NEEDED, made_of)
 
 
 def _check_finished(entry: Planned, context: StageContext) -> None:
-    """Raise unless a finished stage's files are those that it made, from the inputs that are there. A record of an earlier
-    version is brought to this one."""
+    """Raise if files of a finished stage, or its inputs, have changed. Records of schema 1 are rewritten as schema 2."""
     record = read_artifact(entry.folder, type(entry.stage))
     assert record is not None
     try:
         verify_files(entry.folder, record)
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(
-            f"stages.{entry.name}: {error}; redo={entry.name} makes it and what depends on it again"
+            f"stages.{entry.name}: {error}; redo={entry.name} makes it and the stages that depend on it again"
         ) from error
     made_of = input_digests(context.inputs)
     _check_inputs(entry, record.get(INPUT_FILES), made_of)
@@ -206,17 +213,17 @@ def _check_finished(entry: Planned, context: StageContext) -> None:
 
 
 def _check_inputs(entry: Planned, recorded: Mapping[str, str] | None, found: Mapping[str, str]) -> None:
-    """Raise ValueError unless a stage was made (or begun) from the files that its inputs hold now."""
+    """Raise ValueError unless the recorded digests of a stage's inputs equal those of the current files."""
     for role, digest in found.items():
         if recorded is not None and recorded.get(role) != digest:
             raise ValueError(
-                f"stages.{entry.name}: {entry.folder} was made from another {role!r} than {entry.stage.inputs()[role]!r} holds "
-                f"now; redo={entry.name} makes it and what depends on it again"
+                f"stages.{entry.name}: {entry.folder} was made from other files of {role!r} than stage "
+                f"{entry.stage.inputs()[role]!r} has now; redo={entry.name} makes it and the stages that depend on it again"
             )
 
 
 def _run_stage(entry: Planned, context: StageContext) -> dict[str, Any]:
-    """Run a stage; an error from building one of its parts is shown as that part's, with the stage's name."""
+    """Run a stage. Errors are raised with the name of the stage; errors of Hydra are replaced by their cause."""
     try:
         return entry.stage.run(context)
     except InstantiationException as error:
@@ -227,7 +234,7 @@ def _run_stage(entry: Planned, context: StageContext) -> dict[str, Any]:
 
 
 def summary(run_folder: Path) -> str:
-    """Where everything lies and which gates were missed, for the end of a run."""
+    """Return the message at the end of a run: the paths of its results and the quality gates that failed."""
     places = {
         "report.md": "table of all models, gates, protocol",
         "metrics.json": "the same numbers for programs",
@@ -242,5 +249,5 @@ def summary(run_folder: Path) -> str:
     missed = [gate["name"] for gate in gates if not gate["passed"]]
     if gates:
         lines.append(f"  {len(gates) - len(missed)} of {len(gates)} quality gates passed")
-    lines += [f"  MISSED: {name}" for name in missed]
+    lines += [f"  FAILED: {name}" for name in missed]
     return "\n".join([f"{run_folder}: done.", *lines])

@@ -1,4 +1,4 @@
-"""A composed config, checked: every key at the top is read by somebody, and `stages` hold no value of the environment."""
+"""Checks a composed config: unused keys at the top level, and values of the environment in `stages`, raise."""
 
 from __future__ import annotations
 
@@ -18,18 +18,20 @@ from distill.typed import parse, unknown_key
 
 GROUPS = ("data", "teacher", "features", "eval", "monitor")
 RUN = ("seed", "runs_dir", "name", "plan", "redo", "trainer", "loggers")
-# What a run's files are made of.
+# Keys that determine the files of a run.
 STAGES = ("stages", "repeat", "halve", "profile")
-# Resolvers that see the config alone.
+# Resolvers that read only the config.
 INNER = ("oc.select", "oc.decode", "oc.create", "oc.deprecated", "oc.dict.keys", "oc.dict.values")
 GIVEN_TO_LOGGERS = ("folder", "settings")
 
 
 def read(cfg: DictConfig) -> dict[str, Any]:
-    """The composed config of a run as plain containers.
+    """Return the composed config of a run as plain containers.
 
-    Raises ValueError for a key at the top that nothing reads, for an interpolation in `stages` (or in what they
-    interpolate) whose value comes from outside the config, and for wrong options of `trainer`, `loggers` and `plan`."""
+    Raises:
+        ValueError: for a top-level key that nothing reads, for an interpolation below `STAGES` that reads values from
+            outside the config, and for wrong options of `trainer`, `loggers` and `plan`.
+    """
     refuse_outside(cfg, STAGES)
     found = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     assert isinstance(found, dict)
@@ -42,8 +44,9 @@ def read(cfg: DictConfig) -> dict[str, Any]:
 
 
 def refuse_outside(cfg: DictConfig, keys: tuple[str, ...]) -> None:
-    """Raise ValueError where a value below `keys` comes through a resolver that looks outside of the config: the
-    environment may hold secrets, and a run writes its stages down."""
+    """Raise ValueError if a value below `keys` uses a resolver that reads from outside the config.
+
+    The environment may contain secrets, and a run writes its stages to files."""
     seen: list[tuple[str, str]] = []
 
     def note(name: str) -> Callable[..., str]:
@@ -64,39 +67,40 @@ def refuse_outside(cfg: DictConfig, keys: tuple[str, ...]) -> None:
             elif node is not None:
                 _ = cfg[key]
     except OmegaConfBaseException:
-        pass  # told when the config is resolved for good, unless one of these was the reason
+        pass  # raised again when `read` resolves the config
     finally:
         BaseContainer._resolvers.update(kept)
     if seen:
         name, place = seen[0]
         raise ValueError(
-            f"{place}: found ${{{name}:...}}; stages are written to plan.json, config.yaml and logs, so they take no value "
-            f"from the environment; give the value on the command line, as in {place}=..."
+            f"{place}: found ${{{name}:...}}; stages are written to plan.json, config.yaml and logs, and must not contain "
+            f"values of the environment; type the value, as in {place}=..."
         )
 
 
 def refuse_unread(cfg: DictConfig, plain: Mapping[str, Any]) -> None:
-    """Raise ValueError for a key at the top that is no option of a run and that no interpolation reads: without it,
-    everything else would be the same."""
+    """Raise ValueError for a top-level key that is not an option of a run and that no interpolation reads.
+
+    A key is read if the rest of the config resolves differently, or not at all, without it."""
     known = [*STAGES, *GROUPS, *RUN]
     raw = OmegaConf.to_container(cfg, resolve=False)
     assert isinstance(raw, dict)
     for key in raw:
-        if key in known or _named(str(key), raw):  # the usual case; what follows resolves the whole config
+        if key in known or _named(str(key), raw):  # fast path: the rest resolves the whole config
             continue
         others = OmegaConf.create({other: value for other, value in raw.items() if other != key})
         try:
             same = OmegaConf.to_container(others, resolve=True)
         except OmegaConfBaseException:
-            continue  # something needs it
+            continue  # an interpolation reads it
         if same == {other: value for other, value in plain.items() if other != key}:
             name = str(key)
-            told = unknown_key("", name, known)
-            raise ValueError(f"{told}; a key of your own is one that some ${{{name}}} reads")
+            message = unknown_key("", name, known)
+            raise ValueError(f"{message}, or a key that an interpolation ${{{name}}} reads")
 
 
 def _named(key: str, raw: Any) -> bool:
-    """Whether ${key} or a part of it stands as a whole value somewhere below `raw`."""
+    """Return whether a value below `raw` is ${key} or ${key.<...>}."""
     if isinstance(raw, Mapping):
         return any(_named(key, value) for value in raw.values())
     if isinstance(raw, list):
@@ -105,21 +109,20 @@ def _named(key: str, raw: Any) -> bool:
 
 
 def check_loggers(loggers: Any) -> None:
-    """Raise ValueError unless `loggers` is a list of configs whose options their classes take."""
+    """Raise ValueError unless `loggers` is a list of configs whose options their classes accept."""
     for number, logger in enumerate(parse(list[dict[str, Any]], loggers or [], "loggers")):
         where = f"loggers[{number}]"
         target = resolve(logger, where)
         check_options(target, logger, where)
         if (needs := getattr(target, "check", None)) is not None:
-            needs()  # a package that is not installed
+            needs()  # raises if a package is not installed
         if given := [key for key in GIVEN_TO_LOGGERS if key in logger]:
-            raise ValueError(f"{where}.{given[0]}: is given by the stage; leave it out")
+            raise ValueError(f"{where}.{given[0]}: is set by the stage; remove it")
 
 
 @contextmanager
 def typed_places(cfg: DictConfig) -> Iterator[None]:
-    """Messages about an option that a group or a key of the recipe sets end with where it is set: `stages.evaluate.k` is
-    typed as `eval.k`."""
+    """Append to messages the key to type, if an interpolation sets the option: `stages.evaluate.k` is typed as `eval.k`."""
     try:
         yield
     except Changed:
@@ -133,7 +136,7 @@ def typed_places(cfg: DictConfig) -> Iterator[None]:
 
 
 def _origin(cfg: DictConfig, place: str) -> str | None:
-    """Where the value at a dotted place is set, when an interpolation puts it there."""
+    """Return the key that sets the value at a dotted place by interpolation, or None."""
     raw: Any = OmegaConf.to_container(cfg, resolve=False)
     top, node, parts, moved = raw, raw, place.split("."), False
     done: list[str] = []

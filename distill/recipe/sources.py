@@ -1,5 +1,4 @@
-"""Config files as people write them: recipes need no header, a byte-order mark hides nothing, and what cannot be read is
-told with its file."""
+"""Loads config files: recipes need no `# @package` header, byte-order marks are skipped, errors name the file."""
 
 from __future__ import annotations
 
@@ -18,10 +17,10 @@ RECIPE = "recipe"
 
 
 class Files(FileConfigSource):
-    """Folders of config files. A recipe is merged at the top, whatever its header says."""
+    """A folder of config files. Recipes are always merged into the root of the config."""
 
     def load_config(self, config_path: str) -> ConfigResult:
-        """Read a file; raises ConfigLoadError with its path where it is no mapping in UTF-8 with each key once."""
+        """Load a file. Raises ConfigLoadError with its path unless it is YAML in UTF-8 without duplicate keys."""
         path = self._file(config_path)
         if path is None:
             raise ConfigLoadError(f"{Path(self.path, config_path)}.yaml: no such file")
@@ -30,8 +29,8 @@ class Files(FileConfigSource):
             header = self._get_header_dict(text[:512])
             found = OmegaConf.load(io.StringIO(text))
         except (ValueError, OSError, yaml.YAMLError) as error:
-            told = " ".join(str(error).replace('in "<file>", ', "").split())
-            raise ConfigLoadError(f"{path}: {told}") from error
+            message = " ".join(str(error).replace('in "<file>", ', "").split())
+            raise ConfigLoadError(f"{path}: {message}") from error
         if config_path.strip("/").partition("/")[0] == RECIPE:
             if not isinstance(found, DictConfig):
                 raise ConfigLoadError(f"{path}: found a list, expected a mapping of keys to values")
@@ -39,7 +38,7 @@ class Files(FileConfigSource):
         return ConfigResult(config=found, path=self.full_path(), provider=self.provider, header=header)
 
     def is_config(self, config_path: str) -> bool:
-        """Whether there is such a file."""
+        """Return whether the file exists."""
         return self._file(config_path) is not None
 
     def _file(self, config_path: str) -> Path | None:
@@ -47,11 +46,11 @@ class Files(FileConfigSource):
         places = [Path(self.path, name)] if name else [Path(self.path, config_path + s) for s in SUFFIXES]
         found = [place for place in places if place.is_file()]
         if len(found) > 1:
-            raise ConfigLoadError(f"{found[0]}, {found[1]}: two files of one name; expected one")
+            raise ConfigLoadError(f"{found[0]}, {found[1]}: two files with the same name; remove one")
         return found[0] if found else None
 
 
 def register_sources() -> None:
-    """Read files below config folders through `Files`."""
-    Plugins.instance()  # registers Hydra's own, which this replaces
+    """Make Hydra load config files with `Files`."""
+    Plugins.instance()  # registers Hydra's own source, which is replaced here
     SourcesRegistry.instance().types[Files.scheme()] = Files

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -55,7 +54,7 @@ from distill.stages.renamed import moved_option
 from distill.stages.targets import resolve
 from distill.stages.threads import PeakMemory, use_threads
 from distill.stages.trial import try_images
-from distill.typed import parse
+from distill.typed import parse, unknown_key
 
 CHECKPOINTS = "checkpoints"
 ROLES = ("student", "teacher")
@@ -187,11 +186,7 @@ class Train(ModelStage):
         if unknown := [name for name in given if name not in options]:
             if moved := moved_option(unknown[0], options):
                 raise ValueError(f"method.{unknown[0]}: is now method.{moved}; write it there")
-            near = difflib.get_close_matches(unknown[0], options, n=1)
-            hint = f", did you mean method.{near[0]}?" if near else ""
-            raise ValueError(
-                f"method.{unknown[0]}: {target} has no such option{hint}; expected some of {list(options)}"
-            )
+            raise ValueError(unknown_key("method", unknown[0], options))
         for name, parameter in options.items():
             if parameter.default is parameter.empty and name not in given:
                 raise ValueError(f"method.{name}: missing; {target} needs it")

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 
-NO_OPTION = "distill.methods.progressive.Progressive has no such option"
 CASES = [
     (
         "progressive",
         ["halve.start=12", "halve.end=5"],
-        "halve: found start 12 and end 5; halving visits [12, 6, 3]",
+        "halve: found start 12 and end 5; halving gives [12, 6, 3]",
     ),
     ("progressive", ["halve.end=0"], "halve.end: expected an integer of at least 1, found 0"),
     (
@@ -28,12 +27,12 @@ CASES = [
     ("progressive", ["halve.stats=1"], "halve.stats: no such key, did you mean halve.start?"),
     ("progressive", ["stages.distill.teacher=null"], "stages.distill_16.teacher: found None, but the method"),
     ("progressive", ["stages.distill.path=somewhere"], "halve.stage: 'distill' is a Load stage"),
-    ("progressive", ["+stages.distill.method.n=1"], f"stages.distill_16.method.n: {NO_OPTION}"),
+    ("progressive", ["+stages.distill.method.n=1"], "stages.distill_16.method.n: no such key"),
     ("progressive", ["stages.distill.method.wieght=snr"], "did you mean stages.distill.method.weight?"),
     (
         "progressive",
         ["+halve.rounds.1.method={wieght: snr}"],
-        f"stages.distill_1.method.wieght: {NO_OPTION}, did you",
+        "stages.distill_1.method.wieght: no such key, did you",
     ),
     ("progressive", ["eval.grid=[[student_3,3]]"], "stages.evaluate.grid[0]: names the row [student_3, 3]"),
     ("consistency", ["stages.distill.teacher=null"], "stages.distill.teacher: found None, but the method"),
@@ -54,7 +53,7 @@ CASES = [
         ["+stages.distill.adapt.kind=noise"],
         "stages.distill.adapt.kind: found 'noise', expected one of",
     ),
-    ("lcm", ["stages.distill.teacher=distill"], "refer to each other in a circle"),
+    ("lcm", ["stages.distill.teacher=distill"], "circular reference"),
 ]
 
 

@@ -19,7 +19,7 @@ from tests_support import copied_run, environment
 from distill import compare, sample, terminal
 from distill.names import check_name
 from distill.recipe import compose
-from distill.recipe.arguments import arguments, is_sweep, quoted, slug, typed_again
+from distill.recipe.arguments import arguments, is_sweep, quoted, slug, to_argument
 from distill.train import main
 
 ODD = [
@@ -69,7 +69,7 @@ def test_a_name_is_what_was_typed(text):
     (argument,) = arguments([f"name={text}"])
     assert composed(argument) == text
     assert arguments([argument]) == [argument], "what is quoted stays so"
-    assert composed(typed_again(argument)) == text or "${" in text
+    assert composed(to_argument(argument)) == text or "${" in text
 
 
 def test_any_text_survives_the_grammar():
@@ -173,10 +173,10 @@ def test_a_word_without_a_key_is_no_recipe():
     [
         (
             "loggers=[{_target_: a.B}]",
-            "loggers: found [{_target_: a.B}], expected names of options among jsonl, wandb;",
+            "loggers: found [{_target_: a.B}], expected option names among jsonl, wandb;",
         ),
-        ("+loggers=[[jsonl]]", "loggers: found [[jsonl]], expected names"),
-        ("trainer={devices: 2}", "its keys are given one by one, trainer.KEY=VALUE"),
+        ("+loggers=[[jsonl]]", "loggers: found [[jsonl]], expected option names"),
+        ("trainer={devices: 2}", "to change single keys, type trainer.KEY=VALUE"),
     ],
 )
 def test_a_group_takes_names_of_options(plan, capsys, override, message):
@@ -204,7 +204,7 @@ def test_sample_reads_its_options_strictly():
         "steps=0": "steps: expected at least 1, found 0",
         "guidance_scale=nan": "guidance_scale: found 'nan', expected float or null",
         "force=1": "force: found '1', expected bool",
-        "cuont=1": "did you mean count=?",
+        "cuont=1": "cuont: no such key, did you mean count?; expected model, out, count",
         "device=tpu": "device: found 'tpu', expected cpu",
         "device=meta": "device: found 'meta', expected cpu",
     }.items():
@@ -225,9 +225,11 @@ def test_compare_takes_paths_as_typed(tmp_path, monkeypatch):
         Path(name).mkdir()
     options = compare.parse(["a=b", "my run #2", "out=1.10", "metric=kid"])
     assert (options.paths, options.out, options.metric) == (["a=b", "my run #2"], "1.10", "kid")
-    with pytest.raises(ValueError, match=r"did you mean out=\?"):
+    with pytest.raises(
+        ValueError, match=r"outt: no such key, did you mean out\?; expected metric, out, or a path"
+    ):
         compare.parse(["outt=x"])
-    with pytest.raises(ValueError, match="paths=x: expected a path"):
+    with pytest.raises(ValueError, match="paths: no such key; expected metric, out, or a path"):
         compare.parse(["paths=x"])
 
 

@@ -29,7 +29,7 @@ def test_new_files_in_stages_and_exports_are_refused(tmp_path):
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "model.json").write_text("{}")
     for name in ("x.png", "step_0000005.png"):
-        with pytest.raises(ValueError, match="expected another place"):
+        with pytest.raises(ValueError, match="expected a path elsewhere"):
             check_file(tmp_path / "export" / name, asked=True, software="distill.sample")
     with pytest.raises(ValueError, match="expected another folder"):
         check_comparison(
@@ -41,11 +41,11 @@ def test_new_files_in_stages_and_exports_are_refused(tmp_path):
 def test_a_page_of_the_users_is_no_comparison(tmp_path):
     page, picture = tmp_path / "comparison.md", tmp_path / "comparison.png"
     page.write_text("# Comparison of my own thoughts\n")
-    with pytest.raises(ValueError, match="is no comparison"):
+    with pytest.raises(ValueError, match="is not a comparison"):
         check_comparison(page, picture, "distill.compare")
     page.unlink()
     picture.write_text("mine")
-    with pytest.raises(ValueError, match="is no comparison"):
+    with pytest.raises(ValueError, match="is not a comparison"):
         check_comparison(page, picture, "distill.compare")
 
 

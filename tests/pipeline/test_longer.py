@@ -224,7 +224,7 @@ def test_a_curriculum_over_the_steps_does_not_go_back(copied: Path) -> None:
     refused = next(e for e in plan(recipe(copied, 4, 8), copied / "r", 0) if e.name == "tuned")
     assert refused.state == "changed"
     assert refused.changes[0].startswith(
-        "config.method.total_steps: 4 -> 8 (taken from the stage's steps: give"
+        "config.method.total_steps: 4 -> 8 (computed from the stage's steps: set"
     )
     with pytest.raises(ValueError, match=r"stages.tuned: .*\n  method.total_steps: 4 -> 8"):
         go(copied, 4, 8)

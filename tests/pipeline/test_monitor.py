@@ -109,7 +109,10 @@ def test_two_sharded_processes_measure_the_same(whole, tmp_path):
             ("stages.export.which=best",),
             "which: found 'best', but evaluate.models.student measures the last model",
         ),
-        (("stages.distill.monitor=null", "which=best"), "'distill' has no `monitor` that keeps one"),
+        (
+            ("stages.distill.monitor=null", "which=best"),
+            "'distill' has no `monitor` to choose the best model",
+        ),
         (("monitor.metric=recall",), "monitor.metric: found 'recall', expected one of"),
         (("monitor.every_images=0",), "monitor.every_images: expected at least 1, found 0"),
         (("monitor.count=3",), "monitor.count: expected at least k + 2 = 7, found 3"),

@@ -46,7 +46,7 @@ def test_the_default_picture_replaces_only_pictures_of_the_verb(
     assert draw(x, monkeypatch, "seed=1") == ""
     Image.new("L", (2, 2)).save("grid.png")
     before = Path("grid.png").read_bytes()
-    assert "out: grid.png, the default, is there and is no picture of distill.sample" in draw(x, monkeypatch)
+    assert "out: grid.png, the default, exists and was not drawn by distill.sample" in draw(x, monkeypatch)
     assert Path("grid.png").read_bytes() == before
     assert draw(x, monkeypatch, "out=grid.png") == ""  # named by the user
 
@@ -61,9 +61,11 @@ def test_nothing_of_a_run_or_a_model_is_written_over(
     (model / "card.png").write_bytes(b"its")
     before = snapshot(tmp_path)
     for out in (x / "grid.png", x / "student" / "curve.png", model / "card.png"):
-        assert f"out: {out} is a file of" in draw(x, monkeypatch, f"out={out}")
+        assert f"out: {out} is in {out.parent if out.parent == model else x}" in draw(
+            x, monkeypatch, f"out={out}"
+        )
     monkeypatch.chdir(x)
-    assert "out: grid.png is a file of" in draw(x, monkeypatch)
+    assert f"out: grid.png is in {x}; expected a path elsewhere" in draw(x, monkeypatch)
     assert snapshot(tmp_path) == before
     for _ in range(2):
         assert draw(x, monkeypatch, "out=samples.png") == ""
@@ -85,7 +87,7 @@ def test_comparisons_replace_comparisons(tmp_path: Path) -> None:
     check_comparison(page, picture, "distill.compare")
     picture.write_bytes(b"mine")
     with pytest.raises(
-        ValueError, match=r"comparison.png is there and is no comparison; expected another folder"
+        ValueError, match=r"comparison.png exists and is not a comparison; expected another folder"
     ):
         check_comparison(page, picture, "distill.compare")
     info = PngInfo()
@@ -110,5 +112,5 @@ def test_comparisons_replace_comparisons(tmp_path: Path) -> None:
 def test_a_picture_or_report_of_the_users_is_no_evaluation(tmp_path: Path, name: str) -> None:
     check_evaluation(tmp_path, ("metrics.json", "report.md", "grid.png"))
     (tmp_path / name).write_text("mine")
-    with pytest.raises(ValueError, match=f"holds {name}, which is no part of an evaluation"):
+    with pytest.raises(ValueError, match=f"contains {name}, which is not from an evaluation"):
         check_evaluation(tmp_path, ("metrics.json", "report.md", "grid.png"))

@@ -153,9 +153,9 @@ def test_a_stage_folder_without_a_record_is_refused(x: Path) -> None:
 
 
 def test_no_run_lies_in_another(x: Path) -> None:
-    refused("lies in the run .*x; use another name= or runs_dir=", x, "teacher")
-    refused("lies in the run .*x; use", x, "fresh")
-    refused("lies in the run .*x; use", x / "teacher", "fresh")
+    refused("is inside the run .*x; use another name= or runs_dir=", x, "teacher")
+    refused("is inside the run .*x; use", x, "fresh")
+    refused("is inside the run .*x; use", x / "teacher", "fresh")
 
 
 def test_a_run_is_no_stage(x: Path) -> None:
@@ -206,7 +206,7 @@ def test_links_in_place_of_files_are_replaced(x: Path, tmp_path: Path) -> None:
     assert not (x / "student/logs/metrics.jsonl").is_symlink()
     (x / ".lock").unlink()
     (x / ".lock").symlink_to(mine)
-    with pytest.raises(ValueError, match=r"\.lock: is a link or no file"):
+    with pytest.raises(ValueError, match=r"\.lock: is not a regular file"):
         go(x.parent)
     assert mine.read_text() == "mine"
 
@@ -313,12 +313,12 @@ def test_names_of_stages(tmp_path: Path, name: str) -> None:
 
 def test_stages_that_differ_by_case_alone(tmp_path: Path) -> None:
     refused(
-        "stages.TEACHER: found a name that differs from 'teacher' in case",
+        "stages.TEACHER: this name differs from 'teacher' only in case",
         tmp_path,
         stages={"TEACHER": STAGES["teacher"]},
     )
     composed, apart = "\u00e9t\u00e9", "e\u0301te\u0301"
-    refused("in case alone", tmp_path, stages={composed: STAGES["teacher"], apart: STAGES["teacher"]})
+    refused("only in case, so both", tmp_path, stages={composed: STAGES["teacher"], apart: STAGES["teacher"]})
 
 
 def test_a_run_may_be_called_like_a_stage(tmp_path: Path) -> None:
@@ -398,13 +398,13 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     [
         (
             lambda r: r["facts"].update(steps=9),
-            "student/artifact.json: sha256: does not fit the rest of the file",
+            "student/artifact.json: sha256: does not match the rest of the file",
         ),
-        (lambda r: r["code"].update(torch="1"), "sha256: does not fit"),
-        (lambda r: r["files"].pop("model.json"), "sha256: does not fit"),
-        (lambda r: r["input_files"].update(data="0" * 64), "sha256: does not fit"),
-        (lambda r: r["identity"].update(seed=1), "digest: does not fit its identity"),
-        (lambda r: r.pop("sha256"), "sha256: does not fit"),
+        (lambda r: r["code"].update(torch="1"), "sha256: does not match"),
+        (lambda r: r["files"].pop("model.json"), "sha256: does not match"),
+        (lambda r: r["input_files"].update(data="0" * 64), "sha256: does not match"),
+        (lambda r: r["identity"].update(seed=1), "digest: does not match the identity"),
+        (lambda r: r.pop("sha256"), "sha256: does not match"),
         (lambda r: r.update(schema=1), "found 1 with entries of schema 2"),
         (lambda r: r.update(more=1), "more"),
         (lambda r: r.update(files=[]), "files: found"),
@@ -441,12 +441,12 @@ def test_another_folder_in_place_of_an_input_is_noticed(x: Path, tmp_path: Path)
     shutil.rmtree(x / "pairs")
     shutil.copytree(other / "pairs", x / "pairs")
     with pytest.raises(
-        ValueError, match=r"(?s)stages.student: .*data: is not the one it was made from.*redo=student"
+        ValueError, match=r"(?s)stages.student: .*data: has changed since this stage was made.*redo=student"
     ):
         go(x.parent)
     (x / "student" / "artifact.json").unlink()  # begun, with a checkpoint
     with pytest.raises(
-        ValueError, match=r"(?s)stages.student: .*data: is not the one it was made from.*redo=student"
+        ValueError, match=r"(?s)stages.student: .*data: has changed since this stage was made.*redo=student"
     ):
         go(x.parent)
     go(x.parent, redo="student")
@@ -463,7 +463,7 @@ def test_an_input_that_is_made_again_otherwise_is_noticed_then(
     monkeypatch.setattr("distill.cache.writer.write_safetensors", another)
     with pytest.raises(
         ValueError,
-        match=r"stages.student: .*was made from another 'data' than 'pairs' holds now; redo=student",
+        match=r"stages.student: .*was made from other files of 'data' than stage 'pairs' has now; redo=student",
     ):
         go(x.parent)
 
@@ -506,7 +506,7 @@ def test_a_stage_that_leaves_no_model_is_not_finished(
 ) -> None:
     monkeypatch.setattr("distill.stages.exact.save_model", lambda *_: None)
     with pytest.raises(
-        FileNotFoundError, match=r"teacher/model.safetensors: missing at the end of the stage"
+        FileNotFoundError, match=r"teacher/model.safetensors: missing at the end of its stage"
     ):
         go(tmp_path)
     assert not (tmp_path / "x" / "teacher" / "artifact.json").exists()
@@ -540,7 +540,8 @@ def test_digests_keep_the_names_that_stages_had_first(x: Path) -> None:
 
 def test_a_recipe_that_names_a_stage_by_its_first_name_is_told_the_other() -> None:
     with pytest.raises(
-        ValueError, match=r"'distill.pipeline.exact.Exact', which is called 'distill.stages.exact.Exact' now"
+        ValueError,
+        match=r"'distill.pipeline.exact.Exact', which was renamed; expected 'distill.stages.exact.Exact'",
     ):
         stage_class({"_target_": "distill.pipeline.exact.Exact"}, "stages.teacher")
 

@@ -246,7 +246,7 @@ def test_later_rounds_may_differ_from_the_first():
     assert [rounds[n]["net"] for n in ("reflow", "reflow_round2")] == [{"width": 1}, None]
     assert rounds["pairs_round3"]["teacher"] == "reflow_round2"
     assert expand({"stages": stages, "repeat": block})["reflow_round2"]["init"] is None
-    with pytest.raises(ValueError, match=r"repeat: names the stages \['reflwo'\]"):
+    with pytest.raises(ValueError, match=r"repeat: found the stages \['reflwo'\]"):
         expand({"stages": stages, "repeat": block | {"then": {"reflwo": {}}}})
 
 

@@ -221,5 +221,5 @@ def test_a_logger_without_its_package_is_refused_before_anything_runs(monkeypatc
 
 
 def test_an_option_that_the_config_leaves_out_is_named_with_its_plus(refuse):
-    told = refuse("recipe=instaflow", "eval.models.teacher.guidance_scale=2")
-    assert "is added with +eval.models.teacher.guidance_scale=..." in told
+    message = refuse("recipe=instaflow", "eval.models.teacher.guidance_scale=2")
+    assert "to add an option that the config omits, type +eval.models.teacher.guidance_scale=..." in message

@@ -64,7 +64,7 @@ def test_a_recipe_may_be_called_yml(plan):
     )
     assert (message, "steps 3," in printed) == ("", True)
     _, message = plan(recipe=TOY)
-    assert "mine.yml: two files of one name" in message
+    assert "mine.yml: two files with the same name" in message
 
 
 @pytest.mark.parametrize(

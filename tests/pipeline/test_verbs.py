@@ -262,8 +262,7 @@ def test_features_are_a_group(photos, verb):
     for key in ("model=runs/instaflow/export reference=digits", "resolution", "count: null"):
         assert key in printed
     _, message = verb("evaluate", f"model={photos['a']}", "reference=digits", "features=digits65")
-    assert "features: found no option 'digits65'" in message
-    assert "did you mean digits64?" in message
+    assert "features: found 'digits65', did you mean digits64?; expected clip, digits64" in message
     _, message = verb(
         "evaluate", f"model={photos['a']}", "reference=digits", "features=clip", "features.path=gone"
     )
@@ -294,7 +293,7 @@ def test_where_results_go(run, photos, evaluate, verb, tmp_path):
     export = tmp_path / "export"
     shutil.copytree(run / "export", export)
     _, message = verb("evaluate", a, b, f"out={export}")
-    assert f"out: {export} holds README.md, which is no part of an evaluation" in message
+    assert f"out: {export} contains README.md, which is not from an evaluation" in message
     (tmp_path / "file").write_text("")
     _, message = verb("evaluate", a, b, "out=file")
     assert "out: file is a file, expected a folder" in message

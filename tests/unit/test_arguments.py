@@ -221,7 +221,7 @@ def test_images_that_are_seldom_meant_get_a_word() -> None:
     digits, extractor = Digits(), load_digits64()
     reference = Reference(digits.images[:200], digits.labels[:200], extractor)
     for images, told in (
-        (digits.images[:40].add(1).div(2), "no value is below 0"),
+        (digits.images[:40].add(1).div(2), "found no value below 0"),
         (digits.images[:40].mul(1.5), r"found values -1.5 .. 1.5, expected \[-1, 1\]"),
     ):
         with pytest.warns(UserWarning, match=told):

@@ -289,11 +289,12 @@ def test_refusals(make, compare, tmp_path):
     )
     assert "did you mean fd?" in message(good, "metric=fdd")
     assert "metric: found 'nfe'" in message(good, "metric=nfe")
-    assert (
-        "metrik=fd: expected a path or key=value with a key among metric, out; did you mean metric=?"
-        in message(good, "metrik=fd")
+    assert "metrik: no such key, did you mean metric?; expected metric, out, or a path" in message(
+        good, "metrik=fd"
     )
-    assert "--metric: expected a path" in message(good, "--metric", "fd")
+    assert "--metric: expected key=value with a key among metric, out, or a path" in message(
+        good, "--metric", "fd"
+    )
     assert "out: file is a file, expected a folder" in message(good, "out=file")
 
 

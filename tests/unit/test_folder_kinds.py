@@ -239,11 +239,11 @@ def test_pipes_sockets_and_devices_are_never_opened(tmp_path: Path) -> None:
 def test_a_broken_link_is_named(tmp_path: Path) -> None:
     write(tmp_path / "a.png")
     (tmp_path / "b").symlink_to("gone.png")
-    with pytest.raises(ValueError, match=r"b: a broken link to gone.png"):
+    with pytest.raises(ValueError, match=r"b: is a broken link to gone.png"):
         ImageFolder(str(tmp_path))
     (tmp_path / "b").unlink()
     (tmp_path / "c").symlink_to("c")
-    with pytest.raises(ValueError, match=r"c: a broken link to c"):
+    with pytest.raises(ValueError, match=r"c: is a broken link to c"):
         ImageFolder(str(tmp_path))
 
 

@@ -209,7 +209,7 @@ def test_adapt_reads_a_net_as_another_kind() -> None:
     ("changes", "message"),
     [
         ({"net": {"width": 32}}, "adapt.net: the weights do not fit the changed net"),
-        ({"net": {"depth": 2}}, r"adapt.net: .* has no place for the weights \['layers.2.weight'"),
+        ({"net": {"depth": 2}}, r"adapt.net: .* has no parameters for the weights \['layers.2.weight'"),
         ({"net": {"guidance_embeding": 12}}, "adapt.net.guidance_embeding: no such key"),
         ({"net": {"guidance_embedding": 2}}, "adapt.net: guidance_embedding: found 2"),
         ({"net": {"width": 0}}, "adapt.net: width, depth: expected at least 1"),

@@ -100,16 +100,16 @@ def test_step_counts() -> None:
         (
             12,
             4,
-            r"halve: found start 12 and end 4; halving visits \[12, 6, 3\], expected start = end \* 2\^k",
+            r"halve: found start 12 and end 4; halving gives \[12, 6, 3\], expected start = end \* 2\^k",
         ),
-        (48, 5, r"halving visits \[48, 24, 12, 6, 3\]"),
-        (7, 1, r"halving visits \[7\], expected start = end"),
+        (48, 5, r"halving gives \[48, 24, 12, 6, 3\]"),
+        (7, 1, r"halving gives \[7\], expected start = end"),
         (
             4,
             4,
-            r"halve: found start 4 and end 4; halving visits \[4\], expected start = end \* 2\^k with k >= 1",
+            r"halve: found start 4 and end 4; halving gives \[4\], expected start = end \* 2\^k with k >= 1",
         ),
-        (4, 8, r"halving visits \[4\]"),
+        (4, 8, r"halving gives \[4\]"),
         (8, 0, "halve.end: expected an integer of at least 1, found 0"),
         (0, 1, "halve.start: expected an integer of at least 1, found 0"),
         (8.0, 1, "halve.start: expected an integer of at least 1, found 8.0"),
@@ -272,13 +272,10 @@ def refused(message: str, **stages: Mapping[str, Any]) -> None:
     [
         (
             {"wieght": "snr"},
-            "stages.distill.method.wieght: .*Progressive has no such option, did you mean stages.distill.method.weight",
+            r"stages.distill.method.wieght: no such key, did you mean stages.distill.method.weight(ing)?\?; expected",
         ),
-        ({"student": "teacher"}, "stages.distill.method.student: .* has no such option"),
-        (
-            {"loss": "l2"},
-            r"method.loss: distill.methods.progressive.Progressive has no such option; expected some of",
-        ),
+        ({"student": "teacher"}, "stages.distill.method.student: no such key"),
+        ({"loss": "l2"}, r"stages.distill.method.loss: no such key.*; expected"),
     ],
 )
 def test_unknown_options_of_a_method_are_told_before_anything_runs(
@@ -294,7 +291,7 @@ def test_a_round_s_own_options_are_checked_too() -> None:
     for rounds, message in (
         (
             {1: {"method": {"wieght": "snr"}}},
-            "stages.distill_1.method.wieght: .* did you mean stages.distill_1.method.weight",
+            "stages.distill_1.method.wieght: no such key, did you mean stages.distill_1.method.weight",
         ),
         ({2: {"stepz": 5}}, "stages.distill_2.*stepz"),
         ({2: {"steps": 0}}, "stages.distill_2.steps: expected at least 1, found 0"),

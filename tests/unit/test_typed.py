@@ -87,7 +87,7 @@ def test_wrong_entries_are_named(value, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"a": 1, "a": 2}', "'a' stands twice"),
+        ('{"a": 1, "a": 2}', "'a' twice in an object"),
         ('{"a": NaN}', "found NaN"),
         ('{"a": 1e999}', "found 1e999"),
         ('{"a": ' + "9" * 5000 + "}", "5000 digits"),
