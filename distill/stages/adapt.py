@@ -1,4 +1,4 @@
-"""A trained model with another net or another meaning, for a student that is to learn something that its teacher has not."""
+"""Rebuilds a trained model with other net options or another prediction kind."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from distill.process.base import KINDS
 
 @dataclass(frozen=True)
 class Adapt:
-    """What `adapt` of a training stage says: the kind that the model is read as, and options of its net."""
+    """The option `adapt` of a training stage.
+
+    Attributes:
+        kind: the new prediction kind, or None to keep it.
+        net: changed options of the net, or None.
+    """
 
     kind: str | None = None
     net: dict[str, Any] | None = None
@@ -27,10 +32,14 @@ class Adapt:
 def adapted(
     student: Denoiser, net: Mapping[str, Any], changes: Mapping[str, Any]
 ) -> tuple[Denoiser, dict[str, Any]]:
-    """The same model with other options of its net, or read as a predictor of another kind; and its net's config.
+    """Return the model with changed net options or prediction kind, and the config of its net.
 
-    Every weight that there was is kept; parameters that the options add start as the net makes them. A net that is read
-    as another kind starts wrong: the method has to repair it."""
+    All weights are kept; new parameters have their initial values. The output of the net is not converted to the new kind:
+    its predictions are wrong until the method has trained it.
+
+    Raises:
+        ValueError: if the weights do not fit the changed net.
+    """
     config = merged(copy.deepcopy(dict(net)), changes.get("net") or {})
     built, state = build_net(config, "adapt.net"), student.net.state_dict()
     try:
@@ -38,7 +47,7 @@ def adapted(
     except RuntimeError as error:
         raise ValueError(f"adapt.net: the weights do not fit the changed net: {error}") from error
     if unexpected or not set(missing) <= set(built.state_dict()) - set(state):
-        raise ValueError(f"adapt.net: {config} has no place for the weights {list(unexpected)[:4]}")
+        raise ValueError(f"adapt.net: {config} has no parameters for the weights {list(unexpected)[:4]}")
     other = Denoiser(
         built,
         student.process,
@@ -53,7 +62,7 @@ def adapted(
 
 
 def merged(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` with `changes` merged into its nested mappings."""
+    """Merge `changes` into `config` and its nested mappings, in place; returns `config`."""
     for key, value in changes.items():
         if isinstance(value, Mapping) and isinstance(config.get(key), Mapping):
             config[key] = merged(dict(config[key]), value)

@@ -1,4 +1,4 @@
-"""Records of stages: the identity and digest by which a result is known again, and `artifact.json`, written last."""
+"""Records of stages: their identity and digest, and `artifact.json`, which is written last."""
 
 from __future__ import annotations
 
@@ -19,16 +19,15 @@ from distill.typed import parse
 
 SCHEMA = 2  # 1: without `sha256` and `input_files`
 INPUT_FILES = "input_files"
-# Entry of an identity: where training was made longer, [{steps: planned until then, reached: step}]. Absent where it was not.
+# Entry of an identity: when training was continued with more steps, [{steps: planned before, reached: step}]; else absent.
 EXTENDED = "extended"
 
-# Options of a stage that change how it runs and not what it makes: they never enter a digest. (Those of the
-# group `trainer` are no part of a stage's config at all.) What lies at a `path` enters by its fingerprint,
-# whatever the path is called.
+# Options that do not change the result of a stage and are not part of its digest. (Options of the group `trainer` are not in
+# the config of a stage.) The contents of a `path` enter the digest through the fingerprint.
 EXECUTION_ONLY = frozenset({"path"})
 
 
-# Digests know stages by the names that they had first, whatever file they lie in: runs of before go on.
+# Digests contain the first names of stages, so that runs of earlier versions can be continued.
 FIRST_NAMES = {
     "distill.stages.train.Train": "distill.pipeline.stages.Train",
     "distill.stages.load.Load": "distill.pipeline.stages.Load",
@@ -41,8 +40,8 @@ FIRST_NAMES = {
 
 
 def hashed_config(config: Mapping[str, Any], references: tuple[str, ...]) -> dict[str, Any]:
-    """The part of a stage's config that enters its digest: no execution-only option and no reference to
-    another stage (their digests stand for them)."""
+    """Return the part of a stage's config that enters its digest: no options of `EXECUTION_ONLY`, and no references to
+    other stages, whose digests are included as `inputs`."""
 
     left_out = EXECUTION_ONLY | {key for key in references if isinstance(config.get(key), str)}
     kept = {key: value for key, value in config.items() if key not in left_out}
@@ -58,7 +57,7 @@ def identity(
     seed: int,
     fingerprint: str,
 ) -> dict[str, Any]:
-    """Everything that a stage's result depends on; its canonical JSON is what the digest is the sha256 of."""
+    """Return everything that a stage's result depends on. Its digest is the sha256 of the canonical JSON."""
     return {
         "config": hashed_config(config, references),
         "inputs": dict(inputs),
@@ -68,19 +67,19 @@ def identity(
 
 
 def lasting_identity(stage: Stage, content: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of an identity that stays when the stage is made longer."""
+    """Return the part of an identity that must not change when the stage is trained further."""
     kept = {key: value for key, value in content.items() if key != EXTENDED}
     return kept | {"config": stage.lasting(content["config"])}
 
 
 def digest_of(content: Mapping[str, Any]) -> str:
-    """sha256 of canonical JSON."""
+    """Return the sha256 of the canonical JSON, in hex."""
     return sha256_text(canonical_json(content))
 
 
 @dataclass(frozen=True)
 class Identity:
-    """identity.json of a stage that was begun: see `identity`. `input_files` as in `Record`, `extended` see `EXTENDED`."""
+    """The schema of identity.json: see `identity`; `input_files` as in `Record`; for `extended` see `EXTENDED`."""
 
     config: dict[str, Any]
     inputs: dict[str, str]
@@ -92,13 +91,14 @@ class Identity:
 
 @dataclass(frozen=True)
 class Record:
-    """artifact.json: that a stage is finished, what it is and what it made.
+    """The schema of artifact.json, the record of a finished stage.
 
     Attributes:
-        digest: of the identity. identity: see `identity`. facts: what the stage tells of itself.
-        files: sha256 of every file that it made, by its path in the stage's folder.
-        input_files: by role, the digest (`files_digest`) of what its inputs had made when it was made.
-        code: versions. sha256: of the canonical JSON of all of this but itself.
+        schema: version of the schema.
+        digest: of the identity. identity: see `identity`. facts: returned by `Stage.run`.
+        files: sha256 of every file that the stage made, by its path in the stage's folder.
+        input_files: digests (`files_digest`) of the files of its inputs at the time, by role.
+        code: versions. sha256: of the canonical JSON of all other entries.
     """
 
     schema: int
@@ -112,12 +112,12 @@ class Record:
 
 
 def files_digest(record: Mapping[str, Any]) -> str:
-    """Digest of the files that a finished stage made, its records left out: what the stages after it were made from."""
+    """Return a digest of the files of a finished stage, except its records."""
     return digest_of({name: sha for name, sha in record["files"].items() if name not in RECORDS})
 
 
 def input_digests(inputs: Mapping[str, Path]) -> dict[str, str]:
-    """`files_digest` of the finished stages in some folders, by role."""
+    """Return `files_digest` of the finished stages in `inputs` (role -> folder), by role."""
     records = {role: read_artifact(folder) for role, folder in inputs.items()}
     return {role: files_digest(record) for role, record in records.items() if record is not None}
 
@@ -131,11 +131,23 @@ def write_artifact(
     input_files: Mapping[str, str] | None = None,
     skip: tuple[str, ...] = ("checkpoints", "logs"),
 ) -> None:
-    """Record that the stage is finished: its identity, its facts and a sha256 for every file that it made (patterns `made`).
-    Written last. Raises FileNotFoundError where a file that the stage must leave (`needed`) is not there."""
+    """Write the record of a finished stage.
+
+    Args:
+        folder: of the stage.
+        content: its identity.
+        facts: returned by `Stage.run`.
+        made: patterns of its files.
+        needed: files that must exist.
+        input_files: see `Record`.
+        skip: subfolders that are not recorded.
+
+    Raises:
+        FileNotFoundError: names the missing file of `needed`.
+    """
     names = [n for n in files_of(folder, made) if n != ARTIFACT and n.partition("/")[0] not in skip]
     if missing := [name for name in needed if name not in names]:
-        raise FileNotFoundError(f"{folder / missing[0]}: missing at the end of the stage that makes it")
+        raise FileNotFoundError(f"{folder / missing[0]}: missing at the end of its stage")
     record = {
         "schema": SCHEMA,
         "digest": digest_of(content),
@@ -149,8 +161,12 @@ def write_artifact(
 
 
 def read_artifact(folder: Path, stage: type[Stage] | None = None) -> dict[str, Any] | None:
-    """The record of a finished stage, or None where there is none yet. Raises ValueError where it is of a newer schema, was
-    changed, or names no file that a `stage` of its kind must have made."""
+    """Return the record of a finished stage, or None if there is none.
+
+    Raises:
+        NewerSchema: if it was written by a newer version.
+        ValueError: if it was changed, or, with `stage`, if its files do not match that class.
+    """
     path = folder / ARTIFACT
     if not path.is_file():
         return None
@@ -160,28 +176,28 @@ def read_artifact(folder: Path, stage: type[Stage] | None = None) -> dict[str, A
         raise NewerSchema(f"{path}: schema: found {found!r}, this version reads {SCHEMA}")
     parse(Record, record, f"{path}: ")
     if record["digest"] != digest_of(record["identity"]):
-        raise ValueError(f"{path}: digest: does not fit its identity: changed after it was made")
+        raise ValueError(f"{path}: digest: does not match the identity: changed after it was made")
     rest = {key: value for key, value in record.items() if key != "sha256"}
     if found == SCHEMA and record.get("sha256") != digest_of(rest):
-        raise ValueError(f"{path}: sha256: does not fit the rest of the file: changed after it was made")
+        raise ValueError(f"{path}: sha256: does not match the rest of the file: changed after it was made")
     if found == 1 and {"sha256", "input_files"} & set(record):
         raise ValueError(
             f"{path}: schema: found 1 with entries of schema {SCHEMA}: changed after it was made"
         )
     if stage is not None:
-        if found == 1:  # then it named whatever lay in the folder
+        if found == 1:  # schema 1 recorded every file in the folder
             record["files"] = {n: sha for n, sha in record["files"].items() if _fits(n, stage.made())}
         if unknown := [name for name in record["files"] if not _fits(name, stage.made())]:
             raise ValueError(
                 f"{path}: files: found {unknown[0]!r}, which a {stage.__name__} stage does not make"
             )
         if missing := [name for name in stage.NEEDED if name not in record["files"]]:
-            raise ValueError(f"{path}: files: {missing[0]}: missing, so there is nothing to go on from")
+            raise ValueError(f"{path}: files: {missing[0]}: missing; expected the sha256 of this file")
     return record
 
 
 class NewerSchema(ValueError):
-    """A record that another version wrote."""
+    """A record was written by a newer version."""
 
 
 def _fits(name: str, made: tuple[str, ...]) -> bool:
@@ -189,8 +205,12 @@ def _fits(name: str, made: tuple[str, ...]) -> bool:
 
 
 def verify_files(folder: Path, record: Mapping[str, Any]) -> None:
-    """Compare every file of an artifact with its sha256; the error names the file. One that shares its storage with another
-    name (a link) becomes a copy of its own, so that nobody writes into it from there."""
+    """Compare every file of a finished stage with its sha256; symbolic and hard links are replaced by copies.
+
+    Raises:
+        FileNotFoundError: names a missing file.
+        ValueError: names a changed file.
+    """
     for name, expected in record["files"].items():
         path = folder / name
         if not path.is_file():
@@ -205,7 +225,7 @@ def verify_files(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Readable lines `path: old -> new` for everything that two plain containers do not share."""
+    """Return a line `path: old -> new` for each difference of two plain containers."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         lines: list[str] = []
         for key in sorted({*old, *new}, key=str):

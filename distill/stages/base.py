@@ -1,4 +1,4 @@
-"""The base class of stages: what a stage is given and what it leaves behind."""
+"""The base classes of stages, the context that they run in, and the settings of the group `trainer`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TRAINED_FILES = (
 
 
 def check_types(value: Any, where: str = "") -> None:
-    """Refuse a config dataclass whose fields have other types than it declares; the error names the field."""
+    """Raise ValueError naming the field of a config dataclass whose value is not of its declared type."""
     for name, declared in get_type_hints(type(value)).items():
         if get_origin(declared) is ClassVar or name.startswith("_"):
             continue
@@ -46,7 +46,7 @@ def check_types(value: Any, where: str = "") -> None:
 
 @dataclass(frozen=True)
 class Settings:
-    """How stages run: options that do not change what they make (group `trainer`)."""
+    """Options of the group `trainer`: how stages run. They do not enter digests."""
 
     accelerator: str = "auto"
     devices: int = 1
@@ -71,7 +71,7 @@ class Settings:
 
     @property
     def device(self) -> torch.device:
-        """The kind of device that stages run on."""
+        """The device type that stages run on. Raises ValueError if it is not available."""
         if self.accelerator not in ("auto", "cpu", "gpu"):
             raise ValueError(
                 f"trainer.accelerator: found {self.accelerator!r}, expected 'auto', 'cpu' or 'gpu'"
@@ -86,8 +86,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class StageContext:
-    """What a stage is given when it runs: a folder of its own, the folders of its inputs by role, the run's
-    seed."""
+    """The arguments of `Stage.run`.
+
+    Attributes:
+        name: of the stage. folder: where it writes. inputs: folders of its inputs by role.
+        seed: of the run. settings: the group `trainer`. loggers: configs of loggers.
+        display: progress bars and messages. run_folder: folder of the run. recipe: its name.
+        digest: of the identity. world: process group. identity: see `stages.artifact.identity`.
+    """
 
     name: str
     folder: Path
@@ -111,34 +117,36 @@ class StageContext:
 
 @dataclass
 class Stage(ABC):
-    """One step of a recipe. Its dataclass fields are its config schema; nested configs stay plain
-    containers."""
+    """A stage of a recipe. Its dataclass fields are its config schema; nested configs stay plain containers.
 
-    # The field by which a stage may be made longer, if there is one.
+    Attributes:
+        LENGTH: the field that may be increased to continue a finished stage, such as `steps`; empty if there is none.
+        REFERENCES: fields whose value is the name of another stage.
+        FILES: files that the stage makes, relative to its folder: regular expressions that match each path component.
+            Only these are recorded when the stage finishes, and deleted when it is made again.
+        NEEDED: files that must exist when it finishes.
+    """
+
     LENGTH: ClassVar[str] = ""
-    # Fields whose value is the name of another stage.
     REFERENCES: ClassVar[tuple[str, ...]] = ()
-    # Files that the stage makes, relative to its folder, as regular expressions of whole names (`/` divides folders). Only
-    # these are recorded when it is finished, and deleted when it is made again.
     FILES: ClassVar[tuple[str, ...]] = ()
-    # Those without which it is not finished.
     NEEDED: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def made(cls) -> tuple[str, ...]:
-        """Patterns of everything in the stage's folder that is not the user's."""
+        """Return the patterns of all files that the stage and the run write to its folder."""
         return (*patterns(*RECORDS), *cls.FILES)
 
     def inputs(self) -> dict[str, str]:
-        """role -> name of the stage whose artifact it needs."""
+        """Return role -> name of the input stage."""
         return {role: value for role in self.REFERENCES if isinstance(value := getattr(self, role), str)}
 
     def fingerprint(self) -> str:
-        """Digest of what the stage reads from outside the run; empty where it reads nothing."""
+        """Return a digest of the data that the stage reads from outside the run; empty if it reads none."""
         return ""
 
     def check(self, stages: Mapping[str, Stage]) -> None:
-        """Refuse what cannot work, before anything runs. `stages` are those before this one."""
+        """Raise ValueError for options that cannot work. `stages`: the earlier stages by name."""
         for role, name in self.inputs().items():
             if name not in stages:
                 raise ValueError(
@@ -146,54 +154,70 @@ class Stage(ABC):
                 )
 
     def dry_run(self, before: Mapping[str, Made]) -> Made:
-        """Build everything that `run` will build, on what the stages `before` this one will leave behind, and raise what
-        `run` would raise for it; changes nothing and trains nothing. Returns what this stage will leave behind."""
+        """Build everything that `run` builds and raise the errors that it would raise. Trains and writes nothing.
+
+        Args:
+            before: the outputs of the earlier stages by name.
+
+        Returns:
+            The output that this stage will have.
+        """
         return Made()
 
     def begun(self, folder: Path) -> bool:
-        """Whether an interrupted run of the stage left work in `folder` that would be continued."""
+        """Return whether `folder` contains work of an interrupted run that `run` would continue."""
         return False
 
     def lasting(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The part of its hashed config that stays when the stage is made longer. What a method stretches over the length
-        is part of it, with the value that it takes from there."""
+        """Return the part of the hashed config that must not change when `LENGTH` is increased.
+
+        Options that a method computes from the length are included with their computed values."""
         return {key: value for key, value in config.items() if key != self.LENGTH}
 
     def seams(self, folder: Path, content: Mapping[str, Any]) -> list[dict[str, int]]:
-        """Where the stage in `folder`, begun with the identity `content`, has been made longer once it is made longer
-        now; for stages with a `LENGTH`. Raises where it cannot be."""
-        raise NotImplementedError(f"{type(self).__name__} cannot be made longer")
+        """Return the entry `extended` of the stage's identity if it is continued with a larger `LENGTH`.
+
+        Args:
+            folder: of the stage.
+            content: its recorded identity.
+
+        Raises:
+            ValueError: if the stage cannot be continued.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot be trained further")
 
     def publish(self, context: StageContext) -> None:
-        """Put copies of a finished stage's files where people look for them."""
+        """Copy files of the finished stage to the top of the run folder."""
         return
 
     @abstractmethod
     def run(self, context: StageContext) -> dict[str, Any]:
-        """Make the artifact in `context.folder`, continuing what is there; returns facts to record
-        (JSON-able)."""
+        """Make the files of the stage in `context.folder`, or continue an interrupted run.
+
+        Returns:
+            Facts for the record of the stage, as JSON containers.
+        """
 
 
 @dataclass
 class ModelStage(Stage):
-    """A stage that leaves a model folder (`models.native`): others start from it, ask it, measure it, export it."""
+    """A stage whose output is a model folder (`models.native`)."""
 
     FILES: ClassVar[tuple[str, ...]] = MODEL_FILES
     NEEDED: ClassVar[tuple[str, ...]] = ("model.safetensors", "model.json")
 
     @property
     def keeps_best(self) -> bool:
-        """Whether it also leaves the best model of its training."""
+        """Whether it also saves the best model of its training."""
         return False
 
 
 def check_which(which: str, name: str, stages: Mapping[str, Stage]) -> None:
-    """Raise ValueError for a `which` that is neither "last" nor "best", or asks for the best model of a stage that keeps
-    none."""
+    """Raise ValueError unless `which` is "last", or "best" for a stage that saves its best model."""
     if which not in WHICH:
         raise ValueError(f"which: found {which!r}, expected one of {list(WHICH)}")
     stage = stages[name]
     if which == "best" and not (isinstance(stage, ModelStage) and stage.keeps_best):
         raise ValueError(
-            f"which: found 'best', but {name!r} has no `monitor` that keeps one; expected 'last'"
+            f"which: found 'best', but {name!r} has no `monitor` to choose the best model; expected 'last'"
         )

@@ -1,4 +1,4 @@
-"""What a person sees while stages run: one bar a stage, with a counter of stages and the time left."""
+"""Progress bars and messages of running stages."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from distill.terminal import line, printable
 
 @dataclass(frozen=True)
 class Display:
-    """`number` of `total` stages; bars and lines go to standard error, so standard output stays for
-    results."""
+    """Bars and messages of stage `number` of `total`, on standard error; standard output has only results."""
 
     name: str = ""
     number: int = 1
@@ -25,7 +24,7 @@ class Display:
 
     @contextmanager
     def bar(self, total: int, *, initial: int = 0, unit: str = "step") -> Iterator[tqdm]:
-        """A progress bar over `total` units of which `initial` are done."""
+        """Show a progress bar over `total` units, of which `initial` are done."""
         interactive = sys.stderr.isatty()
         bar = tqdm(
             total=total,
@@ -42,7 +41,7 @@ class Display:
             yield bar
 
     def line(self, text: str) -> None:
-        """One line that does not break a bar."""
+        """Print one line above the bar."""
         if self.silent:
             return
         tqdm.write(printable(f"[{self.number}/{self.total}] {self.name}: {text}"), file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The Exact stage: a teacher in closed form, which nobody has to train and whose every number is known."""
+"""The Exact stage: a teacher in closed form, without training."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from distill.models.spec import SamplerSpec
 from distill.stages.base import ModelStage, StageContext, check_types
 from distill.stages.made import Made, Part
 
-STEPS = 100  # Euler steps that the model asks for where nothing else is said
+STEPS = 100  # default number of Euler steps
 
 
 @dataclass
 class Exact(ModelStage):
-    """The exact denoiser of an even mixture of Gaussians (`models.analytic`) as a model folder.
+    """Save the exact denoiser of a mixture of Gaussians with equal weights (`models.analytic`) as a model folder.
 
     Attributes:
-        ring: {count, radius} of component means on a circle, or
-        means: [K, D] component means.
-        std: standard deviation of every component.
-        labelled: component k is the class k, and the null condition means the whole mixture.
         process: config of the noise process.
+        ring: {count, radius} of component means on a circle; exclusive with `means`.
+        means: [K, D] component means.
+        std: standard deviation of each component.
+        labelled: whether component k is class k; the null condition is the whole mixture.
     """
 
     process: dict[str, Any]
@@ -38,17 +38,17 @@ class Exact(ModelStage):
 
     def __post_init__(self) -> None:
         check_types(self)
-        self._denoiser()  # a wrong option is told before anything runs
+        self._denoiser()  # raises for wrong options
 
     def dry_run(self, before: Mapping[str, Made]) -> Made:
-        """The model itself: it is there at once."""
+        """Build the model."""
         denoiser = self._denoiser()
         net = denoiser.net
         assert isinstance(net, GaussianMixture)
         return Made(model=Part(denoiser, net.config(), self._spec(denoiser)))
 
     def run(self, context: StageContext) -> dict[str, Any]:
-        """Write the model folder."""
+        """Save the model folder."""
         denoiser = self._denoiser()
         net = denoiser.net
         assert isinstance(net, GaussianMixture)
@@ -59,10 +59,10 @@ class Exact(ModelStage):
 
     @staticmethod
     def _spec(denoiser: Denoiser) -> SamplerSpec:
-        """Euler over the default grid."""
+        """Return the Euler sampler on the default grid."""
         return SamplerSpec(steps=STEPS, any_steps=True, solver="euler")
 
     def _denoiser(self) -> Denoiser:
-        """The model, on the CPU."""
+        """Build the model on the CPU."""
         process = build_process(self.process)
         return exact_denoiser(process, mixture_means(self.ring, self.means), self.std, labelled=self.labelled)

@@ -1,4 +1,4 @@
-"""The Export stage: a folder that needs nothing but itself."""
+"""The Export stage: a self-contained folder with weights, sampler and model card."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from distill.stages.ownership import patterns
 
 @dataclass
 class Export(Stage):
-    """Weights, sampler, card, picture and table of one model.
+    """Export weights, sampler, model card, picture and table of a model.
 
     Attributes:
         student: name of the stage whose model is exported.
-        evaluate: name of the Evaluate stage whose table and picture go into the card, or None.
-        which: "last", the student at the end of its training, or "best", the one that its `monitor` kept.
+        evaluate: name of the Evaluate stage whose table and picture the card contains, or None.
+        which: "last", the model at the end of training, or "best", the one chosen by its `monitor`.
     """
 
     REFERENCES: ClassVar[tuple[str, ...]] = ("student", "evaluate")
@@ -41,7 +41,7 @@ class Export(Stage):
         check_types(self)
 
     def check(self, stages: Mapping[str, Stage]) -> None:
-        """The student comes from a stage that makes a model."""
+        """Raise ValueError unless student and evaluation are stages of the right kind and of the same model."""
         super().check(stages)
         if not isinstance(stages[self.student], ModelStage):
             raise ValueError(f"student: {self.student!r} makes no model")
@@ -50,16 +50,16 @@ class Export(Stage):
             return
         evaluated = stages[self.evaluate]
         if not isinstance(evaluated, Evaluate):
-            raise ValueError(f"evaluate: {self.evaluate!r} is no Evaluate stage")
+            raise ValueError(f"evaluate: {self.evaluate!r} is not an Evaluate stage")
         for label, row in evaluated.models.items():
             if row.stage == self.student and row.which != self.which:
                 raise ValueError(
                     f"which: found {self.which!r}, but {self.evaluate}.models.{label} measures the {row.which} model; "
-                    "expected the same, or the card would describe another model"
+                    "expected the same in both, because the card shows these numbers"
                 )
 
     def run(self, context: StageContext) -> dict[str, Any]:
-        """Copy the model, write the card, then load the export and compare its images with the original's."""
+        """Copy the model, write the card, load the export and check that it draws the same samples as the original."""
         if not context.world.main:
             return {}
         source = model_folder(context.inputs["student"], self.which)
@@ -84,6 +84,6 @@ class Export(Stage):
         with context.display.bar(1, unit="check") as bar:
             again = load_model(context.folder)
             if not torch.equal(original.sample(4), again.sample(4)):
-                raise RuntimeError(f"{context.folder}: the export does not reproduce the images of {source}")
+                raise RuntimeError(f"{context.folder}: the export does not reproduce the samples of {source}")
             bar.update()
         return {"parameters": sum(p.numel() for p in again.denoiser.parameters())}

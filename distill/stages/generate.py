@@ -1,4 +1,4 @@
-"""The Generate stage: pairs of noise and teacher sample."""
+"""The Generate stage: samples pairs of noise and teacher sample."""
 
 from __future__ import annotations
 
@@ -29,12 +29,13 @@ class Generate(Stage):
     """Pairs of noise and teacher sample.
 
     Attributes:
-        teacher: name of the stage whose model makes them.
-        count: pairs. guidance_scale: g in u + g (c - u).
-        sampler: {solver, steps, grid} of the transport; grid: {name: ..., option: ...}, a key of `process.times.GRIDS` and
-            the options of its function; without it, the process's default grid.
-        stream: names the noise; two stages with the same stream and seed start from the same noise.
-        path: a pair cache to use instead; it must have been made by this teacher in this way.
+        teacher: name of the stage whose model is sampled.
+        count: number of pairs. guidance_scale: g in u + g (c - u), with conditional prediction c and unconditional u.
+        sampler: {solver, steps, grid} of the ODE; grid: {name: ..., option: ...}, a key of `process.times.GRIDS` and
+            options of its function; the default is the process's grid.
+        stream: name of the noise. Stages with the same stream and seed use the same noise.
+        batch_size: samples per network call.
+        path: an existing pair cache to copy; it must have been made by this teacher with these options.
     """
 
     REFERENCES: ClassVar[tuple[str, ...]] = ("teacher",)
@@ -63,25 +64,25 @@ class Generate(Stage):
         self._grid()
 
     def _grid(self) -> TimeGrid | None:
-        """The named time grid, if there is one."""
+        """Return the time grid of `sampler`, or None for the default."""
         named = self.sampler.get("grid")
         return None if named is None else TimeGrid.from_dict(named, "sampler.grid")
 
     def check(self, stages: Mapping[str, Stage]) -> None:
-        """The teacher comes from a stage that makes a model."""
+        """Raise ValueError unless the teacher is a stage that makes a model."""
         super().check(stages)
         if not isinstance(stages[self.teacher], ModelStage):
             raise ValueError(f"teacher: {self.teacher!r} makes no model")
 
     def fingerprint(self) -> str:
-        """The manifest of a cache that is there already."""
+        """Return the sha256 of the manifest of the cache at `path`."""
         if self.path is None:
             return ""
         self._found = sha256_file(needed(Path(self.path) / MANIFEST, "a finished pair cache"))
         return self._found
 
     def dry_run(self, before: Mapping[str, Made]) -> Made:
-        """The teacher is a transport, takes the guidance, and has the solver's grid; a cache at `path` was made so."""
+        """Check that the teacher is an ODE that accepts guidance and grid, and that the cache at `path` matches."""
         teacher = before[self.teacher].model
         assert teacher is not None
         denoiser = teacher.denoiser
@@ -89,17 +90,17 @@ class Generate(Stage):
         if self.path is not None:
             manifest = Path(self.path) / MANIFEST
             found, _ = read_manifest(needed(manifest, "a finished pair cache"))
-            # Which weights made them is known once the teacher is there.
+            # The weights are compared in `run`, when the teacher exists.
             self._check_header(found, self._header(teacher.generator, found.seed, found.teacher))
         guidance = teacher.spec.guidance_baked * self.guidance_scale
         return Made(pairs=PairsMade(denoiser.sample_shape, denoiser.conditions, guidance))
 
     def begun(self, folder: Path) -> bool:
-        """A header or a shard is there."""
+        """Return whether a header or a shard exists."""
         return (folder / HEADER).is_file() or any(folder.glob("pairs-*.safetensors"))
 
     def run(self, context: StageContext) -> dict[str, Any]:
-        """Write the cache, continuing with the first shard that is missing, then read it back once."""
+        """Write the cache, starting at the first missing shard, and check it by reading it once."""
         teacher = load_model(context.inputs["teacher"])
         denoiser = teacher.denoiser
         self._check_teacher(denoiser)
@@ -124,18 +125,18 @@ class Generate(Stage):
         return {"count": self.count, "nfe_per_pair": nfe}
 
     def _check_teacher(self, denoiser: Denoiser) -> None:
-        """Raise ValueError unless the model is an ODE from noise to data that takes the guidance."""
+        """Raise ValueError unless the model is an ODE from noise to data that accepts the guidance scale."""
         if denoiser.coupling == "endpoint":
             raise ValueError(
-                f"teacher: {self.teacher!r} is a one-step student, valid at t_max alone; pairs need an ODE"
+                f"teacher: {self.teacher!r} is a one-step student, valid only at t_max; expected an ODE model"
             )
         if denoiser.coupling == "few_step":
             raise ValueError(
-                f"teacher: {self.teacher!r} is a few-step student, valid at its sampler's times alone; pairs need an ODE"
+                f"teacher: {self.teacher!r} is a few-step student, valid only at its sampler's times; expected an ODE model"
             )
         if denoiser.embeds_guidance:
             raise ValueError(
-                f"teacher: {self.teacher!r} takes the guidance as an input; expected a teacher without"
+                f"teacher: {self.teacher!r} takes the guidance as an input; expected a teacher without this input"
             )
         if self.guidance_scale != 1 and not denoiser.guidable:
             raise ValueError(
@@ -146,7 +147,7 @@ class Generate(Stage):
             grid.make(denoiser.process, self.sampler["steps"])
 
     def _header(self, generator: Generator, seed: int, teacher_sha256: str) -> Header:
-        """What the cache must be."""
+        """Return the header that the cache must have."""
         teacher = generator.denoiser
         return Header(
             sample_shape=teacher.sample_shape,
@@ -164,18 +165,20 @@ class Generate(Stage):
         )
 
     def _check_header(self, header: Header, wanted: Header) -> None:
-        """Raise ValueError unless the cache at `path` is what this stage would make."""
-        found, asked = header.to_dict(), {"grid": None} | wanted.to_dict()
-        # The reader checks what matters of these.
+        """Raise ValueError unless the cache at `path` equals the one that this stage would make."""
+        found, expected = header.to_dict(), {"grid": None} | wanted.to_dict()
+        # Checked by the reader as far as necessary.
         free = {"seed", "stream", "noise_checksum", "torch", "noise", "labels"}
-        if changed := [key for key, value in asked.items() if key not in free and found.get(key) != value]:
-            what = ", ".join(f"{key}: found {found.get(key)!r}, expected {asked[key]!r}" for key in changed)
+        if changed := [key for key, value in expected.items() if key not in free and found.get(key) != value]:
+            what = ", ".join(
+                f"{key}: found {found.get(key)!r}, expected {expected[key]!r}" for key in changed
+            )
             raise ValueError(
-                f"path: {Path(str(self.path)) / MANIFEST}: not the pairs that this stage asks for: {what}"
+                f"path: {Path(str(self.path)) / MANIFEST}: does not match the options of this stage: {what}"
             )
 
     def _adopt(self, context: StageContext, wanted: Header) -> None:
-        """Use a cache that is there already, if it was made by this teacher in this way."""
+        """Copy the cache at `path`. Raises ValueError unless it was made by this teacher with these options."""
         assert self.path is not None
         source = Path(self.path)
         pairs = Pairs(source)
@@ -185,5 +188,5 @@ class Generate(Stage):
                 copy(source / shard.file, context.folder / shard.file)
             copy(source / MANIFEST, context.folder / MANIFEST)
             if self._found not in (None, sha256_file(context.folder / MANIFEST)):
-                raise ValueError(f"{source / MANIFEST}: changed since the run began; start it again")
+                raise ValueError(f"{source / MANIFEST}: changed during the run; start the run again")
         context.world.barrier()

@@ -1,4 +1,4 @@
-"""The Load stage: a model that exists already."""
+"""The Load stage: copies an existing model into the run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from distill.stages.ownership import needed
 
 @dataclass
 class Load(ModelStage):
-    """A model that exists already: the artifact of another run's training stage, or an export.
+    """Load an existing model: a training stage of another run, or an export.
 
     Attributes:
         path: a model folder (model.safetensors and model.json).
@@ -27,23 +27,22 @@ class Load(ModelStage):
     _found: str | None = field(default=None, init=False, repr=False)  # digest of the model at `path`
 
     def fingerprint(self) -> str:
-        """sha256 of the weights and of their description: where they lie does not matter, what they are
-        does."""
+        """Return the sha256 of the weights and of their description."""
         self._found = self._digest(Path(self.path))
         return self._found
 
     def dry_run(self, before: Mapping[str, Made]) -> Made:
-        """The model; of a large one, what it is without its weights."""
+        """Load the model; large ones without weights."""
         return Made(model=try_part(Path(self.path)))
 
     def run(self, context: StageContext) -> dict[str, Any]:
-        """Copy the model into the run, and check the copy: it shares nothing with what lies at `path`."""
+        """Copy the model into the run, and check the copy."""
         source = Path(self.path)
         for name in (WEIGHTS, DESCRIPTION) if context.world.main else ():
             copy(source / name, context.folder / name)
         context.world.barrier()
         if self._found not in (None, self._digest(context.folder)):
-            raise ValueError(f"path: {source} changed since the run began; start it again")
+            raise ValueError(f"path: {source} changed during the run; start the run again")
         load_model(context.folder)
         return {"train_seconds": None, "peak_memory_bytes": None}
 

@@ -1,4 +1,4 @@
-"""One process a run folder, for as long as it writes."""
+"""The lock of a run folder: only one run writes to it at a time."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from distill.stages.ownership import LOCK, MARK, is_run, take_run_folder
 
 
 class Held:
-    """Files that must stay the ones they are while a run writes: its lock, and the identity of the stage that runs."""
+    """Files that must not be replaced while a run writes: its lock, and the identity of the current stage."""
 
     def __init__(self, lock: Path, inode: tuple[int, int]) -> None:
         self.lock, self._expected = lock, {lock: inode}
 
     def check(self) -> None:
-        """Raise `Lost` if one of the files is gone or another one by now."""
+        """Raise `Lost` if one of the files was removed or replaced."""
         for path, expected in self._expected.items():
             try:
                 found = _inode(path.lstat())
@@ -31,13 +31,13 @@ class Held:
                 found = None
             if found != expected:
                 raise Lost(
-                    f"{path}: was {'removed' if found is None else 'replaced'} while the run was working, so its folder may "
-                    "belong to another process; this one stops and writes nothing more. The same command continues"
+                    f"{path}: was {'removed' if found is None else 'replaced'} during the run; another process may use the "
+                    "folder, so this one stops without writing. The same command continues"
                 )
 
     @contextmanager
     def also(self, path: Path) -> Iterator[None]:
-        """Inside the block, `path` must stay as well."""
+        """Also check `path` inside the block."""
         self._expected[path] = _inode(path.lstat())
         try:
             yield
@@ -47,18 +47,21 @@ class Held:
 
 @contextmanager
 def lock(run_folder: Path) -> Iterator[Held]:
-    """Take a run folder (`take_run_folder`) and hold it. The kernel releases the lock with the process, however that ends; the
-    file tells who holds it.
+    """Make or open a run folder (`take_run_folder`) and lock it inside the block.
 
-    While it is held, nothing is written once the lock's path names another file (`files.guarded`). Raises ValueError where
-    another process holds it, or where the folder is not a run's."""
+    The kernel releases the lock when the process ends; the file records its process. If the lock is removed or replaced,
+    further writes raise `Lost` (`files.guarded`).
+
+    Raises:
+        ValueError: if another process holds the lock, or the folder is not a run's.
+    """
     there, fresh = run_folder.exists(), not is_run(run_folder)
     take_run_folder(run_folder)
     path = run_folder / LOCK
     handle = _locked(path)
     with handle:
-        told = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
-        content = json.dumps(told).encode()
+        owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
+        content = json.dumps(owner).encode()
         with writing(path, len(content)):
             handle.truncate(0)
             handle.write(content)
@@ -74,7 +77,7 @@ def lock(run_folder: Path) -> Iterator[Held]:
 
 
 def _withdraw(held: Held, there: bool) -> None:
-    """Leave no trace of a run that was refused before it did anything; the folder stays where it was `there` before."""
+    """Remove mark and lock of a run that failed before writing anything, and the folder unless it was `there` before."""
     run_folder = held.lock.parent
     with suppress(OSError, Lost):
         held.check()
@@ -86,11 +89,11 @@ def _withdraw(held: Held, there: bool) -> None:
 
 
 def _locked(path: Path) -> BinaryIO:
-    """The lock file, open and locked, and still the one that the path names."""
+    """Open and lock the lock file; returns its handle. Retries if the path was replaced in between."""
     while True:
         with writing(path):
             if path.is_symlink() or (path.exists() and not path.is_file()):
-                raise ValueError(f"{path}: is a link or no file, expected the lock of the run; delete it")
+                raise ValueError(f"{path}: is not a regular file, expected the lock of the run; delete it")
             flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
             handle = os.fdopen(os.open(path, flags, 0o666), "ab+")
         try:
@@ -104,7 +107,7 @@ def _locked(path: Path) -> BinaryIO:
                 if _inode(path.lstat()) == _inode(status):
                     if status.st_nlink == 1:
                         return handle
-                    path.unlink()  # a copy by hard links shares it, and would be written into
+                    path.unlink()  # a copy of the run by hard links shares this file
         except BaseException:
             handle.close()
             raise
@@ -112,7 +115,7 @@ def _locked(path: Path) -> BinaryIO:
 
 
 def _holder(path: Path) -> str:
-    """Who holds the lock, as far as the file tells."""
+    """Return the message that names the process which holds the lock."""
     owner = {}
     with suppress(OSError, ValueError):
         owner = read_json(path)
@@ -122,7 +125,7 @@ def _holder(path: Path) -> str:
         if known
         else "another process"
     )
-    return f"{path}: this run is held by {who}; wait for it, stop it, or use another name=..."
+    return f"{path}: the run is locked by {who}; wait for it, stop it, or use another name=..."
 
 
 def _inode(status: os.stat_result) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""What stages will leave behind, known before any of them runs, so that the later ones can be tried on it."""
+"""Outputs of stages as known before they run, for `Stage.dry_run`."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from distill.models.generator import Generator
 from distill.models.native import load_model, sketch_model
 from distill.models.spec import SamplerSpec
 
-# Networks above this size are built on the meta device when a stage is tried: nothing is allocated.
+# In dry runs, networks with more parameters are built on the meta device, without memory.
 LARGE_PARAMETERS = 5_000_000
 
 
 @dataclass(frozen=True)
 class Part:
-    """A model, the config that its net is built from, and how it is sampled."""
+    """A model, the config of its net, and its sampler."""
 
     denoiser: Denoiser
     net: Mapping[str, Any]
@@ -39,7 +39,7 @@ class Part:
 
 @dataclass(frozen=True)
 class PairsMade:
-    """What a training stage asks of pairs before they exist."""
+    """The properties of pairs that a training stage checks."""
 
     sample_shape: tuple[int, ...]
     conditions: Conditions
@@ -48,8 +48,12 @@ class PairsMade:
 
 @dataclass(frozen=True)
 class Made:
-    """What a stage will leave behind: a model (its net may lie on the meta device; whether it is trained here), pairs, the
-    steps of stored nodes, or nothing that others use."""
+    """The output of a stage.
+
+    Attributes:
+        model: a model, whose net may be on the meta device. pairs: properties of pairs.
+        nodes: training steps of stored nodes. trained: whether the stage trains the model.
+    """
 
     model: Part | None = None
     pairs: PairsMade | None = None
@@ -58,13 +62,13 @@ class Made:
 
 
 def read_part(folder: Path) -> Part:
-    """The model of a folder."""
+    """Load the model of a folder."""
     generator = load_model(folder)
     return Part(generator.denoiser, read_description(folder)["net"], generator.spec)
 
 
 def try_part(folder: Path) -> Part:
-    """The model of a folder as `read_part` gives it; a large one without its weights, on the meta device."""
+    """Load the model of a folder; above `LARGE_PARAMETERS` without its weights, on the meta device."""
     if (folder / WEIGHTS).is_file() and (folder / WEIGHTS).stat().st_size < 4 * LARGE_PARAMETERS:
         return read_part(folder)
     generator = sketch_model(folder)
@@ -72,13 +76,13 @@ def try_part(folder: Path) -> Part:
 
 
 def copied(part: Part | None) -> Part:
-    """A copy that a method under trial may do anything with."""
-    assert part is not None  # `Stage.check` has seen to it that the stage makes a model
+    """Return a copy that a method in a dry run may modify."""
+    assert part is not None  # checked by `Stage.check`
     return Part(copy.deepcopy(part.denoiser), dict(part.net), part.spec)
 
 
 def try_build(config: Mapping[str, Any]) -> nn.Module:
-    """The net of a config; a large one on the meta device."""
+    """Build the net of a config; above `LARGE_PARAMETERS` on the meta device."""
     with torch.device("meta"):
         net: nn.Module = build_net(config)
     small = sum(p.numel() for p in net.parameters()) < LARGE_PARAMETERS
@@ -86,7 +90,7 @@ def try_build(config: Mapping[str, Any]) -> nn.Module:
 
 
 def device_of(net: nn.Module) -> torch.device:
-    """Where the parameters lie; the CPU for a net without any."""
+    """Return the device of a net's parameters; the CPU if it has none."""
     return next((p.device for p in net.parameters()), torch.device("cpu"))
 
 
@@ -97,7 +101,7 @@ def fresh_part(
     sample_shape: Sequence[int],
     make: Callable[[Mapping[str, Any]], Any] = build_net,
 ) -> Part:
-    """An untrained model; `make` builds the net."""
+    """Return an untrained model. `make` builds the net."""
     built = make(net)
     denoiser = Denoiser(built, build_process(process), kind, sample_shape)
     return Part(denoiser, net, SamplerSpec(steps=1, any_steps=True))

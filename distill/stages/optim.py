@@ -1,4 +1,4 @@
-"""What a training stage's `optim` says of each update, and the objects that it names."""
+"""Checks and builds the `optim` entries of a training stage."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from distill.typed import parse
 
 @dataclass(frozen=True)
 class OptimSettings:
-    """The entry of one update: configs of the optimizer and of the schedule; the rest as in `engine.update.Optim`."""
+    """The entry of one update: configs of optimizer and schedule; other fields as in `engine.update.Optim`."""
 
     optimizer: dict[str, Any]
     schedule: dict[str, Any]
@@ -28,7 +28,7 @@ class OptimSettings:
 
 
 def check_optim(optim: Mapping[str, Mapping[str, Any]], steps: int) -> None:
-    """Try every entry; a wrong option raises ValueError now, not when the stages before have run."""
+    """Build every entry once. Raises ValueError for wrong options before any stage runs."""
     for key, settings in optim.items():
         where = f"optim.{key}"
         parse(OptimSettings, settings, where)
@@ -40,13 +40,13 @@ def check_optim(optim: Mapping[str, Mapping[str, Any]], steps: int) -> None:
             probe.optimizer([torch.zeros(1, requires_grad=True)])
             probe.schedule(0)
         except (TypeError, ValueError, RuntimeError, InstantiationException) as error:
-            told = str(error.__cause__ or error)
-            inner = told.startswith("optim.")
-            raise ValueError(f"{where}{'.' if inner else ': '}{told.removeprefix('optim.')}") from error
+            message = str(error.__cause__ or error)
+            inner = message.startswith("optim.")
+            raise ValueError(f"{where}{'.' if inner else ': '}{message.removeprefix('optim.')}") from error
 
 
 def build_optim(optim: Mapping[str, Mapping[str, Any]], steps: int) -> dict[str, dict[str, Any]]:
-    """Optimizer settings with their objects built; schedules that have a `total` and were given none get `steps`."""
+    """Return optimizer settings with their objects. Schedules with `total: null` get `total: steps`."""
     built: dict[str, dict[str, Any]] = {}
     for key, settings in optim.items():
         built[key] = dict(settings) | {

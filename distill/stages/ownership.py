@@ -1,7 +1,7 @@
-"""Which files are a run's own. Everything else is neither deleted nor written over.
+"""Ownership of files: a run deletes and overwrites only its own files.
 
-A run folder is ours if it carries the mark (or the `plan.json` of a run made before there was one), a stage folder if it holds
-a record of a stage. In both, only names that we know are deleted; a link is never followed to be emptied or written through.
+A run folder is identified by the file `.distill` (in early versions: by `plan.json`), a stage folder by a record of a stage. In
+both, only files that match known names are deleted. Links are never followed for deleting or writing.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ MARK_TEXT = "A run of distill: its stages write and delete files in this folder.
 PUBLISHED = ("metrics.json", "report.md", "grid.png")
 ARTIFACT, IDENTITY, CONFIG, EXECUTION = "artifact.json", "identity.json", "config.yaml", "execution.json"
 RECORDS = (ARTIFACT, IDENTITY, CONFIG, EXECUTION)
-# What lies at the top of a run besides its stages.
+# Files at the top of a run folder.
 OF_A_RUN = (MARK, LOCK, PLAN, REDO, *PUBLISHED)
-# In place of the identity of a stage whose files are being deleted: what is left of them is no work to continue.
+# Key in identity.json of a stage whose files are being deleted, so that a killed deletion is not continued as training.
 EMPTIED = "emptied"
 
 
 def patterns(*names: str) -> tuple[str, ...]:
-    """Plain file names as the patterns that `Stage.FILES` holds."""
+    """Convert file names to patterns, as in `Stage.FILES`."""
     return tuple(re.escape(name) for name in names)
 
 
 def check_names(names: Sequence[object]) -> None:
-    """Raise ValueError unless every stage's name is one component of a path, none that the run itself uses, and no two are
-    one name on a file system that ignores case."""
+    """Raise ValueError unless every stage's name is a valid path component, not used by the run itself, and differs from the
+    others by more than case."""
     seen: dict[str, object] = {}
     for name in names:
         where = f"stages.{name}"
         plain = _plain(check_name(name, where))
         if plain in {_plain(taken) for taken in (*OF_A_RUN, *RECORDS)}:
-            raise ValueError(f"{where}: found a name that the run itself uses; expected another one")
+            raise ValueError(f"{where}: this name is used by the run itself; expected another name")
         if plain in seen:
             raise ValueError(
-                f"{where}: found a name that differs from {seen[plain]!r} in case alone; expected another one, since some "
-                "file systems hold both in one folder"
+                f"{where}: this name differs from {seen[plain]!r} only in case, so both are the same folder on some file "
+                "systems; expected another name"
             )
         seen[plain] = name
 
@@ -55,7 +55,7 @@ def _plain(name: str) -> str:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder carries the mark of a run, or holds the plan of one."""
+    """Return whether a folder has the mark or the plan of a run."""
     mark = folder / MARK
     if _regular(mark):
         with suppress(OSError), mark.open("rb") as handle:
@@ -68,39 +68,41 @@ def is_run(folder: Path) -> bool:
 
 
 def check_run_folder(folder: Path) -> None:
-    """Raise ValueError unless `folder` is a run's, or new or empty, and lies in no other run. Writes nothing."""
-    ways = "use another name= or runs_dir="
+    """Raise ValueError unless `folder` is a run folder, empty or new, and not inside another run. Writes nothing."""
+    advice = "use another name= or runs_dir="
     try:
         folder.lstat()
     except (FileNotFoundError, NotADirectoryError):
         pass
     except OSError as error:
-        raise OSError(f"{folder}: cannot be a run folder: {error.strerror}; {ways}") from error
+        raise OSError(f"{folder}: cannot be a run folder: {error.strerror}; {advice}") from error
     if folder.is_symlink():
         there = folder.resolve()
         raise ValueError(
-            f"{folder}: is a link to {there}, expected a folder: a run writes through no link; "
-            f"give its place, as in runs_dir={there.parent} name={there.name}, or another name="
+            f"{folder}: is a link to {there}, expected a folder: a run does not write through links; "
+            f"type runs_dir={there.parent} name={there.name}, or another name="
         )
     outer = next((place for place in folder.resolve().parents if is_run(place)), None)
     if outer is not None:
-        raise ValueError(f"{folder}: lies in the run {outer}; {ways}")
+        raise ValueError(f"{folder}: is inside the run {outer}; {advice}")
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise ValueError(f"{folder}: is a file, expected a folder; {ways}")
+        raise ValueError(f"{folder}: is a file, expected a folder; {advice}")
     for name in sorted(os.listdir(folder.parent)):
         alike = name != folder.name and name.casefold() == folder.name.casefold()
         if alike and (folder.parent / name).samefile(folder):
-            raise ValueError(f"{folder}: is the run {name!r} on this file system, which ignores case; {ways}")
+            raise ValueError(
+                f"{folder}: is the run {name!r}, because this file system ignores case; {advice}"
+            )
     if not is_run(folder) and (foreign := _foreign(folder, (MARK, PLAN))):
         raise ValueError(
-            f"{folder}: is not empty and was not made by a run (found {', '.join(foreign[:3])}); {ways}"
+            f"{folder}: is not empty and was not made by a run (found {', '.join(foreign[:3])}); {advice}"
         )
 
 
 def take_run_folder(folder: Path) -> None:
-    """Make the run folder, or take the one that is there, and mark it. Raises as `check_run_folder` does."""
+    """Make the run folder if it does not exist, and mark it. Raises as `check_run_folder`."""
     check_run_folder(folder)
     make_folder(folder)
     if not (_regular(folder / MARK) and is_run(folder)):
@@ -108,33 +110,37 @@ def take_run_folder(folder: Path) -> None:
 
 
 def check_stage_folder(folder: Path, made: Sequence[str]) -> None:
-    """Raise ValueError unless a stage may write into `folder`: new, empty, or with a record of a stage; neither it nor a
-    sub-folder that the stage writes to is a link. Writes nothing.
+    """Raise ValueError unless a stage may write to `folder`. Writes nothing.
 
-    made: the patterns of the files that the stage makes."""
-    ways = "move it away, or use another name="
+    The folder must be new, empty or have a record of a stage; neither it nor its subfolders may be links.
+
+    Args:
+        folder: of the stage.
+        made: patterns of its files.
+    """
+    advice = "move it away, or use another name="
     if folder.is_symlink():
         raise ValueError(
-            f"{folder}: is a link to {folder.resolve()}, expected a folder: a stage writes through no link; {ways}"
+            f"{folder}: is a link to {folder.resolve()}, expected a folder: a stage does not write through links; {advice}"
         )
     if not os.path.lexists(folder):
         return
     if not folder.is_dir():
-        raise ValueError(f"{folder}: is a file, expected the folder of a stage; {ways}")
+        raise ValueError(f"{folder}: is a file, expected the folder of a stage; {advice}")
     if not has_record(folder) and (foreign := _foreign(folder, (IDENTITY,))):
         raise ValueError(
-            f"{folder}: is not empty and was not made by a stage (found {', '.join(foreign[:3])}); {ways}"
+            f"{folder}: is not empty and was not made by a stage (found {', '.join(foreign[:3])}); {advice}"
         )
     for path, leads, fits in _walk(folder, made):
         if leads and (path.is_symlink() or not path.is_dir()):
             what = f"a link to {path.resolve()}" if path.is_symlink() else "a file"
-            raise ValueError(f"{path}: is {what}, expected a folder of the stage; {ways}")
+            raise ValueError(f"{path}: is {what}, expected a folder of the stage; {advice}")
         if fits and path.is_dir() and not path.is_symlink():
-            raise ValueError(f"{path}: is a folder, expected a file of the stage; {ways}")
+            raise ValueError(f"{path}: is a folder, expected a file of the stage; {advice}")
 
 
 def has_record(folder: Path) -> bool:
-    """Whether a folder holds the record of a stage, finished or begun."""
+    """Return whether a folder has the record of a finished or interrupted stage."""
     for name, keys in (
         (IDENTITY, ("config", "inputs", "seed", "fingerprint")),
         (ARTIFACT, ("digest", "identity")),
@@ -146,30 +152,30 @@ def has_record(folder: Path) -> bool:
 
 
 def recorded_identity(folder: Path) -> Mapping[str, Any]:
-    """The identity of the stage that is being made, or was, in `folder`; empty where none can be read."""
+    """Return the recorded identity of the stage in `folder`; empty if there is none."""
     found = read_object(folder / IDENTITY)
     inner = found.get(EMPTIED, found)
     return inner if isinstance(inner, dict) else {}
 
 
 def needed(path: Path, what: str) -> Path:
-    """`path`, if it is a file. Raises FileNotFoundError."""
+    """Return `path` if it is a file; otherwise raise FileNotFoundError, which names `what` was expected."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: missing; expected {what}")
     return path
 
 
 def files_of(folder: Path, made: Sequence[str]) -> list[str]:
-    """Files of a stage that are there, as paths relative to its folder, sorted: those whose name one of the patterns is."""
+    """Return the files in `folder` that match the patterns `made`, sorted, relative to the folder."""
     found = [path for path, _, fits in _walk(folder, made) if fits and path.is_file()]
     return sorted(path.relative_to(folder).as_posix() for path in found)
 
 
 def empty(folder: Path, made: Sequence[str]) -> None:
-    """Delete a stage's files and what killed writers left of them, and nothing else; sub-folders go where they are empty.
+    """Delete a stage's files and temporary files, and subfolders that are empty afterwards. Other files stay.
 
-    First goes the record that the stage is finished, then that there is work to continue: a kill at any moment leaves nothing
-    that would be taken for whole."""
+    The record is deleted first, and the identity is marked as `EMPTIED`: if the process is killed, the remaining files are
+    not taken for a finished or interrupted stage."""
     if not has_record(folder):
         return
     identity = dict(recorded_identity(folder))
@@ -184,12 +190,12 @@ def empty(folder: Path, made: Sequence[str]) -> None:
             remove(path)
     sweep(folder, made)
     for path in reversed(folders):
-        with suppress(OSError):  # what is not empty holds something of the user's
+        with suppress(OSError):  # not empty: contains files of the user
             path.rmdir()
 
 
 def sweep(folder: Path, made: Sequence[str]) -> None:
-    """Delete what killed writers left of a stage's (or a run's) files."""
+    """Delete temporary files of killed processes that match the patterns `made`."""
     half = rf"\.({{}})(\.[0-9a-f]{{{{8}}}})?{re.escape(TEMPORARY_SUFFIX)}"
     wanted = []
     for pattern in made:
@@ -201,8 +207,9 @@ def sweep(folder: Path, made: Sequence[str]) -> None:
 
 
 def _walk(folder: Path, made: Sequence[str]) -> Iterator[tuple[Path, bool, bool]]:
-    """(path, whether a pattern leads on below it, whether a pattern is its whole name) of everything that a pattern speaks of,
-    folders before what is in them. Only folders that a pattern leads into are opened, and no links."""
+    """Yield (path, whether a pattern continues below it, whether a pattern ends with it) for the paths that match.
+
+    Folders come before their contents. Only folders that match a pattern are read; links are not followed."""
 
     def visit(place: Path, options: list[list[str]]) -> Iterator[tuple[Path, bool, bool]]:
         with os.scandir(place) as entries:
@@ -220,7 +227,7 @@ def _walk(folder: Path, made: Sequence[str]) -> Iterator[tuple[Path, bool, bool]
 
 
 def _foreign(folder: Path, first: Sequence[str]) -> list[str]:
-    """Names in a folder that a start of ours, killed before it wrote the files `first`, did not leave."""
+    """Return the names in a folder, except lock and temporary files of a start that was killed before writing `first`."""
     ours = {f".{name}{TEMPORARY_SUFFIX}" for name in first}
     return sorted(
         name
@@ -234,7 +241,7 @@ def _is_lock(path: Path) -> bool:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a regular file; an empty one where there is none."""
+    """Return the JSON object in a regular file; an empty one if it cannot be read."""
     with suppress(OSError, ValueError):
         found = read_json(path) if _regular(path) else None
         return found if isinstance(found, dict) else {}
@@ -242,5 +249,5 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def _regular(path: Path) -> bool:
-    """Whether a path is a regular file, and no link to one."""
+    """Return whether a path is a regular file and not a link."""
     return path.is_file() and not path.is_symlink()

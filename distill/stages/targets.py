@@ -1,5 +1,4 @@
-"""Configs that name a class (`_target_`): their options are held against the signature of its constructor before anything
-runs."""
+"""Configs that name a class (`_target_`): imports the class and checks the options against its signature."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ CONTAINERS = (list, tuple, dict, Sequence, Mapping)
 
 
 def resolve(config: Any, where: str) -> Callable[..., Any]:
-    """The class or function that `config` names. Raises ValueError naming the place."""
+    """Import the class or function that `config` names. Raises ValueError with the place `where`."""
     if not isinstance(config, Mapping):
         raise ValueError(f"{where}: found {config!r}, expected a mapping with _target_")
     if not isinstance(target := config.get("_target_"), str):
@@ -25,17 +24,20 @@ def resolve(config: Any, where: str) -> Callable[..., Any]:
         raise ValueError(f"{where}._target_: {found}; expected a class, such as distill.nets.unet.UNet")
     try:
         found = get_object(target)
-    except Exception as error:  # whatever the import of somebody's module raises
-        told = " ".join(str(error).split())
-        raise ValueError(f"{where}._target_: found {target!r}, which cannot be imported: {told}") from error
+    except Exception as error:  # importing a user's module may raise any error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{where}._target_: found {target!r}, which cannot be imported: {reason}") from error
     if not callable(found):
         raise ValueError(f"{where}._target_: found {target!r}, expected a class or a function")
     return found
 
 
 def check_targets(config: Any, where: str) -> None:
-    """Check every config with a `_target_` in plain containers, at every depth: options that its constructor does not
-    take, and values of another type than it declares, raise ValueError with the dotted place."""
+    """Check every config with a `_target_` in plain containers, at every depth.
+
+    Raises:
+        ValueError: names the option that the constructor does not accept, or whose type is wrong.
+    """
     if isinstance(config, Mapping):
         for key, value in config.items():
             check_targets(value, f"{where}.{key}")
@@ -47,10 +49,10 @@ def check_targets(config: Any, where: str) -> None:
 
 
 def check_options(target: Callable[..., Any], config: Mapping[str, Any], where: str) -> None:
-    """Check the options of one config against the signature of what it names."""
+    """Check the options of one config against the signature of `target`. Raises as `check_targets`."""
     try:
         parameters = inspect.signature(target).parameters
-    except (TypeError, ValueError):  # compiled: it has no signature
+    except (TypeError, ValueError):  # compiled code without a signature
         return
     hints = _hints(target)
     anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
@@ -69,7 +71,7 @@ def check_options(target: Callable[..., Any], config: Mapping[str, Any], where: 
 
 
 def _hints(target: Callable[..., Any]) -> dict[str, Any]:
-    """Types of the parameters, where they can be known."""
+    """Return the types of the parameters, if they can be resolved."""
     try:
         return get_type_hints(target.__init__ if inspect.isclass(target) else target)
     except (NameError, TypeError, AttributeError):
@@ -77,7 +79,7 @@ def _hints(target: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _plain(declared: Any) -> bool:
-    """Whether a type is made of what YAML has, so that a value can be held against it."""
+    """Return whether a type consists of types that YAML has, so that values can be checked."""
     origin = get_origin(declared)
     if origin in (Union, UnionType):
         return all(_plain(option) for option in get_args(declared))
