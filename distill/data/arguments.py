@@ -1,4 +1,4 @@
-"""Arguments of Python calls, checked as those of a command line are: what is no integer is not taken for one."""
+"""Checks of arguments of Python calls."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-ROUNDING = 0.01  # by which images may leave [-1, 1] without a word
-FAR = 10.0  # |x| above this is no image, clamped or not
+ROUNDING = 0.01  # images may exceed [-1, 1] by this without a warning
+FAR = 10.0  # larger |x| raises: such values are not an image, even before clamping
 
 
 def integer(name: str, value: Any, at_least: int | None = None) -> int:
-    """An int from an int, an integer of numpy or a 0-d integer tensor. Raises ValueError naming the argument for anything
-    else (floats, booleans, None, text) and for less than `at_least`."""
+    """Convert an int, a numpy integer or a 0-d integer tensor to an int.
+
+    Raises ValueError naming the argument for other types (floats, booleans, None, strings) and for values below `at_least`."""
     shaped = getattr(value, "ndim", 0) != 0
     boolean = isinstance(value, bool | np.bool_) or getattr(value, "dtype", None) in (torch.bool, np.bool_)
     try:
@@ -33,8 +34,9 @@ def integer(name: str, value: Any, at_least: int | None = None) -> int:
 
 
 def finite(name: str, value: Any) -> float:
-    """A float from a real number, of numpy or a 0-d tensor too. Raises ValueError naming the argument for anything else
-    (booleans, text, None) and for NaN and infinity."""
+    """Convert a real number, also of numpy or a 0-d tensor, to a float.
+
+    Raises ValueError naming the argument for other types (booleans, strings, None), NaN and infinity."""
     plain = value.item() if isinstance(value, Tensor | np.generic | np.ndarray) and value.ndim == 0 else value
     if isinstance(plain, bool) or not isinstance(plain, int | float) or not math.isfinite(plain):
         raise ValueError(f"{name}: found {_shown(value)}, expected a finite number")
@@ -42,17 +44,17 @@ def finite(name: str, value: Any) -> float:
 
 
 def flag(name: str, value: Any) -> bool:
-    """A bool; raises ValueError naming the argument for anything else ("no" is true in Python)."""
+    """Convert a bool, also of numpy, to a bool. Raises ValueError naming the argument for other types."""
     if not isinstance(value, bool | np.bool_):
         raise ValueError(f"{name}: found {_shown(value)}, expected true or false")
     return bool(value)
 
 
 def labels(name: str, value: Any, num_classes: int | None = None, *, null: bool = False) -> Tensor:
-    """int64 labels, 0-d or [n], from an int, a sequence, an array or a tensor of integers; on the device of a tensor.
+    """Convert an int, a sequence, an array or a tensor of integers to int64 labels, 0-d or [n], on the device of a tensor.
 
-    With `num_classes` they must lie in 0 .. num_classes - 1, and may be -1 where `null` is. Values on an accelerator are
-    not looked at. Raises ValueError naming the argument."""
+    With `num_classes`, labels must be in 0 .. num_classes - 1; with `null`, also -1. Values on an accelerator are not checked.
+    Raises ValueError naming the argument."""
     if isinstance(value, Tensor | np.ndarray | np.generic):
         found = torch.as_tensor(value)
     elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
@@ -66,8 +68,9 @@ def labels(name: str, value: Any, num_classes: int | None = None, *, null: bool 
 
 
 def check_range(name: str, label: Tensor, num_classes: int | None, *, null: bool = True) -> None:
-    """Raise ValueError unless integer labels lie in 0 .. num_classes - 1 (-1 too, where `null` is). Those on an
-    accelerator are not waited for, and those of a traced call have no values."""
+    """Raise ValueError unless integer labels are in 0 .. num_classes - 1, or -1 if `null`.
+
+    Labels on an accelerator are not checked, to avoid a device sync; neither are those of a traced call."""
     if label.device.type != "cpu" or label.numel() == 0 or torch.compiler.is_compiling():
         return
     low, high, least = int(label.min()), int(label.max()), -1 if null else 0
@@ -80,12 +83,12 @@ def check_range(name: str, label: Tensor, num_classes: int | None, *, null: bool
 
 
 def pixels(name: str, images: Any) -> Tensor:
-    """Images [N, C, H, W] of at least one, as they are. Raises ValueError naming them: no float tensor of that rank, or
-    values of another range than [-1, 1] (`check_span`)."""
+    """Return images [N, C, H, W], N >= 1, unchanged. Raises ValueError naming the argument for other types, ranks or ranges
+    (`check_span`)."""
     if not isinstance(images, Tensor):
         raise ValueError(f"{name}: found {type(images).__name__}, expected a tensor of images [N, C, H, W]")
     if not images.is_floating_point():
-        hint = "; images of bytes are images.float() / 127.5 - 1" if images.dtype == torch.uint8 else ""
+        hint = "; convert bytes with images.float() / 127.5 - 1" if images.dtype == torch.uint8 else ""
         raise ValueError(f"{name}: found values of {images.dtype}, expected floats in [-1, 1]{hint}")
     if images.ndim != 4 or len(images) == 0:
         raise ValueError(
@@ -96,44 +99,47 @@ def pixels(name: str, images: Any) -> Tensor:
 
 
 def check_span(name: str, images: Tensor) -> None:
-    """Raise ValueError for values of another range than [-1, 1]: none below 0 and some above 1, or some beyond `FAR`. What
-    lies between is taken for samples that nobody clamped. Non-finite values are told by whoever needs finite ones."""
+    """Raise ValueError if values are not in [-1, 1]: if all are at least 0 and some above 1, or if some exceed `FAR`.
+
+    Smaller excesses are accepted: they are unclamped samples. Non-finite values are not checked here."""
     low, high = (float(value) for value in images.detach().aminmax())
     if not math.isfinite(low) or not math.isfinite(high):
         return
     if max(-low, high) > FAR or (low >= 0 and high > 1 + ROUNDING):
         hint = (
-            "images in [0, 255] are images / 127.5 - 1" if low >= 0 else "scale them, or images.clamp(-1, 1)"
+            "convert [0, 255] with images / 127.5 - 1"
+            if low >= 0
+            else "scale them, or use images.clamp(-1, 1)"
         )
         raise ValueError(f"{name}: found values {low:.4g} .. {high:.4g}, expected [-1, 1]; {hint}")
 
 
 def warn_of_span(name: str, images: Tensor, stacklevel: int) -> None:
-    """Warn of values that are allowed but seldom meant: outside [-1, 1], or none below 0."""
+    """Warn of values outside [-1, 1], or of images without values below 0."""
     low, high = (float(value) for value in images.detach().aminmax())
     if max(-low, high) > 1 + ROUNDING:
-        told = f"found values {low:.4g} .. {high:.4g}, expected [-1, 1]; images.clamp(-1, 1) clamps them"
+        message = f"found values {low:.4g} .. {high:.4g}, expected [-1, 1]; use images.clamp(-1, 1)"
     elif low >= 0 and len(images) > 1:
-        told = "no value is below 0; images in [0, 1] are 2 * images - 1"
+        message = "found no value below 0, expected [-1, 1]; convert [0, 1] with 2 * images - 1"
     else:
         return
-    warnings.warn(f"{name}: {told}", stacklevel=stacklevel + 1)
+    warnings.warn(f"{name}: {message}", stacklevel=stacklevel + 1)
 
 
 def device(name: str, value: Any) -> torch.device:
-    """A device that this machine has. Raises ValueError naming the argument."""
+    """Return a device of this machine. Raises ValueError naming the argument."""
     try:
         found = torch.device(value)
         torch.empty(0, device=found)
     except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
-        told = str(error).strip().splitlines()
+        lines = str(error).strip().splitlines()
         raise ValueError(
-            f"{name}: found {_shown(value)}, expected a device of this machine, such as cpu ({told[0] if told else 'none'})"
+            f"{name}: found {_shown(value)}, expected a device of this machine, such as cpu ({lines[0] if lines else 'none'})"
         ) from error
     return found
 
 
 def _shown(value: Any) -> str:
-    """A value in a message: short, with its type where that is what is wrong."""
+    """Return a value for a message; long ones are cut and their type is appended."""
     text = repr(value).replace("\n", " ")
     return text if len(text) < 60 else f"{text[:60]}... ({type(value).__name__})"

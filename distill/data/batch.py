@@ -12,10 +12,16 @@ from distill.data.cond import Cond
 
 @dataclass(frozen=True)
 class Batch:
-    """`ids` [B] sample identities; `index` [B] positions in the global batch of this step (they key the
-    random draws); `cond`; `x0` data or teacher endpoint [B,*S]; `z` the noise that the teacher mapped to `x0`
-    [B,*S]; `path` states between the two [B,K,*S] with `times` [K] descending to 0. What a source does not
-    have is None."""
+    """A batch. Fields that a source does not have are None.
+
+    Attributes:
+        ids: sample identities [B].
+        index: positions in the global batch of this step [B]; keys of the random draws.
+        cond: conditions.
+        x0: data, or samples of the teacher [B,*S].
+        z: noise that the teacher mapped to `x0` [B,*S].
+        path: states between `z` and `x0` [B,K,*S]. times: their times [K], descending to 0.
+    """
 
     ids: Tensor
     index: Tensor
@@ -29,7 +35,7 @@ class Batch:
         return len(self.ids)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on `device`."""
+        """Return the batch on `device`."""
         moved = {
             name: value.to(device, non_blocking=True)
             for name in ("ids", "index", "x0", "z", "path", "times")

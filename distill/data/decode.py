@@ -1,4 +1,4 @@
-"""One image file to its pixels of 8 bits, or a message that names it."""
+"""Decodes an image file to 8-bit pixels; errors name the file."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from distill.data.listing import FORMATS, opened
 
 GREY, COLOUR = ("1", "L", "LA"), ("RGB", "RGBA", "P", "PA")
 ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # the Exif tag, and its values that swap height and width
-LARGEST = 2**30 // 4 // 3  # pixels, the limit of Pillow beyond which it suspects an attack
+LARGEST = 2**30 // 4 // 3  # pixels; Pillow's limit for decompression bombs
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
 class Stamp(NamedTuple):
-    """A file as it was listed: what is read must still be that."""
+    """Identity of a file when it was listed; checked again when it is read."""
 
     path: str
     device: int
@@ -34,14 +34,14 @@ class Stamp(NamedTuple):
 
     @classmethod
     def of(cls, path: Path | str, status: os.stat_result) -> Stamp:
-        """The stamp of a status."""
+        """Return the stamp of a file with this status."""
         return cls(
             str(path), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
         )
 
 
 class Header(NamedTuple):
-    """Whether the pixels are grey, and (height, width) as displayed."""
+    """`grey`: whether the pixels are grey; `size`: (height, width) as displayed."""
 
     grey: bool
     size: tuple[int, int]
@@ -49,25 +49,25 @@ class Header(NamedTuple):
 
 @contextmanager
 def _strict(stamp: Stamp) -> Iterator[None]:
-    """Errors of Pillow name the file; its global switches are as it starts with them."""
+    """Add the file name to Pillow's errors, and use the defaults of Pillow's global settings."""
     truncated, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused by `header`
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `header` raises for these
             yield
-    except Exception as error:  # a broken file ends in whatever its decoder stumbles over
-        told = " ".join(str(error).split())
-        raise ValueError(f"{stamp.path}: cannot be read as an image: {told}") from error
+    except Exception as error:  # decoders raise any error for a broken file
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{stamp.path}: cannot be read as an image: {reason}") from error
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = truncated
 
 
 def header(stamp: Stamp) -> Header:
-    """The header of a file, without decoding the pixels.
+    """Read the header of a file without decoding its pixels. Of an MPO file (stereo or phone picture) the first frame is read.
 
-    Raises ValueError naming the file: not readable, of another mode than 8-bit grey, RGB or a palette, more than 8 bits a
-    channel (also where Pillow would cut them), several frames (of a stereo or phone picture, MPO, the first is taken), or
-    too many pixels.
+    Raises:
+        ValueError: names the file that cannot be read, has another mode than 8-bit grey, RGB or palette, has more than 8 bits
+            per channel, several frames, or more than `LARGEST` pixels.
     """
     with _strict(stamp), _file(stamp) as file:
         start = file.read(26)
@@ -81,7 +81,7 @@ def header(stamp: Stamp) -> Header:
         raise ValueError(f"{path}: found pixels of mode {mode}, expected grey or RGB of 8 bits")
     if start.startswith(PNG) and start[24] > 8:
         raise ValueError(
-            f"{path}: found pixels of {start[24]} bits, expected grey or RGB of 8 bits; convert it first"
+            f"{path}: found pixels of {start[24]} bits, expected grey or RGB of 8 bits; convert the file"
         )
     if frames != 1:
         raise ValueError(f"{path}: found {frames} frames, expected one")
@@ -91,8 +91,11 @@ def header(stamp: Stamp) -> Header:
 
 
 def decode(stamp: Stamp) -> Image.Image:
-    """The image as displayed (Exif orientation applied), opaque; values are those of the file, whatever colour profile it
-    names. Raises ValueError naming a file that is broken, has changed or has transparent pixels."""
+    """Decode an image and apply its Exif orientation. Colour profiles are ignored.
+
+    Raises:
+        ValueError: names the file that is broken, has changed since it was listed, or has transparent pixels.
+    """
     with _strict(stamp):
         with _file(stamp) as file:
             content = file.read()
@@ -110,7 +113,7 @@ def decode(stamp: Stamp) -> Image.Image:
 
 @contextmanager
 def _file(stamp: Stamp) -> Iterator[BinaryIO]:
-    """The open file, which is the one of the stamp before and after it is read."""
+    """Open the file; before and after reading, check that it matches the stamp."""
     with os.fdopen(opened(Path(stamp.path)), "rb") as file:
         _check_same(stamp, os.fstat(file.fileno()))
         yield file
@@ -125,7 +128,7 @@ def _check_same(stamp: Stamp, status: os.stat_result) -> None:
 
 
 def _check_png(content: bytes) -> None:
-    """Raise ValueError for a PNG that is cut off, or whose picture does not have its checksums: Pillow reads some of them."""
+    """Raise ValueError for a truncated PNG or wrong checksums, which Pillow does not always detect."""
     position = len(PNG)
     while position + 12 <= len(content):
         length, kind = struct.unpack(">I4s", content[position : position + 8])
@@ -135,8 +138,8 @@ def _check_png(content: bytes) -> None:
             break
         picture = kind in (b"IHDR", b"PLTE", b"tRNS", b"IDAT")
         if picture and zlib.crc32(body) != int.from_bytes(crc, "big"):
-            raise ValueError(f"its {kind.decode()} chunk does not have its checksum")
+            raise ValueError(f"its {kind.decode()} chunk has a wrong checksum")
         if kind == b"IEND":
             return
         position = end
-    raise ValueError("it is cut off")
+    raise ValueError("it is truncated")

@@ -1,5 +1,4 @@
-"""The embedded data set: 1,797 handwritten digits of 8x8 pixels in 10 classes (UCI optdigits, shipped inside
-scikit-learn)."""
+"""The data set of handwritten digits in scikit-learn: 1,797 images of 8x8 pixels in 10 classes (UCI optdigits)."""
 
 from __future__ import annotations
 
@@ -16,8 +15,12 @@ from distill.data.plain import plain_torch
 
 
 class Digits:
-    """All 1,797 digits as `images` [n,1,8,8] float32 in [-1, 1] (pixel / 8 - 1) with `labels` [n] int64 in
-    0..9, which are also the names of the `classes`."""
+    """The digits.
+
+    Attributes:
+        images: [1797,1,8,8] float32 in [-1, 1] (pixel / 8 - 1).
+        labels: [1797] int64 in 0..9. classes: their names, "0".."9".
+    """
 
     name = "digits"
     num_classes = 10
@@ -34,11 +37,11 @@ class Digits:
         return len(self.images)
 
     def fetch(self, rows: Tensor, index: Tensor) -> Batch:
-        """Images and labels at `rows`; the id of a sample is its row."""
+        """Return images and labels at `rows`; the id of a sample is its row."""
         return Batch(ids=rows, index=index, cond=Cond.of_labels(self.labels[rows]), x0=self.images[rows])
 
     def fingerprint(self) -> str:
-        """sha256 over the pixels and the labels."""
+        """Return the sha256 of pixels and labels."""
         digest = hashlib.sha256(self.images.numpy().tobytes())
         digest.update(self.labels.numpy().tobytes())
         return digest.hexdigest()
@@ -46,7 +49,7 @@ class Digits:
 
 @cache
 def _read() -> tuple[Tensor, Tensor]:
-    """(images, labels), read once a process: a plan builds the data of every stage, and the file is text."""
+    """Return (images, labels). Cached: every stage builds the data, and parsing the text file is slow."""
     data = load_digits()
     images = torch.from_numpy(data.images).to(torch.float32).div_(8.0).sub_(1.0).unsqueeze(1).contiguous()
     return images, torch.from_numpy(data.target).to(torch.int64)

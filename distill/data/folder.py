@@ -1,4 +1,4 @@
-"""A folder of images as a data set: PNG, JPEG and WebP files in any depth, read once and kept as bytes."""
+"""A folder of images as a data set: PNG, JPEG and WebP files, also in subfolders, kept in memory as bytes."""
 
 from __future__ import annotations
 
@@ -19,26 +19,35 @@ from distill.data.decode import Stamp, decode, header
 from distill.data.listing import SUFFIXES, Listing, find, utf8_path, walk
 from distill.data.plain import plain_torch
 
-CHUNK = 1024  # images that the fingerprint converts to float32 at once
+CHUNK = 1024  # images that `fingerprint` converts to float32 at once
 
 
 class ImageFolder:
-    """Every image below `path`, in the order of the paths. Which files are images is told by their content, not by their
-    names; each is read once, under whatever names and links it is found.
+    """All images in a folder and its subfolders, sorted by path.
 
-    `images` [n,C,H,W] float32 in [-1, 1] (byte / 127.5 - 1); C is 1 where all files are grey, else 3, unless `channels`
-    says which: 1 takes colour files whose three channels are equal as grey, 3 repeats grey ones. Where all images lie in
-    at least two sub-folders of `path`, the sub-folder is the class: `labels` [n] int64 number the sorted `classes`
-    (numerically, where all names are numbers); else `labels` is None and `num_classes` 0.
-    All images must have one size, unless `resolution` (a side, or [H, W]) is given: then those of another size are
-    cropped around their centre to its aspect and resized bicubically with antialiasing; `resized` says so in words,
-    and is "" where nothing was resized. The bytes stay in memory: n * C * H * W of them.
-    `remarks` says in words what was left out (hidden files, thumbnails of other programs, second names of one image, files
-    that are no images), which sub-folders hold no image, and why there are no classes; "" for nothing. What was left out
-    is also a warning. Exif orientation is applied, a colour profile is not. Raises FileNotFoundError without a folder or an
-    image in it, OSError naming what cannot be listed or read, and ValueError naming the first file that is broken, has
-    another size, transparent pixels, several frames or more than 8 bits, an image of a kind that is not read, a broken
-    link, or one image in two classes.
+    Images are recognised by their content, not by their names. A file with several names or links is read once. Exif
+    orientation is applied, colour profiles are ignored. If all images are in subfolders of `path` and there are at least two
+    of these, the subfolders are the classes. Skipped files (hidden files, thumbnails of other programs, files that are not
+    images) cause a warning. Memory: n * C * H * W bytes.
+
+    Args:
+        path: of the folder.
+        resolution: a side or [H, W]; images of another size are centre-cropped to this aspect ratio and resized bicubically
+            with antialiasing. None: all images must have the same size.
+        channels: 1 or 3. None: 1 if all files are grey, else 3. With 1, colour files must have three equal channels.
+
+    Attributes:
+        images: [n,C,H,W] float32 in [-1, 1] (byte / 127.5 - 1).
+        labels: [n] int64 indices of the sorted `classes` (numerically, if all names are numbers), or None.
+        num_classes: 0 without classes.
+        resized: a note on resizing for reports; empty if no image was resized.
+        remarks: a note on skipped files, subfolders without images, and missing classes; empty if there is nothing to note.
+
+    Raises:
+        FileNotFoundError: if the folder does not exist or contains no image.
+        OSError: names a folder that cannot be listed or a file that cannot be read.
+        ValueError: names the first file that is broken, has another size, transparent pixels, several frames, more than 8
+            bits or another image format, a broken link, or an image in two classes.
     """
 
     @plain_torch()
@@ -83,21 +92,20 @@ class ImageFolder:
 
     @property
     def images(self) -> Tensor:
-        """All images [n,C,H,W] float32 in [-1, 1]; converted anew at each call."""
+        """All images [n,C,H,W] float32 in [-1, 1]; converted at each access."""
         return _to_float(self.pixels)
 
     def __len__(self) -> int:
         return len(self.pixels)
 
     def fetch(self, rows: Tensor, index: Tensor) -> Batch:
-        """Images and labels at `rows`; the id of a sample is its row."""
+        """Return images and labels at `rows`; the id of a sample is its row."""
         cond = Cond.nothing(len(rows)) if self.labels is None else Cond.of_labels(self.labels[rows])
         return Batch(ids=rows, index=index, cond=cond, x0=_to_float(self.pixels[rows]))
 
     @plain_torch()
     def fingerprint(self) -> str:
-        """sha256 over the float32 pixels and the labels: where the files lie and what they are called does not
-        matter, except for their order and classes."""
+        """Return the sha256 of float32 pixels and labels; names of files matter only for order and classes."""
         digest = hashlib.sha256()
         for part in self.pixels.split(CHUNK):
             digest.update(_to_float(part).numpy().tobytes())
@@ -116,7 +124,7 @@ def _to_float(pixels: Tensor) -> Tensor:
 
 
 def _size(resolution: int | Sequence[int] | None) -> tuple[int, int] | None:
-    """(H, W) of the option `resolution`."""
+    """Return (H, W) of the option `resolution`, or None."""
     if resolution is None:
         return None
     sides = [resolution, resolution] if isinstance(resolution, int) else list(resolution)
@@ -128,7 +136,7 @@ def _size(resolution: int | Sequence[int] | None) -> tuple[int, int] | None:
 
 
 def _remarks(listing: Listing, tops: Sequence[str | None]) -> str:
-    """`ImageFolder.remarks`."""
+    """Return `ImageFolder.remarks`."""
     parts = [words] if (words := listing.words()) else []
     left = {path for paths in listing.left_out.values() for path in paths}
     empty = sorted(name for name in listing.tops - set(tops) if listing.root / name not in left)
@@ -142,7 +150,7 @@ def _remarks(listing: Listing, tops: Sequence[str | None]) -> str:
 
 
 def _classes(tops: Sequence[str | None]) -> tuple[str, ...]:
-    """The sorted sub-folders, where every image lies in one and there are at least two."""
+    """Return the sorted subfolders if every image is in one and there are at least two; else an empty tuple."""
     names = {top for top in tops if top is not None}
     if None in tops or len(names) < 2:
         return ()
@@ -150,11 +158,11 @@ def _classes(tops: Sequence[str | None]) -> tuple[str, ...]:
     return tuple(sorted(names, key=lambda name: (int(name) if numbered else 0, name)))
 
 
-@lru_cache(maxsize=2)  # a run asks for its data several times: to fingerprint them, to train, to measure
+@lru_cache(maxsize=2)  # a run builds its data several times: for fingerprints, training and evaluation
 def _read(
     stamps: tuple[Stamp, ...], size: tuple[int, int] | None, channels: int | None
 ) -> tuple[Tensor, bool]:
-    """(bytes [n,C,H,W] uint8, whether any image was resized) of files as they were listed."""
+    """Return (bytes [n,C,H,W] uint8, whether any image was resized)."""
     found = [header(stamp) for stamp in stamps]
     if size is None:
         first = found[0].size
@@ -162,7 +170,7 @@ def _read(
             if other != first:
                 raise ValueError(
                     f"{stamp.path}: found {other[0]}x{other[1]} pixels (height x width), but {stamps[0].path} has "
-                    f"{first[0]}x{first[1]}; expected one size, or resolution=..., which resizes"
+                    f"{first[0]}x{first[1]}; expected one size; resolution=... resizes the images"
                 )
     if channels is None:
         channels = 1 if all(grey for grey, _ in found) else 3
@@ -173,14 +181,14 @@ def _read(
         if channels == 1 and not grey:
             image = _grey(image, stamp)
         if image.size != (width, height):
-            # The largest centred part of the wanted aspect, so that nothing is stretched.
+            # Centre crop to the aspect ratio, then resize.
             image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
         row.copy_(torch.from_numpy(np.array(image)).view(height, width, channels).permute(2, 0, 1))
     return pixels, any(other != (height, width) for _, other in found)
 
 
 def _grey(image: Image.Image, stamp: Stamp) -> Image.Image:
-    """The one channel of an RGB image of three equal ones."""
+    """Return one channel of an RGB image. Raises ValueError unless its three channels are equal."""
     red, green, blue = (np.array(band) for band in image.split())
     if not (np.array_equal(red, green) and np.array_equal(red, blue)):
         raise ValueError(f"{stamp.path}: has colour, expected a grey image (channels=1)")

@@ -1,4 +1,4 @@
-"""Which files below a folder are images: told by their content, each once, and nothing left out without a word."""
+"""Finds images in a folder by their content; lists every skipped file with the reason."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from PIL import Image, UnidentifiedImageError
 FORMATS = ("PNG", "JPEG", "WEBP")
 READ = "PNG, JPEG or WebP"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".apng", ".jfif", ".jif", ".jpe", ".mpo", ".pjp", ".pjpeg")
-# Images as well, but not read: a folder that holds some would be measured without them. Pillow knows not all of these.
+# Image formats that are not read. They raise, so that no image is skipped silently. Some are unknown to Pillow.
 _OTHER = """
     arw avif avifs bmp cr2 cr3 dcm dds dib dng exr fits gif hdr heic heif hif icns ico j2c j2k jp2 jpc jpf jpx jxl jxr nef
     orf pbm pcx pfm pgm pnm ppm psd qoi raf raw rw2 sgi svg tga tif tiff xbm xpm
 """
 OTHER_SUFFIXES = frozenset(f".{suffix}" for suffix in _OTHER.split())
-# Those that Pillow tells from any other file by their first bytes.
+# Those that Pillow recognises by their first bytes.
 OTHER_FORMATS = (
     "AVIF",
     "BMP",
@@ -44,31 +44,38 @@ BY_START = {
     b"ftypmsf1": "HEIC",
     b"v/1\x01": "OpenEXR",
 }
-# Folders that programs put between pictures: small copies, metadata and what was deleted.
+# Folders of other programs: thumbnails, metadata, deleted files.
 _FOLDERS = """
     @eadir @recycle @recently-snapshot #recycle #snapshot __macosx $recycle.bin lost+found thumbs.db desktop.ini
 """
 FOREIGN = frozenset(_FOLDERS.split()) | {"system volume information"}
-SHOWN = 3  # names that a reason shows
+SHOWN = 3  # names per reason in a message
 
 
 @dataclass
 class Listing:
-    """`files` in the order of their paths (those of a folder before its sub-folders); `left_out` reason -> the paths it
-    holds for; `twice` pairs of names of one image under different sub-folders, neither of which is its place."""
+    """The images in a folder.
+
+    Attributes:
+        root: the folder.
+        files: images sorted by path, those of a folder before its subfolders.
+        left_out: reason -> skipped paths.
+        twice: pairs of names of one image in different subfolders.
+        tops: subfolders of the root, with or without images.
+    """
 
     root: Path
     files: list[tuple[Path, os.stat_result]] = field(default_factory=list)
     left_out: dict[str, list[Path]] = field(default_factory=dict)
     twice: list[tuple[Path, Path]] = field(default_factory=list)
-    tops: set[str] = field(default_factory=set)  # sub-folders of the root, whether or not they hold images
+    tops: set[str] = field(default_factory=set)
 
     def leave(self, reason: str, path: Path) -> None:
-        """Note a path that is not read."""
+        """Record a skipped path."""
         self.left_out.setdefault(reason, []).append(path)
 
     def words(self) -> str:
-        """What was left out, in one sentence without its full stop; "" for nothing."""
+        """Return a message with the skipped paths, without full stop; empty if there are none."""
         parts = []
         for reason, paths in self.left_out.items():
             names = sorted(utf8_path(path.relative_to(self.root)) for path in paths)
@@ -88,23 +95,26 @@ NAMED = "second names of images that are read anyway"
 
 
 def utf8_path(path: Path | str) -> str:
-    """A path in UTF-8: bytes that are none are shown as \\xNN."""
+    """Return a path as UTF-8; other bytes are written as \\xNN."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def place(path: Path, root: Path) -> tuple[tuple[int, str], ...]:
-    """The key that sorts paths: the files of a folder by name, then its sub-folders by name."""
+    """Return the sort key of a path: files of a folder by name, then its subfolders by name."""
     *folders, name = path.relative_to(root).parts
     return (*((1, part) for part in folders), (0, name))
 
 
 def find(root: Path) -> Listing:
-    """The images below `root`.
+    """List the images in `root` and its subfolders.
 
-    Links to files and folders are followed, but what is reached through fewer links comes first: a link to what lies
-    below `root` anyway, or to what another link leads to, adds nothing. Raises FileNotFoundError without the folder,
-    OSError for what cannot be listed or opened, and ValueError naming a file that is an image of a kind that is not read,
-    a broken link, or a link to a folder that it lies in.
+    Links to files and folders are followed. A file that is reached several times is listed once, by the path with the fewest
+    links.
+
+    Raises:
+        FileNotFoundError: if the folder does not exist.
+        OSError: names a folder that cannot be listed or a file that cannot be opened.
+        ValueError: names an image of an unsupported format, a broken link, or a link to a folder that contains it.
     """
     listing = Listing(root)
     for _ in walk(root, listing):
@@ -114,7 +124,7 @@ def find(root: Path) -> Listing:
 
 
 def walk(root: Path, listing: Listing) -> Iterator[Path]:
-    """The images of `find` as they are found, those through fewer links first; fills `listing`."""
+    """Yield the images of `find`, those behind fewer links first; fills `listing`."""
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder; expected a folder of images")
     folders: dict[tuple[int, int], tuple[Path, int]] = {}
@@ -146,8 +156,9 @@ def walk(root: Path, listing: Listing) -> Iterator[Path]:
 def _below(
     start: Path, seen: dict[tuple[int, int], tuple[Path, int]], listing: Listing, links: int
 ) -> Iterator[tuple[Path, os.stat_result, bool]]:
-    """(path, status of what it means, whether it is a link) of the regular files below `start`, and of links to folders,
-    which are not entered."""
+    """Yield (path, status, whether it is a link) of regular files below `start` and of links to folders.
+
+    The status is that of the link's target. Linked folders are not entered."""
     if not _new(seen, _status(start, False), start, links, listing, LINKED):
         return
     waiting = [start]
@@ -167,7 +178,7 @@ def _below(
                 if here == listing.root:
                     listing.tops.add(name)
                 if link and here.resolve().is_relative_to(path.resolve()):
-                    raise ValueError(f"{path}: links back to a folder that it lies in")
+                    raise ValueError(f"{path}: is a link to a folder that contains it; remove the link")
                 if link:
                     yield path, status, link
                 elif _new(seen, status, path, links, listing, LINKED):
@@ -175,23 +186,23 @@ def _below(
 
 
 def _entries(folder: Path) -> list[tuple[str, bool]]:
-    """(name, whether it is a link), sorted."""
+    """Return (name, whether it is a link) of a folder's entries, sorted."""
     try:
         with os.scandir(folder) as entries:
             return sorted((entry.name, entry.is_symlink()) for entry in entries)
     except OSError as error:
-        told = f"{folder}: cannot be listed ({error.strerror}); expected a folder whose images can be read"
-        raise type(error)(told) from error
+        message = f"{folder}: cannot be listed ({error.strerror}); expected a readable folder"
+        raise type(error)(message) from error
 
 
 def _status(path: Path, link: bool) -> os.stat_result:
-    """What a path means, links followed."""
+    """Return the status of a path; links are followed."""
     try:
         return os.stat(path)
     except OSError as error:
         if link and not isinstance(error, PermissionError):
             raise ValueError(
-                f"{path}: a broken link to {os.readlink(path)}; expected the file that it names, or no link"
+                f"{path}: is a broken link to {os.readlink(path)}; restore the file or remove the link"
             ) from error
         raise type(error)(f"{path}: cannot be read ({error.strerror})") from error
 
@@ -204,8 +215,8 @@ def _new(
     listing: Listing,
     reason: str,
 ) -> bool:
-    """Whether a file or folder was not seen yet under another path; if it was, that is noted."""
-    # Where a file system numbers nothing, paths tell files apart.
+    """Return whether a file or folder is seen for the first time; if not, record `path` as skipped."""
+    # On file systems without inode numbers, files are identified by path.
     key = (status.st_dev, status.st_ino) if status.st_ino else (-1, hash(path))
     first, through = seen.setdefault(key, (path, links))
     if first == path:
@@ -217,25 +228,26 @@ def _new(
 
 
 def _top(path: Path, root: Path) -> tuple[str, ...]:
-    """The sub-folder of the root that a path lies in, or is."""
+    """Return the first component of a path below the root."""
     return path.relative_to(root).parts[:1]
 
 
 def opened(path: Path) -> int:
-    """A descriptor of a regular file. Raises OSError naming the file, also where it has become something else."""
+    """Open a regular file; returns its descriptor. Raises OSError naming the file, also if it is no longer regular."""
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except OSError as error:
         raise type(error)(f"{path}: cannot be read ({error.strerror})") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(f"{path}: became something else than a file while it was read")
+        raise OSError(f"{path}: was replaced by something that is not a file")
     return descriptor
 
 
 def is_image(path: Path, status: os.stat_result) -> bool:
-    """Whether a file holds an image that is read. Raises ValueError for an image of another kind, and for a file that is
-    named as an image but is none."""
+    """Return whether a file is an image in one of `FORMATS`.
+
+    Raises ValueError for images of other formats, and for files that have the suffix of an image but are not one."""
     with os.fdopen(opened(path), "rb") as file:
         start = file.read(32)
     suffix = path.suffix.lower()
@@ -258,7 +270,7 @@ def is_image(path: Path, status: os.stat_result) -> bool:
 
 
 def _other(path: Path, start: bytes) -> str | None:
-    """The kind of an image that is not read."""
+    """Return the format of an image that is not read, or None."""
     for mark, kind in BY_START.items():
         if mark in start[:12]:
             return kind
@@ -269,5 +281,5 @@ def _other(path: Path, start: bytes) -> str | None:
         return None
     except Image.DecompressionBombError:
         return "very large"
-    except Exception:  # its first bytes are those of an image, and nothing else is
+    except Exception:  # the first bytes are those of an image, but the rest is not
         return None

@@ -1,4 +1,4 @@
-"""When two data sets mean the same by a class."""
+"""Normalises class names, to compare the classes of two data sets."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 
 def class_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Names of classes in one spelling: numbers without leading zeros, letters with their accents composed (file systems
-    differ in that). Nothing is translated: "three" is not "3"."""
+    """Normalise class names: numbers lose leading zeros, letters are composed with their accents (Unicode NFC)."""
     if all(name.isdecimal() for name in names):
         return tuple(str(int(name)) for name in names)
     return tuple(unicodedata.normalize("NFC", name) for name in names)

@@ -1,4 +1,4 @@
-"""The order in which training visits samples: a function of (seed, position), so resuming is a seek."""
+"""The order of training samples: a function of (seed, position), so that training can resume at any position."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from distill.data.rng import stream_key
 
 
 class Order:
-    """Shuffled epochs over `size` samples: position p (counted from the start of training, over all
-    processes) is sample `permutation(seed, p // size)[p % size]`. Every epoch visits each sample once;
-    nothing depends on batch or world size."""
+    """Shuffled epochs over `size` samples.
+
+    The sample at position p, counted from the start of training over all processes, is
+    `permutation(seed, p // size)[p % size]`. It does not depend on batch size or world size."""
 
     def __init__(self, size: int, seed: int, stream: str = "order") -> None:
         if size < 1:
-            raise ValueError(f"size: an order needs at least one sample, found {size}")
+            raise ValueError(f"size: expected at least 1 sample, found {size}")
         self.size, self.seed, self.stream = size, seed, stream
         self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.int64, device="cpu")
 
@@ -29,7 +30,7 @@ class Order:
         return self._permutation
 
     def at(self, start: int, count: int) -> Tensor:
-        """[count] int64 rows of the samples at positions start .. start + count - 1."""
+        """Return the rows [count] int64 of the samples at positions start .. start + count - 1."""
         pieces = []
         while count > 0:
             epoch, offset = divmod(start, self.size)

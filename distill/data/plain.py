@@ -1,4 +1,4 @@
-"""What callers may have set in torch, put aside while a result is made that must not depend on it."""
+"""Resets global settings of torch for code whose result must not depend on them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-# (backend, operator, precision of its float32 products): what torch itself starts with.
+# (backend, operator, precision of float32 products): the defaults of torch.
 PRECISIONS = (
     ("cuda", "matmul", "ieee"),
     ("cudnn", "conv", "tf32"),
@@ -17,24 +17,23 @@ PRECISIONS = (
     ("mkldnn", "conv", "ieee"),
     ("mkldnn", "rnn", "ieee"),
 )
-NAMED_PRECISIONS = hasattr(torch.backends.cuda.matmul, "fp32_precision")  # torch 2.8 has one setting for all
+NAMED_PRECISIONS = hasattr(torch.backends.cuda.matmul, "fp32_precision")  # torch 2.8 has one global setting
 ATTENTION = ("flash_sdp", "mem_efficient_sdp", "math_sdp", "cudnn_sdp")
 AUTOCAST = ("cpu", "cuda", "mps", "xpu")
 
 
 @contextmanager
 def plain_torch() -> Iterator[None]:
-    """Torch as it is after `import torch`, for the length of a block (or, as a decorator, of a call).
+    """Use torch's default settings inside the block (or, as a decorator, the call), and restore the caller's settings after it.
 
-    Set aside, and restored at the end also after an error: the default dtype (float32) and device (the CPU), autocast,
-    inference mode (results are ordinary tensors), the precision of float32 products, cuDNN's choice of algorithms by
-    timing, and the implementations that attention may use. Whether gradients are recorded stays as it is. These are states
-    of the process or the thread: other threads that compute at the same time see some of them.
+    The settings are: default dtype (float32) and device (CPU), autocast and inference mode (off), precision of float32
+    products, `torch.backends.cudnn.benchmark`, and the enabled attention kernels. Gradient mode is not changed. Some of these
+    settings are global to the process and affect other threads during the block.
     """
     with ExitStack() as stack:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.set_grad_enabled(False))  # leaving inference mode would turn them on
+            stack.enter_context(torch.set_grad_enabled(False))  # leaving inference mode enables gradients
         for kind in AUTOCAST:
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
@@ -60,7 +59,7 @@ def plain_torch() -> Iterator[None]:
 
 
 def _set(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
-    """Give an attribute a value until the stack is left; only where it has another, and torch knows it."""
+    """Set an attribute until the stack exits; does nothing if torch has no such attribute or the value is the same."""
     before = getattr(owner, name, None)
     if before is None or before == value or (before == "none" and value == "ieee"):
         return

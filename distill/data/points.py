@@ -1,4 +1,4 @@
-"""Points: draws of an even mixture of Gaussians, the data of the toy recipes, whose exact teacher is
+"""Points: samples of a mixture of Gaussians with equal weights, the data of the toy recipes. The exact teacher is in
 `models.analytic`."""
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from distill.data.rng import Draws
 
 
 def ring_means(count: int = 8, radius: float = 1.5) -> list[list[float]]:
-    """`count` points on a circle, the first at angle 0."""
+    """Return `count` points on a circle around 0; the first is at angle 0."""
     angles = [2 * math.pi * k / count for k in range(count)]
     return [[radius * math.cos(a), radius * math.sin(a)] for a in angles]
 
@@ -27,10 +27,12 @@ def ring_means(count: int = 8, radius: float = 1.5) -> list[list[float]]:
 def mixture_means(
     ring: Mapping[str, Any] | None, means: Sequence[Sequence[float]] | None
 ) -> list[list[float]]:
-    """Component means [K, D] from the options of a mixture: either `ring`, {count, radius}, or `means`.
+    """Return the component means [K, D] given by either `ring`, {count, radius}, or `means`.
 
-    Raises ValueError that names the option: both or neither given, a ring of other keys, of a count below 1 or of a
-    radius below 0, means that are no table of numbers."""
+    Raises:
+        ValueError: if both or neither are given, if `ring` has other keys, a count below 1 or a radius below 0, or if `means`
+            is not a table of numbers.
+    """
     if (ring is None) == (means is None):
         found = "neither" if ring is None else "both"
         raise ValueError(f"ring, means: found {found}, expected exactly one of them")
@@ -54,19 +56,23 @@ def mixture_means(
 
 
 def mixture_sample(means: Tensor, std: float, component: Tensor, noise: Tensor) -> Tensor:
-    """x0 = m_k + s n in float64: [B, D] from means [K, D], components [B] and standard normal numbers [B, D]."""
+    """Return x0 = m_k + s n [B, D] in float64, from means [K, D], components [B] and standard normal noise [B, D]."""
     return means[component] + std * noise.double()
 
 
 class Points:
-    """`images` [count, D] float32, the points themselves (nothing bounds them), and `labels` [count] int64, the
-    components that they were drawn from. Point i is a function of (seed, stream, i).
+    """Samples of the mixture. Point i is a function of (seed, stream, i).
 
     Args:
         ring, means: the component means, see `mixture_means`.
-        std: standard deviation of every component.
-        count: points.
-        labelled: component k is the class k; else there are no classes.
+        std: standard deviation of each component.
+        count: number of points.
+        labelled: whether component k is class k; if not, there are no classes.
+        seed, stream: keys of the random draws.
+
+    Attributes:
+        images: the points [count, D] float32, unbounded.
+        labels: their components [count] int64.
     """
 
     @plain_torch()
@@ -100,18 +106,18 @@ class Points:
         return len(self.images)
 
     def fetch(self, rows: Tensor, index: Tensor) -> Batch:
-        """Points at `rows` with their labels, where there are classes; the id of a point is its row."""
+        """Return the points at `rows`, with labels if there are classes; the id of a point is its row."""
         cond = Cond.of_labels(self.labels[rows]) if self.labelled else Cond.nothing(len(rows))
         return Batch(ids=rows, index=index, cond=cond, x0=self.images[rows])
 
     def fingerprint(self) -> str:
-        """sha256 over the points and their components."""
+        """Return the sha256 of points and components."""
         digest = hashlib.sha256(self.images.numpy().tobytes())
         digest.update(self.labels.numpy().tobytes())
         return digest.hexdigest()
 
     def fresh(self, seed: int, stream: str) -> Points:
-        """As many points of the same mixture, drawn anew under (seed, stream)."""
+        """Return the same number of points of the same mixture, drawn with (seed, stream)."""
         return Points(
             means=self.means,
             std=self.std,

@@ -1,4 +1,4 @@
-"""What training asks of data: rows by number, and a fingerprint."""
+"""The protocol of training data, and the loader of training steps."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def fetch(self, rows: Tensor, index: Tensor) -> Batch:
-        """The samples at `rows` [B] (0 .. len-1); `index` [B] are their positions in the global batch."""
+        """Return the samples at `rows` [B] (0 .. len-1); `index` [B] are their positions in the global batch."""
 
     def fingerprint(self) -> str:
-        """A digest of everything that the samples depend on."""
+        """Return a digest of everything that the samples depend on."""
 
 
 class StepLoader:
-    """Yields, for every iteration from `start` to `stop`, this process's micro batches: a list of
-    `accumulate` batches.
+    """Yields this process's list of `accumulate` micro batches for each iteration in [`start`, `stop`).
 
-    The global batch of iteration i is the order's positions [i * batch_size, (i + 1) * batch_size), cut into
-    `accumulate` micro batches and each of these into `world` equal parts, so the same samples make a step
-    however the work is split.
+    The global batch of iteration i has the positions [i * batch_size, (i + 1) * batch_size) of the order. It is split into
+    `accumulate` micro batches, and each of these into `world` equal parts, so its samples do not depend on the split.
+
+    Raises:
+        ValueError: unless `batch_size` is a multiple of accumulate * world.
     """
 
     def __init__(

@@ -53,14 +53,14 @@ class Tensors:
         return len(self.images)
 
     def fetch(self, rows: Tensor, index: Tensor) -> Batch:
-        """The samples at `rows` [B]; `index` [B] are their positions in the global batch."""
+        """Return the samples at `rows` [B]; `index` [B] are their positions in the global batch."""
         cond = Cond.nothing(len(rows)) if self.labels is None else Cond.of_labels(self.labels[rows])
         return Batch(
             ids=rows, index=index, cond=cond, x0=self.images[rows], z=None if self.z is None else self.z[rows]
         )
 
     def fingerprint(self) -> str:
-        """sha256 over everything that there is."""
+        """Return the sha256 of samples, noise and labels."""
         digest = hashlib.sha256()
         for part in (self.images, self.z, self.labels):
             if part is not None:
