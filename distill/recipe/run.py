@@ -234,7 +234,7 @@ def _run_stage(entry: Planned, context: StageContext) -> dict[str, Any]:
 
 
 def summary(run_folder: Path) -> str:
-    """Return the message at the end of a run: the paths of its results and the quality gates that failed."""
+    """Return the message at the end of a run: the paths of its results and the quality gates that were missed."""
     places = {
         "report.md": "table of all models, gates, protocol",
         "metrics.json": "the same numbers for programs",
@@ -249,5 +249,5 @@ def summary(run_folder: Path) -> str:
     missed = [gate["name"] for gate in gates if not gate["passed"]]
     if gates:
         lines.append(f"  {len(gates) - len(missed)} of {len(gates)} quality gates passed")
-    lines += [f"  FAILED: {name}" for name in missed]
+    lines += [f"  MISSED: {name}" for name in missed]
     return "\n".join([f"{run_folder}: done.", *lines])

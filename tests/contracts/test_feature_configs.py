@@ -148,7 +148,7 @@ def test_features_are_a_group_of_the_command_line(train: Any, tmp_path: Path) ->
         rf"error: stages\.\w+: (monitor\.features: )?features clip: path: found no {re.escape(str(folder))}/config.json",
         found,
     )
-    assert "features: found 'resnet', " in train("features=resnet")
+    assert "features: found 'resnet'" in train("features=resnet")
     assert "; expected clip, digits64, dino, efficientnet_lite0, inception" in train("features=resnet")
     assert "did you mean features.size?" in train("features=dino", "features.sise=3")
     assert "eval.features is the group 'features'; override features.path=" in train("eval.features.path=x")

@@ -166,7 +166,7 @@ class Toy:
     def recorded(self, folder: Path) -> list[Path]:
         """The teacher and its four nodes: 200 steps, a node every 50."""
         record = Degrade(self.copy(), self.copy(), total_steps=200, node_every=50, sampling={"levels": [2.5]})
-        self.trained(record, 200, snapshot=certificates.node_keeper(record, folder))
+        self.trained(record, 200, snapshot=certificates.node_saver(record, folder))
         return [folder / str(step) for step in (0, *record.snapshots())]
 
     def disback(self, folder: Path) -> DisBack:

@@ -121,7 +121,7 @@ def test_a_recipe_may_be_called_yml(plan):
         ),
         (TOY + "repeat: {cary: {teacher: reflow}}\n", "repeat.cary: no such key, did you mean repeat.carry?"),
         (TOY + "repeat: {then: {reflow: {intt: x}}}\n", "repeat.then.reflow.intt: no such key, did you mean"),
-        (TOY + "repeat: {carry: {export: reflow}}\n", "repeat.carry.export: no stage of"),
+        (TOY + "repeat: {carry: {export: reflow}}\n", "repeat.carry.export: has no effect: no stage of"),
         (TOY + "repeat: {stages: [pairs, pairs]}\n", "repeat.stages: found"),
         (
             TOY + "halve: {stage: distill, strat: 4, end: 1}\n",
