@@ -1,14 +1,13 @@
-"""Certificates: each method trains a student of the exact 8-Gaussian teacher, and the student is measured against what is
-known exactly: the teacher's flow map and the distribution of the data. Methods that match distributions promise the latter
-alone.
+"""Certificates: each method distils the exact 8-Gaussian teacher, and the student is compared with the teacher's exact flow map
+and with the distribution of the data; for methods that match distributions, only with the latter.
 
     python scripts/certificates.py [METHOD ...] [--seed 0] > table.md
 
-Prints a Markdown table: the student's numbers in one step and, in brackets, the teacher's in one step from the same noise. A
-method that misses a bound of its certificate is named, and the exit status is then 1; `tests/identities/test_certificates.py`
-runs the same table. All of it is one thread of a CPU and some minutes.
+Prints a Markdown table with the student's numbers in one step and, in brackets, the teacher's in one step from the same noise.
+If a method misses a bound, it is listed and the exit status is 1. `tests/identities/test_certificates.py` runs the same table.
+Takes some minutes on one thread of a CPU.
 
-A new method is a function from `Bench` to a `Generator`, and one entry in `CERTIFICATES`.
+To add a method, write a function from `Bench` to `Generator` and add an entry to `CERTIFICATES`.
 """
 
 from __future__ import annotations
@@ -62,11 +61,9 @@ from distill.process.edm import EDM
 from distill.process.flow import Flow
 from distill.process.vp import VPCosine, VPScaledLinear
 
-COUNT = (
-    4096  # noises that students and teachers are measured with, and fresh points that they are compared with
-)
-DATA = 65536  # points to train on
-PAIRS = 8192  # noises whose exact ends are stored, for the methods that learn from pairs
+COUNT = 4096  # samples in evaluations, and new points of the data
+DATA = 65536  # points of the training data
+PAIRS = 8192  # pairs of noise and exact end, for methods that train on pairs
 
 
 def falls_late(total: int, share: float = 0.3) -> Callable[[int], float]:
@@ -84,8 +81,9 @@ def fit(
     seed: int,
     **hooks: Any,
 ) -> Denoiser:
-    """Train a method with the engine; the student's average, where one is kept, else its weights. Each of the method's
-    optimizers gets the settings `optim`; `hooks` are those of `engine.fit.train`."""
+    """Train a method with the engine; returns the student's average if there is one, else the student.
+
+    All optimizers of the method have the settings `optim`; `hooks` are those of `engine.fit.train`."""
     keys = {update.name for update in method.updates()}
     method.prepare(dict.fromkeys(keys, optim), seed=seed)
     length = Fit(steps=steps, batch_size=batch, checkpoint_every=steps)
@@ -95,24 +93,24 @@ def fit(
 
 
 def trainable(model: Denoiser) -> Denoiser:
-    """The same model once more, to train on."""
+    """Return a trainable copy of a model."""
     return deepcopy(model).requires_grad_(True)
 
 
 @dataclass(frozen=True)
 class Ring:
-    """8 Gaussians on a circle. The wide one has about unit variance a coordinate, for flows and variance-preserving processes;
-    the narrow one the standard deviation 0.5 that EDM's scalings assume."""
+    """8 Gaussians on a circle. `WIDE` has about unit variance per coordinate, for flows and variance-preserving processes;
+    `NARROW` has the standard deviation 0.5 of EDM's preconditioning."""
 
     radius: float
     std: float
 
     def teacher(self, process: Process, labelled: bool = False) -> Denoiser:
-        """The exact teacher."""
+        """Return the exact teacher."""
         return exact_denoiser(process, ring_means(8, self.radius), self.std, labelled=labelled).eval()
 
     def points(self, count: int, stream: str, seed: int = 0, labelled: bool = False) -> Points:
-        """Draws of it."""
+        """Return samples of the mixture."""
         ring = {"count": 8, "radius": self.radius}
         return Points(ring=ring, std=self.std, count=count, stream=stream, seed=seed, labelled=labelled)
 
@@ -121,7 +119,7 @@ WIDE, NARROW = Ring(1.5, 0.1), Ring(0.7, 0.05)
 
 
 class Ends:
-    """Pairs (z, x0): `PAIRS` noises and where the exact flow takes them."""
+    """Pairs (z, x0): `PAIRS` noises and their ends under the exact flow."""
 
     sample_shape: tuple[int, ...] = (2,)
     num_classes = 0
@@ -134,19 +132,23 @@ class Ends:
         return len(self.z)
 
     def fetch(self, rows: Tensor, index: Tensor) -> Batch:
-        """The pairs at `rows`."""
+        """Return the pairs at `rows`."""
         return Batch(rows, index, Cond.nothing(len(rows)), x0=self.x0[rows], z=self.z[rows])
 
     def fingerprint(self) -> str:
-        """Nothing asks."""
+        """Return an empty string: these runs have no records."""
         return ""
 
 
 @dataclass
 class Bench:
-    """What a certificate's student is trained and measured with; `work` and `net` note what was done, for the table.
+    """Teacher, data and settings of a certificate.
 
-    `guidance_w` is what a guided student and its teacher are measured with."""
+    Attributes:
+        process, ring: of the exact teacher. seed: of data, weights and training.
+        guidance_w: guidance w of student and teacher in the evaluation.
+        work, net: descriptions of training and net, for the table.
+    """
 
     process: Process
     ring: Ring
@@ -161,7 +163,7 @@ class Bench:
         self.points = self.ring.points(DATA, "train", self.seed, self.labelled)
 
     def student(self, kind: str, **options: Any) -> Denoiser:
-        """A fresh student: a small MLP, inside EDM's scalings where the process is that."""
+        """Return an untrained student: a small MLP, with EDM's preconditioning for the process EDM."""
         torch.manual_seed(self.seed)
         scale = {EDM: 10.0, VPScaledLinear: 0.03}.get(type(self.process), 30.0)
         classes = 8 if self.labelled else 0
@@ -185,22 +187,21 @@ class Bench:
         ema: float | None = None,
         **hooks: Any,
     ) -> Denoiser:
-        """`fit` on the ring's points, or on `source`, with Adam falling linearly to 0 unless said otherwise."""
+        """Call `fit` on the ring's points or on `source`; by default Adam with a rate that falls linearly to 0."""
         self.work.append(f"{type(method).__name__} {steps} x {batch}")
         optim = Optim(partial(optimizer, lr=rate), schedule or Linear(total=steps), ema=ema)
         where = source or self.points
         return fit(method, where, steps=steps, batch=batch, optim=optim, seed=self.seed, **hooks)
 
     def denoiser(self, kind: str, steps: int = 2000, **options: Any) -> Denoiser:
-        """A trained copy of the teacher's own kind: what students that start from their teacher start from, as the exact
-        teacher has no weights to start with."""
+        """Train a denoiser, for students that start from their teacher: the exact teacher has no weights."""
         times, weight = ("lognormal", "edm") if isinstance(self.process, EDM) else ("uniform", "own")
         student, dropped = self.student(kind, **options), 0.1 if self.labelled else 0.0
         method = Denoising(student, null_prob=dropped, times=times, weight=weight)
         return trainable(self.fit(method, steps=steps, rate=2e-3, ema=0.999))
 
 
-# One function a method, from the bench to a generator.
+# One function per method, from the bench to a generator.
 
 
 def reflow(bench: Bench) -> Generator:
@@ -270,15 +271,15 @@ def dmd(bench: Bench) -> Generator:
 
 
 def disback(bench: Bench) -> Generator:
-    """Distribution backtracking along a recorded way. Its targets are weights, which the exact teacher has none of: its teacher
-    is the trained denoiser, and what that one misses counts against the student."""
+    """Distribution backtracking along a recorded path. Its targets are weights, which the exact teacher does not have, so the
+    teacher is a trained denoiser, whose error adds to the student's."""
     start = bench.denoiser("x0", width=96)
     record = Degrade(
         trainable(start), trainable(start), total_steps=200, node_every=50, sampling={"levels": [2.5]}
     )
     with tempfile.TemporaryDirectory() as folder:
-        keep = node_keeper(record, Path(folder))
-        bench.fit(record, **scoring(200), snapshot=keep)
+        save_node = node_saver(record, Path(folder))
+        bench.fit(record, **scoring(200), snapshot=save_node)
         nodes = [Path(folder) / str(step) for step in (0, *record.snapshots())]
         method = DisBack(
             trainable(start), start, nodes, sampling={"levels": [2.5]}, updates={"fake_per_student": 1}
@@ -287,47 +288,45 @@ def disback(bench: Bench) -> Generator:
 
 
 def matched(bench: Bench, method: ScoreDistillation, fake: Denoiser) -> Generator:
-    """The trained student of a method whose fake score starts from `fake`: the copy of an exact teacher could not be
-    trained."""
+    """Train a student whose fake score starts from `fake`, because a copy of the exact teacher cannot be trained."""
     method.fake = fake
     return Generator(bench.fit(method, **scoring(1500)), method.result().sampler)
 
 
-def node_keeper(record: Degrade, folder: Path) -> Callable[[int], None]:
-    """Stores the degraded teacher after the given step; the teacher itself, step 0, at once."""
+def node_saver(record: Degrade, folder: Path) -> Callable[[int], None]:
+    """Save the teacher as step 0; returns a function that saves the degraded teacher of a given step."""
 
-    def keep(step: int) -> None:
+    def save_node(step: int) -> None:
         weights = record.student.net.state_dict()
         save_model(folder / str(step), weights, describe(record.student, {}, record.result().sampler))
 
-    keep(0)
-    return keep
+    save_node(0)
+    return save_node
 
 
 def consistently(steps: int) -> dict[str, Any]:
-    """The settings of the consistency toys: RAdam, batch 512, a rate that falls late, an average."""
+    """Return the settings for consistency methods: RAdam, batch 512, a rate that falls late, an average."""
     schedule = falls_late(steps)
     return {"steps": steps, "batch": 512, "optimizer": torch.optim.RAdam, "schedule": schedule, "ema": 0.999}
 
 
 def scoring(steps: int) -> dict[str, Any]:
-    """The settings of score distillation: Adam without momentum, a rate that falls late, an average."""
+    """Return the settings for score distillation: Adam without momentum, a rate that falls late, an average."""
     adam = partial(torch.optim.Adam, betas=(0.0, 0.999))
     return {"steps": steps, "optimizer": adam, "rate": 3e-4, "schedule": falls_late(steps), "ema": 0.99}
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """A method's entry.
+    """The entry of a method.
 
     Attributes:
-        train: makes the student.
+        train: trains the student.
         process, ring: of the exact teacher.
-        trajectory: the method's own promise, a bound on the distance to the exact ends; None for a method that promises the
-            distribution alone.
-        near: least share of samples near a mode.
-        energy: bound on the energy distance to fresh data; what a method that promises the distribution alone is held to.
-        guidance_w: what it is measured with.
+        trajectory: upper bound on the RMS distance to the exact ends; None for methods that match distributions.
+        near: lower bound on the share of samples near a mode.
+        energy: upper bound on the energy distance to new data.
+        guidance_w: guidance w in the evaluation.
     """
 
     train: Callable[[Bench], Generator]
@@ -340,14 +339,14 @@ class Certificate:
 
     @property
     def against(self) -> str:
-        """What the student is held against."""
+        """Description of the target, for the table."""
         if self.trajectory is None:
             return "distribution"
         return f"flow map, w = {self.guidance_w:g}" if self.guidance_w else "flow map"
 
     @property
     def bounds(self) -> list[tuple[str, str, float]]:
-        """(name in `Found`, "at most" or "at least", number): what every student keeps of the distribution, and the promise."""
+        """(name in `Found`, "at most" or "at least", number) of each bound."""
         kept = [
             ("energy", "at most", self.energy),
             ("modes", "at least", 8.0),
@@ -358,7 +357,7 @@ class Certificate:
 
 @dataclass(frozen=True)
 class Row:
-    """A certificate's outcome; `floor` is what the exact ends score against fresh data."""
+    """The result of a certificate; `floor`: numbers of the exact ends against new data."""
 
     name: str
     certificate: Certificate
@@ -370,7 +369,7 @@ class Row:
     seconds: float
 
     def missed(self) -> list[str]:
-        """The bounds that the student misses."""
+        """Return a message for each bound that the student misses."""
         lines = []
         for name, how, bound in self.certificate.bounds:
             value = getattr(self.student, name)
@@ -379,7 +378,7 @@ class Row:
         return lines
 
 
-# Bounds are 1.5 to 2 times the larger number of the seeds 0 and 1.
+# Bounds are 1.5 to 2 times the larger value of seeds 0 and 1.
 CERTIFICATES: dict[str, Certificate] = {
     "reflow": Certificate(reflow, Flow(), WIDE, trajectory=0.2),
     "one_step": Certificate(one_step, Flow(), WIDE, trajectory=0.12),
@@ -396,12 +395,12 @@ CERTIFICATES: dict[str, Certificate] = {
 
 @torch.no_grad()
 def measured(bench: Bench, generators: Sequence[Generator]) -> list[Found]:
-    """One step of each generator, and last the exact ends themselves: what a perfect student would score."""
+    """Measure one step of each generator and, as the last entry, the exact ends."""
     scale, ids = 1 + bench.guidance_w, torch.arange(2 * COUNT)
     z = sample_noise(bench.seed, "certificate", ids, (2,))
     cond = Cond.of_labels(ids % 8) if bench.labelled else Cond.nothing(len(z))
     ends, others = flow_map(bench.exact, z, cond, guidance_scale=scale).split(COUNT)
-    # Guided, the flow does not end in the data: other ends of it are what samples are compared with.
+    # The guided flow does not end in the data: compare samples with other ends of the guided flow.
     fresh = others if bench.labelled else bench.ring.points(COUNT, "fresh", bench.seed).images
     z, cond = z[:COUNT], Cond.of_labels(ids[:COUNT] % 8) if bench.labelled else Cond.nothing(COUNT)
     means = torch.tensor(ring_means(8, bench.ring.radius))
@@ -410,7 +409,7 @@ def measured(bench: Bench, generators: Sequence[Generator]) -> list[Found]:
 
 
 def summary(work: Sequence[str]) -> str:
-    """The stages of training, equal neighbours counted."""
+    """Return the stages of training; equal neighbours are counted."""
     runs = [(stage, len(list(equal))) for stage, equal in groupby(work)]
     return ", ".join(f"{stage} ({count} times)" if count > 1 else stage for stage, count in runs)
 
@@ -429,7 +428,7 @@ def run(name: str, seed: int = 0) -> Row:
 
 
 def table(rows: Sequence[Row], seed: int) -> str:
-    """The Markdown table and its legend."""
+    """Return the Markdown table and its legend."""
     heads = ["method", "against", "trajectory", "energy", "sliced W2", "near a mode", "modes", "teacher"]
     lines = [heads, ["---"] * len(heads)]
     for row in rows:
@@ -459,7 +458,7 @@ def table(rows: Sequence[Row], seed: int) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; 1 where a bound is missed."""
+    """Run the command line; returns 1 if a bound is missed."""
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     known = ", ".join(CERTIFICATES)

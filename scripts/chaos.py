@@ -1,15 +1,16 @@
-"""Disturb a run, continue it with the same command, and compare its end with a run that nobody disturbed.
+"""Interrupt or corrupt a run, continue it with the same command, and compare its result with that of an undisturbed run.
 
     python scripts/chaos.py [--recipe instaflow] [--kills 10] [--operations 20] [--corruptions 20] [override ...]
 
---kills: the process group is killed at random moments (--signal TERM or INT instead of KILL).
---operations: the process kills itself before, in the middle of or after a named file operation (`replace
-*/model.safetensors`; `scripts/disturb.py`): of the undisturbed run's operations on each kind of file, so many, -1 for all.
---corruptions: a file of an interrupted or of the finished run loses a bit, its end or all of it, is deleted, or is replaced by
-something else; so many, -1 for each kind of file in each way. The same command must refuse, naming the file, or make it again.
+--kills N: kill the process group N times at random moments (--signal TERM or INT instead of KILL).
+--operations N: kill the process before, during or after N file operations (such as `replace */model.safetensors`; see
+`scripts/disturb.py`), chosen among the operations of the undisturbed run; -1 for all.
+--corruptions N: flip a bit in, truncate, empty, delete or replace N files of interrupted runs and of the finished run; -1 for
+every kind of file and corruption. The same command must raise an error that names the file, or make the file again.
 
-At the end of each, weights must be bit-equal, the metrics equal (except times), every artifact's sha256 right and no temporary
-file left. Exit code 1 and a list otherwise. With trainer.devices=2 among the overrides it is the process of rank 0 that dies.
+Afterwards the weights must be bit-equal, the metrics equal (except times), the sha256 of every file correct, and no temporary
+file left. If not, prints a list and exits with status 1. With trainer.devices=2 among the overrides, the process of rank 0 is
+killed.
 """
 
 from __future__ import annotations
@@ -37,21 +38,21 @@ import safetensors.torch
 import torch
 
 import distill.stages.train
-import distill.train  # noqa: F401  (forks have it)
+import distill.train  # noqa: F401  (imported once, for all forks)
 from distill.files import TEMPORARY_SUFFIX
 from distill.stages.artifact import read_artifact, verify_files
 
 TIMED = {"images_per_second", "train_seconds", "peak_memory_bytes"}
-PATIENCE = 600.0  # seconds; a start that takes longer hangs
+PATIENCE = 600.0  # seconds; a start that takes longer is killed
 RUN = Path("runs/run")
 
 
 class Failed(Exception):
-    """Something did not survive."""
+    """A run was not continued correctly."""
 
 
 class Starts:
-    """Starts of one command: in a fork, which has imported everything, or with several processes as one of its own."""
+    """Starts a command: in a fork, which needs no imports, or in a new process if the run has several processes."""
 
     def __init__(self, verb: str, arguments: Sequence[str], scratch: Path) -> None:
         self.verb, self.arguments, self.scratch = verb, list(arguments), scratch
@@ -69,17 +70,18 @@ class Starts:
         after: float = PATIENCE,
         number: int = signal.SIGKILL,
     ) -> tuple[int, str]:
-        """Start in `folder` with what `disturb.install(spec)` does; after `after` seconds its group gets the signal. (exit
-        code, what it said)."""
+        """Run the command in `folder`; returns (exit code, output).
+
+        `disturb.install(spec)` is called first; after `after` seconds the process group gets the signal `number`."""
         log = folder / "log.txt"
         log.write_text("")
         if self.several:
             path = os.pathsep.join([str(self.scratch / "site"), os.environ.get("PYTHONPATH", "")])
-            told = {"DISTURB": json.dumps(spec), "PYTHONPATH": path} if spec else {}
+            added = {"DISTURB": json.dumps(spec), "PYTHONPATH": path} if spec else {}
             with log.open("wb") as handle:
                 pid = subprocess.Popen(
                     [sys.executable, "-m", self.verb, *self.arguments],
-                    **{"cwd": folder, "env": {**os.environ, **told}, "stdin": subprocess.DEVNULL},
+                    **{"cwd": folder, "env": {**os.environ, **added}, "stdin": subprocess.DEVNULL},
                     **{"stdout": handle, "stderr": handle, "start_new_session": True},
                 ).pid
         elif not (pid := os.fork()):
@@ -87,7 +89,7 @@ class Starts:
         return self._wait(pid, after, number), log.read_text(errors="replace")
 
     def _forked(self, folder: Path, log: Path, spec: dict[str, Any] | None) -> None:
-        """The verb, in this process."""
+        """Run the command in this process and exit."""
         code = 1
         try:
             os.setsid()
@@ -116,7 +118,7 @@ class Starts:
 
     @staticmethod
     def _wait(pid: int, after: float, number: int) -> int:
-        """The exit code; -SIGALRM where the process did not end by itself in time, nor by the signal."""
+        """Return the exit code; -SIGALRM if the process ended neither by itself nor by the signal."""
         deadline, hopeless = time.monotonic() + after, time.monotonic() + after + PATIENCE
         while time.monotonic() < hopeless:
             ended, status = os.waitpid(pid, os.WNOHANG)
@@ -132,12 +134,12 @@ class Starts:
 
 
 def last_line(said: str) -> str:
-    """The last line of a log."""
+    """Return the last line of a log."""
     return (said.replace("\r", "\n").strip().splitlines() or [""])[-1]
 
 
 def differences(whole: Path, parts: Path) -> list[str]:
-    """What the two finished runs do not share."""
+    """Return the differences of two finished runs."""
     found = [f"left behind: {path}" for path in parts.rglob(f".*{TEMPORARY_SUFFIX}")]
     models = sorted(path.relative_to(whole) for path in whole.rglob("model.safetensors"))
     for path in models:
@@ -156,11 +158,11 @@ def differences(whole: Path, parts: Path) -> list[str]:
             found += [
                 f"metrics: {a['model']}@{a['steps']}: {k}" for k in a if k not in TIMED and a[k] != b[k]
             ]
-    return found if models else ["no model was made"]
+    return found if models else ["no model was saved"]
 
 
 def same_end(whole: Path, folder: Path) -> None:
-    """Raise unless the run in `folder` ended as the undisturbed one."""
+    """Raise `Failed` unless the run in `folder` equals the undisturbed one."""
     if found := differences(whole / RUN, folder / RUN):
         raise Failed("\n".join(found))
 
@@ -171,22 +173,22 @@ def same_end(whole: Path, folder: Path) -> None:
 def random_kills(
     starts: Starts, whole: Path, folder: Path, options: argparse.Namespace, seconds: float
 ) -> None:
-    """`options.kills` of them, spread over the time of the undisturbed run; then to the end."""
+    """Kill the run `options.kills` times at random moments, then run it to the end."""
     chance, number = random.Random(options.seed), signal.Signals[f"SIG{options.signal}"]
     kill = tries = 0
     while kill < options.kills and tries < 4 * options.kills:
         tries += 1
-        # What was made before is not made again: half of the moments lie early.
+        # Later starts are shorter, because finished stages are skipped: half of the moments are early.
         moment = chance.uniform(0.05, 1.0) * seconds * chance.choice([0.5, 1.0])
         code, said = starts.run(folder, after=moment, number=number)
         print(f"after {moment:5.1f} s: exit {code}, at: {last_line(said)[:110]}")
         if code in (-number, 128 + number):
             kill += 1
-        elif code == 0:  # finished before its kill: disturb another one from the start
+        elif code == 0:  # finished before the kill: start another run
             same_end(whole, folder)
             shutil.rmtree(folder / "runs")
         else:
-            raise Failed(f"a start was refused: {last_line(said)}")
+            raise Failed(f"a start failed: {last_line(said)}")
     if kill < options.kills:
         raise Failed(f"only {kill} of {options.kills} kills hit a running process")
     finish(starts, whole, folder)
@@ -194,7 +196,7 @@ def random_kills(
 
 
 def finish(starts: Starts, whole: Path, folder: Path) -> None:
-    """Run to the end and compare."""
+    """Run to the end and compare with the undisturbed run."""
     code, said = starts.run(folder)
     if code != 0:
         raise Failed(f"the last start failed: {last_line(said)}")
@@ -205,12 +207,12 @@ def finish(starts: Starts, whole: Path, folder: Path) -> None:
 
 
 def spec_for(folder: Path, stages: Sequence[str], **more: Any) -> dict[str, Any]:
-    """What `disturb.install` gets for the run in `folder`."""
+    """Return the argument of `disturb.install` for the run in `folder`."""
     return {"root": str((folder / RUN).resolve()), "stages": list(stages), **more}
 
 
 def distinct(record: Path) -> list[tuple[str, str]]:
-    """The undisturbed run's operations, each kind once, in order."""
+    """Return the operations of the undisturbed run, each kind once, in order."""
     return list(
         dict.fromkeys((what, kind) for what, kind in map(json.loads, record.read_text().splitlines()))
     )
@@ -219,8 +221,9 @@ def distinct(record: Path) -> list[tuple[str, str]]:
 def operation_kills(
     starts: Starts, whole: Path, folder: Path, points: Sequence[tuple[str, str, str]], stages: Sequence[str]
 ) -> dict[str, Path]:
-    """One kill after the other in one run, which goes on in between; a new run where it finished first. Returns copies of the
-    folder at some of the kills, by what was running."""
+    """Kill a run at each of `points` and continue it; start a new run if it finishes first.
+
+    Returns copies of the folder after some of the kills, by kind of file."""
     kills, unreached, states = Counter[str](), 0, {}
     mark = folder / "mark"
     for number, (what, kind, when) in enumerate(points):
@@ -241,7 +244,7 @@ def operation_kills(
             same_end(whole, folder)
             shutil.rmtree(folder / "runs")
         else:
-            raise Failed(f"{when} {what} {kind}: a start was refused: {last_line(said)}")
+            raise Failed(f"{when} {what} {kind}: a start failed: {last_line(said)}")
     finish(starts, whole, folder)
     total = sum(kills.values())
     listed = ", ".join(f"{what} {count}" for what, count in kills.most_common())
@@ -255,14 +258,14 @@ def operation_kills(
 
 
 def flip(path: Path) -> None:
-    """One bit in the middle."""
+    """Flip a bit in the middle of a file."""
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(bytes(data))
 
 
 def instead(make: Callable[[Path], object]) -> Callable[[Path], None]:
-    """Delete the file and make something else in its place."""
+    """Return a function that deletes a file and calls `make` on its path."""
 
     def replaced(path: Path) -> None:
         path.unlink()
@@ -271,7 +274,7 @@ def instead(make: Callable[[Path], object]) -> Callable[[Path], None]:
     return replaced
 
 
-WAYS: dict[str, Callable[[Path], object]] = {
+CORRUPTIONS: dict[str, Callable[[Path], object]] = {
     "flipped bit": flip,
     "first half": lambda path: os.truncate(path, path.stat().st_size // 2),
     "empty": lambda path: os.truncate(path, 0),
@@ -288,27 +291,27 @@ WAYS: dict[str, Callable[[Path], object]] = {
 
 
 def cases(state: Path, stages: Sequence[str]) -> list[tuple[Path, str]]:
-    """(file, way) for each kind of file of a run in each way that suits it; not the lock, which holds nothing."""
+    """Return (file, corruption) for each kind of file of a run and each applicable corruption; not for the lock."""
     root, kinds = state / RUN, dict[str, Path]()
     for path in sorted(root.rglob("*")):
         if path.is_file() and path.name != ".lock" and path.stat().st_size > 0:
             kinds.setdefault(str(disturb.kind_of(str(path), str(root.resolve()), list(stages))), path)
     files = [path.relative_to(state) for path in kinds.values()]
-    return [(p, w) for p in files for w in WAYS if p.suffix == ".json" or not w.startswith("JSON")]
+    return [(p, w) for p in files for w in CORRUPTIONS if p.suffix == ".json" or not w.startswith("JSON")]
 
 
 def corruptions(
     starts: Starts, whole: Path, states: Sequence[Path], stages: Sequence[str], options: argparse.Namespace
 ) -> None:
-    """Corrupt copies of the states, one file each, and run the same command."""
-    tried = [(state, path, way) for state in states for path, way in cases(state, stages)]
+    """Corrupt one file in each copy of the states, and run the same command."""
+    tried = [(state, path, change) for state in states for path, change in cases(state, stages)]
     if options.corruptions >= 0:
         tried = random.Random(options.seed).sample(tried, min(options.corruptions, len(tried)))
     ends, wrong = Counter[str](), []
-    for number, (state, path, way) in enumerate(tried):
+    for number, (state, path, change) in enumerate(tried):
         folder = whole.with_name(f"corrupt{number}")
         shutil.copytree(state / "runs", folder / "runs", symlinks=True)
-        WAYS[way](folder / path)
+        CORRUPTIONS[change](folder / path)
         code, said = starts.run(folder)
         end = last_line(said)
         try:
@@ -316,16 +319,14 @@ def corruptions(
                 same_end(whole, folder)
                 outcome = "made again or not needed"
             elif code == 1 and "Traceback" not in said and (path.name in said or f"{path.parent}:" in said):
-                outcome = (
-                    "refused by name"  # or by that of its folder, where the stage's record cannot be read
-                )
+                outcome = "error names the file"  # or its folder, if the stage's record cannot be read
             else:
                 raise Failed(f"exit {code}: {said[-600:]}")
         except (Failed, OSError, ValueError) as error:
-            wrong.append(f"{path}, {way} ({state.name}): {error}")
+            wrong.append(f"{path}, {change} ({state.name}): {error}")
             outcome = "WRONG"
         ends[outcome] += 1
-        print(f"{path}, {way}: {outcome}: {end[:110]}")
+        print(f"{path}, {change}: {outcome}: {end[:110]}")
         shutil.rmtree(folder)
     listed = ", ".join(f"{count} {outcome}" for outcome, count in ends.most_common())
     print(f"corruptions: {len(tried)} tried, {len(tried) - len(wrong)} survived ({listed})")
@@ -334,7 +335,7 @@ def corruptions(
 
 
 def stages_of(starts: Starts, scratch: Path) -> list[str]:
-    """Names of the run's stages, from its plan."""
+    """Return the names of the run's stages, from its plan."""
     place = scratch / "plan"
     place.mkdir()
     code, said = Starts(starts.verb, [*starts.arguments, "plan=true", "trainer.devices=1"], place).run(place)
@@ -344,7 +345,7 @@ def stages_of(starts: Starts, scratch: Path) -> list[str]:
 
 
 def disturb_all(options: argparse.Namespace, scratch: Path) -> None:
-    """The undisturbed run, then everything that was asked for."""
+    """Make the undisturbed run, then the tests that `options` select."""
     overrides = options.overrides or ["profile=smoke", "profile.steps=60", "trainer.checkpoint_every=5"]
     starts = Starts(options.verb, [f"recipe={options.recipe}", "name=run", *overrides], scratch)
     whole, parts, killed = scratch / "whole", scratch / "parts", scratch / "killed"
@@ -372,7 +373,7 @@ def disturb_all(options: argparse.Namespace, scratch: Path) -> None:
 
 
 def main() -> int:
-    """Parse, disturb, report."""
+    """Parse the command line and run the tests; returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,7 +1,7 @@
-"""Kills the process that it runs in at one named file operation below one folder. `scripts/chaos.py` calls `install` in a
-fork, or through a `sitecustomize.py` in processes of their own; the package knows nothing of it.
+"""Kills its own process at a given file operation in a folder. `scripts/chaos.py` calls `install` in a fork, or through a
+`sitecustomize.py` in new processes; the package is not changed.
 
-An operation is (what, which kind of file): `replace */model.safetensors`. The stage's folder is `*`, numbers are `#`.
+An operation is (function, kind of file), such as `replace */model.safetensors`. `*` is the folder of a stage, `#` a number.
 """
 
 from __future__ import annotations
@@ -15,15 +15,12 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
-WHEN = (
-    "before",
-    "half",
-    "after",
-)  # half: the file that is being flushed loses its second half, as in a power cut
+# half: the file that is being flushed loses its second half, as in a power cut
+WHEN = ("before", "half", "after")
 
 
 def kind_of(path: str, root: str, stages: list[str]) -> str | None:
-    """The kind of a file below `root`; None for others."""
+    """Return the kind of a file below `root`; None for other files."""
     inside = os.path.relpath(os.path.abspath(path), root)
     if inside.startswith(".."):
         return None
@@ -33,8 +30,12 @@ def kind_of(path: str, root: str, stages: list[str]) -> str | None:
 
 
 def install(spec: dict[str, Any]) -> None:
-    """spec: `root` (the run folder), `stages`, and either `record` (a file that gets a line an operation) or `what`, `kind`,
-    `when`, `number` (its how many-th time) and `mark` (a file that is made just before the kill)."""
+    """Patch the functions for file operations.
+
+    Args:
+        spec: `root` (the run folder), `stages`, and either `record` (a file to which every operation is appended) or `what`,
+            `kind`, `when`, `number` (kill at its `number`-th occurrence) and `mark` (a file to create just before the kill).
+    """
     root, stages, seen = spec["root"], spec["stages"], [0]
     unpatched = builtins.open
 
@@ -96,7 +97,7 @@ def install(spec: dict[str, Any]) -> None:
 
 
 def from_environment() -> None:
-    """For `sitecustomize.py`: install what `DISTURB` says in the process of rank 0."""
+    """For `sitecustomize.py`: call `install` with the environment variable DISTURB in the process of rank 0."""
     spec = os.environ.get("DISTURB")
     if spec and os.environ.get("RANK") == "0":
         install(json.loads(spec))

@@ -1,8 +1,8 @@
-"""The pages of the documentation site that are made from the repository: `mkdocs build --strict` (mkdocs.yml names this file).
+"""Generates pages of the documentation site for `mkdocs build --strict` (a hook in mkdocs.yml).
 
-The front page is README.md; every method gets a page from its module docstring and its config, every room of the package a
-reference of its modules, and every recipe and config stands as it is on one page. All of them are found on disk, so a new
-method, recipe or module needs no edit. `pages` needs nothing but the standard library; the hooks below it need mkdocs.
+The front page is README.md. Every method has a page with its module docstring and config, every package of distill an API
+reference, and all recipes and configs are on one page. All are found on disk, so a new method, recipe or module needs no edit
+here. `pages` needs only the standard library; the hooks need mkdocs.
 
     pip install 'distill[docs]' && mkdocs build --strict      # into build/docs
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-# Pages of docs/ in the order of the menu; pages that are not named here follow in the order of their names.
+# Pages of docs/ in the order of the menu; other pages follow, sorted by name.
 WRITTEN = (
     "which_method.md",
     "recipes.md",
@@ -27,7 +27,7 @@ WRITTEN = (
     "reliability.md",
     "formats.md",
 )
-# Rooms in the order of the reference, what they use first; others follow.
+# Packages in the order of the reference, the lowest first; others follow.
 ROOMS = (
     "process",
     "samplers",
@@ -61,8 +61,10 @@ MARK = re.compile(r"(?<!\S)(\*\w+\*)(?!\w)|\*|(?<![\\\w])_(?=\w)")
 
 
 def plain(text: str) -> str:
-    """A docstring as Markdown that shows what it says: outside of code, `*`, `_` and `<` are no markup (`*word*` is), arXiv
-    numbers are links, lists have the blank line that Markdown wants, and a table ruled with `===` is set as it stands."""
+    """Convert a docstring to Markdown.
+
+    Outside of code, `*`, `_` and `<` are escaped (except `*word*`), arXiv numbers become links, a blank line is added before
+    lists, and tables ruled with `===` become code blocks."""
     pieces = TABLE.split(text)  # text, table, text, ...
     pieces[0::2] = [_prose(piece) for piece in pieces[0::2]]
     pieces[1::2] = [f"\n```text\n{table}\n```\n" for table in pieces[1::2]]
@@ -71,7 +73,7 @@ def plain(text: str) -> str:
 
 def _prose(text: str) -> str:
     lines: list[str] = []
-    in_section = False  # of arguments, say, whose lines are indented and yet no code
+    in_section = False  # in a section such as Args, where indented lines are not code
     for line in text.splitlines():
         if line.strip() and not line.startswith(" "):
             in_section = SECTION.match(line) is not None
@@ -84,7 +86,7 @@ def _prose(text: str) -> str:
 
 
 def _escaped(line: str) -> str:
-    """One line with its marks made harmless, except in code and where a list begins."""
+    """Escape the markup in a line, except in code and at the start of a list item."""
     item = ITEM.match(line)
     start = item.end() if item else 0
     parts, last = [line[:start]], start
@@ -99,7 +101,7 @@ def _marks(text: str) -> str:
 
 
 def cited(text: str) -> str:
-    """arXiv numbers as links."""
+    """Convert arXiv numbers to links."""
 
     def link(match: re.Match[str]) -> str:
         number, rest, bare = match.groups()
@@ -110,13 +112,14 @@ def cited(text: str) -> str:
 
 
 def docstring(path: Path) -> str:
-    """The docstring of a module, without importing it."""
+    """Return the docstring of a module without importing it."""
     return ast.get_docstring(ast.parse(path.read_text())) or ""
 
 
 def parts(text: str) -> tuple[str, str, dict[str, str]]:
-    """A method's docstring as (first paragraph, what follows, {heading: text}); a paragraph that begins with a heading of
-    `HEADINGS` and a colon, and all up to the next, is that section."""
+    """Split a method's docstring into (first paragraph, body, {heading: text}).
+
+    A section starts with a paragraph that begins with a heading of `HEADINGS` and a colon, and ends at the next one."""
     paragraphs = text.split("\n\n")
     body: list[str] = []
     sections: dict[str, list[str]] = {}
@@ -135,7 +138,7 @@ def parts(text: str) -> tuple[str, str, dict[str, str]]:
 
 
 def site_path(path: str) -> str | None:
-    """Where a file of the repository stands on the site (with an anchor for configs); None: nowhere."""
+    """Return the path of a repository file on the site (with an anchor for configs), or None if it is not on the site."""
     if path == "README.md":
         return "index.md"
     if path == "CONTRIBUTING.md":
@@ -150,7 +153,7 @@ def site_path(path: str) -> str | None:
 
 
 def relink(text: str, source: str, page: str) -> str:
-    """Links of `source` (a path in the repository) as links of `page` (a path on the site); others stay."""
+    """Convert links in `source` (a path in the repository) to links in `page` (a path on the site); other links stay."""
 
     def link(match: re.Match[str]) -> str:
         opening, target, anchor, closing = match.groups()
@@ -170,19 +173,19 @@ def relink(text: str, source: str, page: str) -> str:
 
 
 def methods(root: Path = ROOT) -> list[str]:
-    """The names of all methods on disk."""
+    """Return the names of all methods."""
     return sorted(p.stem for p in (root / "distill/methods").glob("*.py") if not p.stem.startswith("_"))
 
 
 def users(root: Path, method: str) -> list[str]:
-    """The recipes, teachers (paths in the repository) whose training stages run a method."""
+    """Return the recipes and teachers (paths in the repository) that use a method."""
     chosen = re.compile(rf"^\s*- (?:override )?/method@[\w.]+: {re.escape(method)}\s*$", re.MULTILINE)
     files = [*sorted((root / "recipes").glob("*.yaml")), *sorted((root / "configs/teacher").glob("*.yaml"))]
     return [str(file.relative_to(root)) for file in files if chosen.search(file.read_text())]
 
 
 def method_page(root: Path, method: str) -> str:
-    """The page of a method: its docstring in sections, where it is used, its options, its reference."""
+    """Return the page of a method: docstring, recipes that use it, options, API reference."""
     source, page = f"distill/methods/{method}.py", f"methods/{method}.md"
     lead, body, sections = parts(docstring(root / source))
     found = [f"# {method}", f"**{_joined(lead)}**", plain(body)]
@@ -203,8 +206,8 @@ def method_page(root: Path, method: str) -> str:
 
 
 def methods_page(root: Path) -> str:
-    """All methods with the first sentence of each."""
-    lines = ["# Methods", "", "What each needs and how they compare: [Which method?](../which_method.md)", ""]
+    """Return the page that lists all methods with the first paragraphs of their docstrings."""
+    lines = ["# Methods", "", "Requirements and comparison: [Which method?](../which_method.md)", ""]
     for method in methods(root):
         lead = _joined(parts(docstring(root / "distill/methods" / f"{method}.py"))[0])
         lines.append(f"- [`{method}`]({method}.md): {lead}")
@@ -216,7 +219,7 @@ def _joined(paragraph: str) -> str:
 
 
 def modules(root: Path = ROOT) -> dict[str, list[str]]:
-    """room -> dotted names of its modules, for every package of distill that has some."""
+    """Return package -> dotted names of its modules, for every package of distill."""
     found: dict[str, list[str]] = {}
     for path in sorted((root / "distill").rglob("*.py")):
         parts_of = path.relative_to(root).with_suffix("").parts
@@ -227,16 +230,16 @@ def modules(root: Path = ROOT) -> dict[str, list[str]]:
 
 
 def _classes(path: Path) -> list[str]:
-    """The public classes of a module, without importing it."""
+    """Return the public classes of a module without importing it."""
     body = ast.parse(path.read_text()).body
     return [node.name for node in body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
 
 
 def configs_page(root: Path) -> str:
-    """Every recipe and every config, as they are: their comments are their documentation."""
+    """Return the page with the files of all recipes and configs."""
     found = [
         "# All recipes and configs",
-        "An option of a group is chosen with `group=option`, a key is set with `key=value`.",
+        "Choose an option of a group with `group=option`, and set a key with `key=value`.",
     ]
     files = [*sorted((root / "recipes").glob("*.yaml")), *sorted((root / "configs").glob("*.yaml"))]
     groups = sorted(folder for folder in (root / "configs").iterdir() if folder.is_dir())
@@ -253,7 +256,7 @@ def configs_page(root: Path) -> str:
 
 
 def pages(root: Path = ROOT) -> dict[str, str]:
-    """path on the site -> Markdown, of every page that is made."""
+    """Return path on the site -> Markdown of all generated pages."""
     made = {
         "index.md": relink((root / "README.md").read_text(), "README.md", "index.md"),
         "contributing.md": relink(
@@ -269,7 +272,7 @@ def pages(root: Path = ROOT) -> dict[str, str]:
 
 
 def menu(root: Path = ROOT) -> list[dict[str, Any]]:
-    """The site's menu."""
+    """Return the menu of the site."""
     on_disk = sorted(p.name for p in (root / "docs").glob("*.md"))
     written = [*(p for p in WRITTEN if p in on_disk), *(p for p in on_disk if p not in WRITTEN)]
     return [
@@ -286,17 +289,17 @@ def _title(path: Path) -> str:
     return path.read_text().partition("\n")[0].removeprefix("# ").strip()
 
 
-# ---- what mkdocs and mkdocstrings call ----
+# ---- hooks of mkdocs and mkdocstrings ----
 
 
 def on_config(config: Any) -> Any:
-    """The menu follows what is on disk."""
+    """Set the menu."""
     config["nav"] = menu()
     return config
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the made pages."""
+    """Add the generated pages."""
     from mkdocs.structure.files import File
 
     for path, text in pages().items():
@@ -305,21 +308,21 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Links of the written pages to files of the repository become links of the site."""
+    """Convert links to files of the repository to links of the site."""
     path: str = page.file.src_uri
     return markdown if page.file.generated_by else relink(markdown, f"docs/{path}", path)
 
 
 try:
     from griffe import Extension
-except ImportError:  # without mkdocstrings: the tests
+except ImportError:  # mkdocstrings is not installed
     pass
 else:
 
     class Docstrings(Extension):
-        """Docstrings are text with formulas, not Markdown."""
+        """Converts docstrings to Markdown with `plain`."""
 
         def on_instance(self, *, obj: Any, **_: Mapping[str, Any]) -> None:
-            """Escape one docstring."""
+            """Convert one docstring."""
             if obj.docstring is not None:
                 obj.docstring.value = plain(obj.docstring.value)

@@ -1,7 +1,8 @@
-"""Train the classifier behind the feature space `digits64` and write it to distill/assets.
+"""Train the classifier of the feature extractor `digits64` and save it in distill/assets.
 
-Every `fd` printed with `digits64` belongs to one weight file; retraining, even with another torch version,
-makes another space. Deterministic on one machine: fixed seed, one thread.
+Values of `fd` are comparable only for the same weight file; retraining, also with another torch version, makes another one.
+Deterministic on one machine: fixed seed, one thread.
+
 Usage: python scripts/train_digits64.py [--out FOLDER] [--steps N] [--seed N]
 """
 
@@ -26,10 +27,9 @@ TEST = 400
 
 
 def initialise(net: Digits64) -> None:
-    """Kaiming weights, and a positive bias of the feature layer.
+    """Initialise weights with Kaiming's scheme and the bias of the feature layer with a positive value.
 
-    With PyTorch's default half of the 64 coordinates are dead: the space then ignores half of what differs,
-    and pure noise lies at fd 2.4 instead of 5.8.
+    With PyTorch's default, half of the 64 features are always zero, and the fd of pure noise is 2.4 instead of 5.8.
     """
     for layer in net.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
@@ -40,10 +40,10 @@ def initialise(net: Digits64) -> None:
 
 
 def train(images: Tensor, labels: Tensor, steps: int, seed: int) -> Digits64:
-    """Adam with a cosine rate on images [N, 1, 8, 8] and labels [N].
+    """Train with Adam and a cosine learning rate on images [N, 1, 8, 8] and labels [N].
 
-    No augmentation: the 8x8 digits are centred and fill the frame, and a classifier trained to ignore pixel
-    noise would hide the noise that a bad sampler leaves.
+    Without augmentation: the digits are centred and fill the frame, and features that are invariant to pixel noise would not
+    measure the noise in samples.
     """
     torch.manual_seed(seed)
     net = Digits64()
