@@ -133,9 +133,9 @@ class Starts:
         return -int(signal.SIGALRM)
 
 
-def last_line(said: str) -> str:
+def last_line(output: str) -> str:
     """Return the last line of a log."""
-    return (said.replace("\r", "\n").strip().splitlines() or [""])[-1]
+    return (output.replace("\r", "\n").strip().splitlines() or [""])[-1]
 
 
 def differences(whole: Path, parts: Path) -> list[str]:
@@ -180,15 +180,15 @@ def random_kills(
         tries += 1
         # Later starts are shorter, because finished stages are skipped: half of the moments are early.
         moment = chance.uniform(0.05, 1.0) * seconds * chance.choice([0.5, 1.0])
-        code, said = starts.run(folder, after=moment, number=number)
-        print(f"after {moment:5.1f} s: exit {code}, at: {last_line(said)[:110]}")
+        code, output = starts.run(folder, after=moment, number=number)
+        print(f"after {moment:5.1f} s: exit {code}, at: {last_line(output)[:110]}")
         if code in (-number, 128 + number):
             kill += 1
         elif code == 0:  # finished before the kill: start another run
             same_end(whole, folder)
             shutil.rmtree(folder / "runs")
         else:
-            raise Failed(f"a start failed: {last_line(said)}")
+            raise Failed(f"a start failed: {last_line(output)}")
     if kill < options.kills:
         raise Failed(f"only {kill} of {options.kills} kills hit a running process")
     finish(starts, whole, folder)
@@ -197,9 +197,9 @@ def random_kills(
 
 def finish(starts: Starts, whole: Path, folder: Path) -> None:
     """Run to the end and compare with the undisturbed run."""
-    code, said = starts.run(folder)
+    code, output = starts.run(folder)
     if code != 0:
-        raise Failed(f"the last start failed: {last_line(said)}")
+        raise Failed(f"the last start failed: {last_line(output)}")
     same_end(whole, folder)
 
 
@@ -229,7 +229,7 @@ def operation_kills(
     for number, (what, kind, when) in enumerate(points):
         mark.unlink(missing_ok=True)
         spec = spec_for(folder, stages, what=what, kind=kind, when=when, number=1, mark=str(mark))
-        code, said = starts.run(folder, spec)
+        code, output = starts.run(folder, spec)
         if mark.exists():
             kills[what] += 1
             print(f"{when} {what} {kind}: exit {code}")
@@ -244,7 +244,7 @@ def operation_kills(
             same_end(whole, folder)
             shutil.rmtree(folder / "runs")
         else:
-            raise Failed(f"{when} {what} {kind}: a start failed: {last_line(said)}")
+            raise Failed(f"{when} {what} {kind}: a start failed: {last_line(output)}")
     finish(starts, whole, folder)
     total = sum(kills.values())
     listed = ", ".join(f"{what} {count}" for what, count in kills.most_common())
@@ -312,16 +312,20 @@ def corruptions(
         folder = whole.with_name(f"corrupt{number}")
         shutil.copytree(state / "runs", folder / "runs", symlinks=True)
         CORRUPTIONS[change](folder / path)
-        code, said = starts.run(folder)
-        end = last_line(said)
+        code, output = starts.run(folder)
+        end = last_line(output)
         try:
             if code == 0:
                 same_end(whole, folder)
                 outcome = "made again or not needed"
-            elif code == 1 and "Traceback" not in said and (path.name in said or f"{path.parent}:" in said):
+            elif (
+                code == 1
+                and "Traceback" not in output
+                and (path.name in output or f"{path.parent}:" in output)
+            ):
                 outcome = "error names the file"  # or its folder, if the stage's record cannot be read
             else:
-                raise Failed(f"exit {code}: {said[-600:]}")
+                raise Failed(f"exit {code}: {output[-600:]}")
         except (Failed, OSError, ValueError) as error:
             wrong.append(f"{path}, {change} ({state.name}): {error}")
             outcome = "WRONG"
@@ -338,10 +342,12 @@ def stages_of(starts: Starts, scratch: Path) -> list[str]:
     """Return the names of the run's stages, from its plan."""
     place = scratch / "plan"
     place.mkdir()
-    code, said = Starts(starts.verb, [*starts.arguments, "plan=true", "trainer.devices=1"], place).run(place)
+    code, output = Starts(starts.verb, [*starts.arguments, "plan=true", "trainer.devices=1"], place).run(
+        place
+    )
     if code != 0:
-        raise Failed(f"the plan failed: {last_line(said)}")
-    return re.findall(r"^ +\d+\. (\S+)", said, flags=re.MULTILINE)
+        raise Failed(f"the plan failed: {last_line(output)}")
+    return re.findall(r"^ +\d+\. (\S+)", output, flags=re.MULTILINE)
 
 
 def disturb_all(options: argparse.Namespace, scratch: Path) -> None:
@@ -353,10 +359,10 @@ def disturb_all(options: argparse.Namespace, scratch: Path) -> None:
         folder.mkdir()
     stages, record = stages_of(starts, scratch), scratch / "operations.jsonl"
     start = time.monotonic()
-    code, said = starts.run(whole, spec_for(whole, stages, record=str(record)))
+    code, output = starts.run(whole, spec_for(whole, stages, record=str(record)))
     seconds = time.monotonic() - start
     if code != 0:
-        raise Failed(f"the undisturbed run failed: {last_line(said)}")
+        raise Failed(f"the undisturbed run failed: {last_line(output)}")
     print(f"undisturbed: {seconds:.1f} s")
     if options.kills:
         random_kills(starts, whole, parts, options, seconds)

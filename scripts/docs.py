@@ -28,7 +28,7 @@ WRITTEN = (
     "formats.md",
 )
 # Packages in the order of the reference, the lowest first; others follow.
-ROOMS = (
+PACKAGES = (
     "process",
     "samplers",
     "nets",
@@ -225,8 +225,8 @@ def modules(root: Path = ROOT) -> dict[str, list[str]]:
         parts_of = path.relative_to(root).with_suffix("").parts
         if len(parts_of) > 2 and not any(part.startswith("_") for part in parts_of):
             found.setdefault(parts_of[1], []).append(".".join(parts_of))
-    first = {room: i for i, room in enumerate(ROOMS)}
-    return dict(sorted(found.items(), key=lambda item: (first.get(item[0], len(ROOMS)), item[0])))
+    first = {package: i for i, package in enumerate(PACKAGES)}
+    return dict(sorted(found.items(), key=lambda item: (first.get(item[0], len(PACKAGES)), item[0])))
 
 
 def _classes(path: Path) -> list[str]:
@@ -266,8 +266,10 @@ def pages(root: Path = ROOT) -> dict[str, str]:
         "configs.md": configs_page(root),
     }
     made |= {f"methods/{method}.md": method_page(root, method) for method in methods(root)}
-    for room, names in modules(root).items():
-        made[f"api/{room}.md"] = "\n\n".join([f"# distill.{room}", *(f"::: {name}" for name in names)]) + "\n"
+    for package, names in modules(root).items():
+        made[f"api/{package}.md"] = (
+            "\n\n".join([f"# distill.{package}", *(f"::: {name}" for name in names)]) + "\n"
+        )
     return made
 
 
@@ -281,7 +283,7 @@ def menu(root: Path = ROOT) -> list[dict[str, Any]]:
         {"Recipes and configs": "configs.md"},
         {"Contributing": "contributing.md"},
         {"Methods": ["methods/index.md", *({m: f"methods/{m}.md"} for m in methods(root))]},
-        {"Reference": [{f"distill.{room}": f"api/{room}.md"} for room in modules(root)]},
+        {"Reference": [{f"distill.{package}": f"api/{package}.md"} for package in modules(root)]},
     ]
 
 

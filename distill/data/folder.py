@@ -16,7 +16,7 @@ from torch import Tensor
 from distill.data.batch import Batch
 from distill.data.cond import Cond
 from distill.data.decode import Stamp, decode, header
-from distill.data.listing import SUFFIXES, Listing, find, utf8_path, walk
+from distill.data.listing import SUFFIXES, Listing, find, find_each, utf8_path
 from distill.data.plain import plain_torch
 
 CHUNK = 1024  # images that `fingerprint` converts to float32 at once
@@ -115,8 +115,8 @@ class ImageFolder:
 
 
 def holds_images(folder: Path) -> bool:
-    """Whether at least one image lies in `folder` or below. Raises what reading them would for a file that it meets."""
-    return next(walk(folder, Listing(folder)), None) is not None
+    """Return whether `folder` or a subfolder contains an image. Raises as `listing.find` for the files that it reads."""
+    return next(find_each(folder, Listing(folder)), None) is not None
 
 
 def _to_float(pixels: Tensor) -> Tensor:

@@ -117,13 +117,13 @@ def find(root: Path) -> Listing:
         ValueError: names an image of an unsupported format, a broken link, or a link to a folder that contains it.
     """
     listing = Listing(root)
-    for _ in walk(root, listing):
+    for _ in find_each(root, listing):
         pass
     listing.files.sort(key=lambda found: place(found[0], root))
     return listing
 
 
-def walk(root: Path, listing: Listing) -> Iterator[Path]:
+def find_each(root: Path, listing: Listing) -> Iterator[Path]:
     """Yield the images of `find`, those behind fewer links first; fills `listing`."""
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder; expected a folder of images")

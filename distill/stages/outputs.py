@@ -37,7 +37,7 @@ def check_file(path: Path, *, asked: bool, software: str) -> None:
         raise ValueError(f"out: {path} is a folder, expected a file")
     foreign = os.path.lexists(path) and not drawn_by(path, software)
     new = not os.path.lexists(path)  # stages and exports must not get additional files
-    if (kept := _keeper(path)) and (foreign or path.name in OF_A_RUN or (new and not is_run(kept))):
+    if (kept := _owning_folder(path)) and (foreign or path.name in OF_A_RUN or (new and not is_run(kept))):
         raise ValueError(f"out: {path} is in {kept}; expected a path elsewhere, as in out=samples.png")
     if foreign and not asked:
         raise ValueError(f"out: {path}, the default, exists and was not drawn by {software}; type out=FILE")
@@ -45,7 +45,7 @@ def check_file(path: Path, *, asked: bool, software: str) -> None:
 
 def check_comparison(page: Path, picture: Path, software: str) -> None:
     """Raise ValueError unless page and picture are new or belong to an earlier comparison."""
-    if (kept := _keeper(page)) and not is_run(kept):
+    if (kept := _owning_folder(page)) and not is_run(kept):
         raise ValueError(f"out: {page.parent} is in {kept}; expected another folder, out=FOLDER")
     text = page.read_bytes() if page.is_file() else b""
     earlier = text.startswith(PAGE_BEGINS.encode()) and MARKING.encode() in text
@@ -74,7 +74,7 @@ def drawn_by(path: Path, software: str) -> bool:
     return False
 
 
-def _keeper(path: Path) -> Path | None:
+def _owning_folder(path: Path) -> Path | None:
     """Return the run, stage or model folder that contains a path, or None."""
     folders = [path.parent.resolve(), *path.parent.resolve().parents]
     if (folders[0] / "model.json").is_file():

@@ -131,7 +131,7 @@ def check_stage_folder(folder: Path, made: Sequence[str]) -> None:
         raise ValueError(
             f"{folder}: is not empty and was not made by a stage (found {', '.join(foreign[:3])}); {advice}"
         )
-    for path, leads, fits in _walk(folder, made):
+    for path, leads, fits in _matching(folder, made):
         if leads and (path.is_symlink() or not path.is_dir()):
             what = f"a link to {path.resolve()}" if path.is_symlink() else "a file"
             raise ValueError(f"{path}: is {what}, expected a folder of the stage; {advice}")
@@ -167,7 +167,7 @@ def needed(path: Path, what: str) -> Path:
 
 def files_of(folder: Path, made: Sequence[str]) -> list[str]:
     """Return the files in `folder` that match the patterns `made`, sorted, relative to the folder."""
-    found = [path for path, _, fits in _walk(folder, made) if fits and path.is_file()]
+    found = [path for path, _, fits in _matching(folder, made) if fits and path.is_file()]
     return sorted(path.relative_to(folder).as_posix() for path in found)
 
 
@@ -183,7 +183,7 @@ def empty(folder: Path, made: Sequence[str]) -> None:
     sync(folder)
     write_json(folder / IDENTITY, {EMPTIED: identity})
     folders = []
-    for path, leads, fits in _walk(folder, made):
+    for path, leads, fits in _matching(folder, made):
         if leads and path.is_dir() and not path.is_symlink():
             folders.append(path)
         elif fits and path != folder / IDENTITY:
@@ -201,12 +201,12 @@ def sweep(folder: Path, made: Sequence[str]) -> None:
     for pattern in made:
         place, _, name = pattern.rpartition("/")
         wanted.append(f"{place}/{half.format(name)}" if place else half.format(name))
-    for path, _, fits in _walk(folder, wanted):
+    for path, _, fits in _matching(folder, wanted):
         if fits and _regular(path):
             remove(path)
 
 
-def _walk(folder: Path, made: Sequence[str]) -> Iterator[tuple[Path, bool, bool]]:
+def _matching(folder: Path, made: Sequence[str]) -> Iterator[tuple[Path, bool, bool]]:
     """Yield (path, whether a pattern continues below it, whether a pattern ends with it) for the paths that match.
 
     Folders come before their contents. Only folders that match a pattern are read; links are not followed."""

@@ -53,7 +53,7 @@ def test_tests_that_a_page_names_exist(page: str) -> None:
 
 
 def test_every_promise_names_its_test() -> None:
-    promises = [row for table in tables("docs/reliability.md", "held by") for row in table]
+    promises = [row for table in tables("docs/reliability.md", "tested by") for row in table]
     assert len(promises) > 30
     for *promise, held in promises:
         found = NAMED.findall(held)
