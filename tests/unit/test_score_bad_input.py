@@ -540,13 +540,13 @@ def composed(*overrides: str) -> dict[str, Any]:
 TIMES_KEY = "stages.distill.method.generator_times"
 BEGUN = ("recipe=sid", f"{TIMES_KEY}={{name: sid, t_max: 800.0}}")
 CHANGES = [
-    ("stages.distill.method.alpha=1.2", "config.method.alpha: 1.0 -> 1.2"),
-    ("stages.distill.method.sampling.levels=[2.5]", r"config.method.sampling.levels: None -> \[2.5\]"),
+    ("stages.distill.method.alpha=1.2", "method.alpha: 1.0 -> 1.2"),
+    ("stages.distill.method.sampling.levels=[2.5]", r"method.sampling.levels: None -> \[2.5\]"),
     (
         "stages.distill.method.generator_times.t_max=600.0",
-        "config.method.generator_times.t_max: 800.0 -> 600.0",
+        "method.generator_times.t_max: 800.0 -> 600.0",
     ),
-    ("stages.distill.method.floor=0.5", "config.method.floor: 1e-05 -> 0.5"),
+    ("stages.distill.method.floor=0.5", "method.floor: 1e-05 -> 0.5"),
 ]
 
 
