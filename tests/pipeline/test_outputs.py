@@ -96,10 +96,10 @@ def test_comparisons_replace_comparisons(tmp_path: Path) -> None:
     page.write_text(f"# Comparison of a, b\n\n{MARKING}\n")
     check_comparison(page, picture, "distill.compare")
     page.write_text("# Comparison of a, b\n\nwritten by hand\n")
-    with pytest.raises(ValueError, match=r"comparison.md is there"):
+    with pytest.raises(ValueError, match=r"comparison.md exists and is not a comparison"):
         check_comparison(page, picture, "distill.compare")
     page.write_text("# My thesis\n")
-    with pytest.raises(ValueError, match=r"comparison.md is there"):
+    with pytest.raises(ValueError, match=r"comparison.md exists and is not a comparison"):
         check_comparison(page, picture, "distill.compare")
     page.unlink()
     picture.unlink()

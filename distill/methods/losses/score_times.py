@@ -71,9 +71,7 @@ def times_of(process: Process, options: Mapping[str, Any], where: str) -> Times:
         check_own_clock(process, f"{where}.name", repr(name), "lognormal, sid or karras")
     options_of = [p.name for p in inspect.signature(known[name]).parameters.values()][1:]
     if unknown := sorted(set(given) - set(options_of)):
-        raise ValueError(
-            f"{where}.{unknown[0]}: no such key; expected {', '.join(options_of)} (name: {name})"
-        )
+        raise ValueError(f"{where}.{unknown[0]}: no such key; expected {', '.join(options_of)}")
     try:
         known[name](Draws(0, where, 0, torch.zeros(1, dtype=torch.int64)), **given)
     except (TypeError, ValueError) as error:
