@@ -52,7 +52,8 @@ def table(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
     ]
     for row in rows:
         cells = " | ".join(m.cell(row.get(m.name)) for m in shown)
-        lines.append(f"| {prose(row['model'])} | {row['steps']} | {cells} |")
+        steps = "-" if row["steps"] is None else row["steps"]
+        lines.append(f"| {prose(row['model'])} | {steps} | {cells} |")
     return "\n".join(lines)
 
 
@@ -77,24 +78,20 @@ def report(
     real: Mapping[str, float],
     gates: Sequence[GateResult],
     *,
-    grid: bool,
+    caption: str = "",
     note: str = "",
 ) -> str:
-    """The page `report.md`."""
+    """The page `report.md`; `caption`: of grid.png, "" where there is none."""
+    what = "points" if len(protocol.resolution) == 1 else "images"
+    values = ", ".join(f"{name} {value:.4g}" for name, value in real.items())
     parts = [
         f"# {prose(title)}",
         f"**{prose(note)}**" if note else "",
-        "![one noise a column](grid.png)" if grid else "",
+        f"![{caption}](grid.png)" if caption else "",
         table(rows, protocol.names()),
         f"Protocol: {prose(protocol.describe())}.",
+        legend(protocol, columns(rows)),
+        f"The real {what} themselves: {values}." if real else "",
+        "## Gates\n\n" + gate_table(gates) if gates else "",
     ]
-    parts.append(legend(protocol, columns(rows)))
-    if real:
-        parts.append(
-            "The real images themselves: "
-            + ", ".join(f"{name} {value:.4g}" for name, value in real.items())
-            + "."
-        )
-    if gates:
-        parts += ["## Gates", gate_table(gates)]
     return "\n\n".join(part for part in parts if part) + "\n"

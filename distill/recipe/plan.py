@@ -17,6 +17,7 @@ from distill.recipe.expand import expand
 from distill.recipe.references import stage_class
 from distill.stages.artifact import (
     EXTENDED,
+    FIRST_METERS,
     FIRST_NAMES,
     INPUT_FILES,
     Identity,
@@ -74,6 +75,7 @@ class Planned:
         target = str(config.get("_target_")) if isinstance(config, Mapping) else ""
         before: Any = None
         now = {first: name for name, first in FIRST_NAMES.items()}.get(target, target)
+        now = "distill.stages.evaluate.Evaluate" if target in FIRST_METERS.values() else now
         if now.startswith("distill.stages."):  # a file must not import other code
             with suppress(ImportError, ValueError):
                 before = get_class(now)

@@ -19,6 +19,11 @@ def stage_class(config: Any, where: str) -> type[Stage]:
     for name, first in FIRST_NAMES.items():
         if isinstance(config, Mapping) and config.get("_target_") == first:
             raise ValueError(f"{where}._target_: found {first!r}, which was renamed; expected {name!r}")
+    if isinstance(config, Mapping) and str(config.get("_target_")).endswith(".points.EvaluatePoints"):
+        raise ValueError(
+            f"{where}._target_: found {config['_target_']!r}, which was replaced; expected "
+            "'distill.stages.evaluate.Evaluate' with meter: {_target_: distill.evaluation.meters.points.PointMeter, ...}"
+        )
     found = resolve(config, where)
     if not (isinstance(found, type) and issubclass(found, Stage)):
         raise ValueError(f"{where}._target_: found {config['_target_']!r}, expected a stage")

@@ -16,7 +16,7 @@ from distill.stages.base import Settings
 from distill.stages.targets import check_options, resolve
 from distill.typed import parse, unknown_key
 
-GROUPS = ("data", "teacher", "features", "eval", "monitor")
+GROUPS = ("data", "teacher", "features", "gates", "eval", "monitor")
 RUN = ("seed", "runs_dir", "name", "plan", "redo", "trainer", "loggers")
 # Keys that determine the files of a run.
 STAGES = ("stages", "repeat", "halve", "profile")

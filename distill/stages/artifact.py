@@ -34,8 +34,14 @@ FIRST_NAMES = {
     "distill.stages.exact.Exact": "distill.pipeline.exact.Exact",
     "distill.stages.generate.Generate": "distill.pipeline.generate.Generate",
     "distill.stages.evaluate.Evaluate": "distill.pipeline.evaluate.Evaluate",
-    "distill.stages.points.EvaluatePoints": "distill.pipeline.points.EvaluatePoints",
     "distill.stages.export.Export": "distill.pipeline.export.Export",
+}
+
+
+# Meters that were stages of their own at first, with their options beside those of the stage.
+FIRST_METERS = {
+    "distill.evaluation.meters.images.ImageMeter": "distill.pipeline.evaluate.Evaluate",
+    "distill.evaluation.meters.points.PointMeter": "distill.pipeline.points.EvaluatePoints",
 }
 
 
@@ -47,7 +53,13 @@ def hashed_config(config: Mapping[str, Any], references: tuple[str, ...]) -> dic
     kept = {key: value for key, value in config.items() if key not in left_out}
     if isinstance(method := kept.get("method"), Mapping):
         kept["method"] = former_names(method)
-    return kept | {"_target_": FIRST_NAMES.get(kept["_target_"], kept["_target_"])}
+    kept |= {"_target_": FIRST_NAMES.get(kept["_target_"], kept["_target_"])}
+    if isinstance(kept.get("gates"), list):
+        kept["gates"] = [gate for gate in kept["gates"] if gate is not None]  # left out by a recipe
+    meter = kept.get("meter")
+    if isinstance(meter, Mapping) and meter.get("_target_") in FIRST_METERS:
+        kept |= {**kept.pop("meter"), "_target_": FIRST_METERS[meter["_target_"]]}
+    return kept
 
 
 def identity(

@@ -1,6 +1,6 @@
 """An evaluation outside of a run: any model folder, or anyone's images, against a data set or a folder of images.
 
-Models are sampled and measured by the Evaluate stage itself, so the same model, seed, count and reference give the
+Models are sampled and measured as in the Evaluate stage, so the same model, seed, count and reference give the
 numbers of the run that made the model.
 """
 
@@ -10,39 +10,31 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.errors import InstantiationException
-from torch import Tensor
 
 from distill.data.folder import ImageFolder
 from distill.data.listing import utf8_path
 from distill.evaluation.comparison import aligned
-from distill.evaluation.gates import GateResult
-from distill.evaluation.grid import image_grid, save_png
-from distill.evaluation.measure import measure
-from distill.evaluation.metric import metrics
+from distill.evaluation.evaluation import Evaluation, Model
+from distill.evaluation.meters.images import ImageMeter, one_a_class
+from distill.evaluation.meters.meter import Shown
 from distill.evaluation.protocol import Protocol
-from distill.evaluation.report import report, table
-from distill.evaluation.rows import Row
+from distill.evaluation.report import table
 from distill.files import copy, make_folder, read_json, sha256_file, write_json
 from distill.models.description import WEIGHTS, read_description
 from distill.models.generator import Generator
 from distill.models.native import load_model
 from distill.models.spec import SamplerSpec
 from distill.stages.artifact import digest_of
-from distill.stages.base import Settings, StageContext
 from distill.stages.display import Display
-from distill.stages.evaluate import Evaluate, labels_of
 from distill.stages.ownership import PUBLISHED, patterns, sweep
 from distill.stages.request import (
-    DEVICES,
     FOLDER,
     Request,
-    build,
     check_classes,
     check_out,
     check_reference,
@@ -53,100 +45,30 @@ from distill.stages.request import (
     reference_config,
     with_channels,
 )
+from distill.stages.threads import table_threads
+from distill.stages.trial import build_part
 
 # Step counts below the default that a model valid for any number is measured at.
 USUAL_STEPS = (1, 2, 4, 8)
-PICTURE_WIDTH = 2560  # pixels that the picture of samples may have
 
 
-@dataclass
-class Judge(Evaluate):
-    """The Evaluate stage of one model, or of one folder of images, that belongs to no run.
+@dataclass(frozen=True)
+class Job:
+    """What is measured: a model at some step counts, or a folder of images.
 
     Attributes:
-        force: sample at step counts that the model is not valid for.
-        guidance_scale, noise_scale: replace the model's own; None keeps it.
-        title: of the report. suffix: what the protocol says after the reference's name.
-        by_class: whether the samples' classes are the reference's; if not, they have no numbers by class.
+        real: the real images. count: samples a row. source: the entry of metrics.json.
+        note: a sentence above the numbers. by_class: the samples' classes are those of the real images.
     """
 
-    force: bool = False
-    guidance_scale: float | None = None
-    noise_scale: float | None = None
-    title: str = ""
-    suffix: str = ""
-    by_class: bool = True
-    _real: Any = field(default=None, repr=False)  # the data of `data`, built
-
-    def _generators(self, context: StageContext) -> dict[str, Generator]:
-        """The model, with the options in its sampler."""
-        generators = {
-            label: load_model(context.inputs[label], device=context.device) for label in self.models
-        }
-        for label, generator in generators.items():
-            generator.spec = sampler(
-                generator, self.models[label].steps, self.guidance_scale, self.noise_scale, force=self.force
-            )
-        return generators
-
-    def _bench(self, context: StageContext) -> Any:
-        bench = super()._bench(context)
-        return replace(bench, description=bench.description + self.suffix)
-
-    def images(self, context: StageContext, samples: ImageFolder) -> None:
-        """Measure a folder of images as `run` measures a model."""
-        label = next(iter(context.inputs))
-        bench, images = self._bench(context), samples.images
-        labels = samples.labels if self.by_class else None
-        row = {"model": label, "steps": None} | dict.fromkeys(known.name for known in metrics("images"))
-        row |= measure(images.to(context.device), labels, bench.reference, bench.extractor)
-        shown = images[showcase(labels, self.grid_columns, len(images))]
-        self._picture(context, [(label, shown)])
-        counts = () if labels is None else labels.bincount().tolist()
-        self._publish(context, [row], bench, len(set(counts)) == 1)
-
-    def _measure(self, samples: Tensor, generator: Generator, bench: Any) -> dict[str, float | None]:
-        labels = labels_of(generator, self.count) if self.by_class else None
-        return measure(samples, labels, bench.reference, bench.extractor)
-
-    def _draw(
-        self,
-        context: StageContext,
-        generators: Mapping[str, Generator],
-        images: Mapping[tuple[str, int], Tensor],
-    ) -> None:
-        self._picture(
-            context,
-            [(f"{label}, {n} step{'s' * (n > 1)}", samples) for (label, n), samples in images.items()],
-        )
-
-    def _picture(self, context: StageContext, rows: Sequence[tuple[str, Tensor]]) -> None:
-        """grid.png: the samples, and below them real images of the same classes."""
-        columns = max(2, min(self.grid_columns, PICTURE_WIDTH // rows[0][1].shape[-1]))
-        chosen = showcase(self._real.labels, columns, len(self._real))
-        real = self._real.fetch(chosen, chosen).x0
-        shown = [(label, images[:columns]) for label, images in [*rows, ("real", real)]]
-        save_png(image_grid(shown), context.folder / "grid.png")
-
-    def _page(
-        self,
-        context: StageContext,
-        rows: Sequence[Mapping[str, Any]],
-        protocol: Protocol,
-        real: Mapping[str, float],
-        gates: Sequence[GateResult],
-    ) -> str:
-        return report(self.title, printable(rows), protocol, real, gates, grid=True, note=self.note)
-
-
-def showcase(labels: Tensor | None, columns: int, count: int) -> Tensor:
-    """Up to `columns` rows of a set of `count` images: the first ones, or with labels a class a column in turn, as the
-    labels of samples go round the classes."""
-    if labels is None:
-        return torch.arange(min(columns, count))
-    classes = [(labels == label).nonzero()[:, 0] for label in labels.unique()]
-    turns = [(classes[c % len(classes)], c // len(classes)) for c in range(columns)]
-    return torch.stack([rows[turn % len(rows)] for rows, turn in turns])
+    real: Any
+    count: int
+    source: dict[str, Any]
+    note: str
+    by_class: bool
+    model: Generator | None = None
+    steps: Sequence[int] = ()
+    images: ImageFolder | None = None
 
 
 def sampler(
@@ -173,11 +95,6 @@ def valid_steps(spec: SamplerSpec) -> list[int]:
     return sorted({*spec.times, spec.steps, *usual}, reverse=True)
 
 
-def printable(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows whose unknown step counts (images from elsewhere) print as a dash."""
-    return [dict(row) | {"steps": "-" if row["steps"] is None else row["steps"]} for row in rows]
-
-
 def judge(request: Request, configs: Mapping[str, Path]) -> Path:
     """Measure what `request` names and write metrics.json, report.md and grid.png; returns their folder.
 
@@ -186,60 +103,91 @@ def judge(request: Request, configs: Mapping[str, Path]) -> Path:
     """
     path = Path(str(request.model)).expanduser()
     out, reference = place(request, path), reference_config(request, configs)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         plan = plan_model if is_model(path) else plan_images
-        stage, source, samples = plan(request, path, reference, build(reference, "reference"))
-    for text in dict.fromkeys(str(warning.message) for warning in told):
+        job = plan(request, path, reference, build_part(reference, "reference"))
+    for text in dict.fromkeys(str(warning.message) for warning in caught):
         print(f"warning: {text}", file=sys.stderr)
-    real = stage._real
-    identity = {
-        "source": {key: value for key, value in source.items() if key != "model"},  # wherever it lies
-        "real": real.fingerprint(),
-        "seed": request.seed,
-        "features": request.features,
-    }
-    asked: dict[str, Any] = {k: getattr(stage, k) for k in ("count", "k", "stream", "guidance_scale")}
-    asked["models"] = {name: {"stage": row.stage, "steps": row.steps} for name, row in stage.models.items()}
-    asked["straightness"] = None if stage.straightness is None else asdict(stage.straightness)
-    if stage.noise_scale is not None:
-        asked["noise_scale"] = stage.noise_scale
-    digest = digest_of(identity | asked)
-    check_out(out, digest, [Path(data.path) for data in (samples, real) if isinstance(data, ImageFolder)])
-    label = label_of(request, path)
+    label, digest = label_of(request, path), job_digest(request, job, label_of(request, path))
+    check_out(
+        out, digest, [Path(data.path) for data in (job.images, job.real) if isinstance(data, ImageFolder)]
+    )
     # The three files appear last; nothing else is left.
     with tempfile.TemporaryDirectory() as folder:
-        context = StageContext(
-            name="evaluate",
-            folder=Path(folder),
-            inputs={label: path},
-            seed=request.seed,
-            settings=Settings(accelerator=DEVICES[request.device]),
-            loggers=(),
-            display=Display("evaluate"),
-            run_folder=Path(folder),
-            recipe=recipe_of(path) or label,
-            digest=digest,
-        )
-        with warnings.catch_warnings(record=True) as told:
-            try:
-                stage.run(context) if samples is None else stage.images(context, samples)
-            except InstantiationException as error:
-                raise ValueError(f"features: {error.__cause__ or error}") from error
-        for text in sorted({str(warning.message) for warning in told}):
-            context.display.line(text)
-        metrics = read_json(context.folder / "metrics.json") | {"recipe": recipe_of(path), "source": source}
+        display = Display("evaluate")
+        with warnings.catch_warnings(record=True) as caught:
+            measure(request, job, label, digest, Path(folder), display)
+        for text in sorted({str(warning.message) for warning in caught}):
+            display.line(text)
+        metrics = read_json(Path(folder) / "metrics.json") | {"recipe": recipe_of(path), "source": job.source}
         make_folder(out)
         sweep(out, patterns(*PUBLISHED))
         write_json(out / "metrics.json", metrics)  # first: by it the others are known as ours
         for name in ("grid.png", "report.md"):
-            copy(context.folder / name, out / name)
+            copy(Path(folder) / name, out / name)
     return out
 
 
-def plan_model(
-    request: Request, path: Path, reference: Mapping[str, Any], real: Any
-) -> tuple[Judge, dict[str, Any], None]:
-    """(the stage, what is measured, None) of a model folder."""
+def job_digest(request: Request, job: Job, label: str) -> str:
+    """Digest of everything that the numbers depend on."""
+    identity: dict[str, Any] = {
+        "source": {key: value for key, value in job.source.items() if key != "model"},  # wherever it lies
+        "real": job.real.fingerprint(),
+        "seed": request.seed,
+        "features": request.features,
+        "count": job.count,
+        "k": request.k,
+    }
+    of_model = job.model is not None
+    identity["stream"] = request.stream if of_model else "evaluate"
+    identity["guidance_scale"] = request.guidance_scale
+    identity["models"] = {label: {"stage": label, "steps": list(job.steps)}} if of_model else {}
+    straightness = request.straightness if of_model else None
+    identity["straightness"] = None if straightness is None else asdict(straightness)
+    if request.noise_scale is not None:
+        identity["noise_scale"] = request.noise_scale
+    return digest_of(identity)
+
+
+def measure(request: Request, job: Job, label: str, digest: str, folder: Path, display: Display) -> None:
+    """Sample and measure; write the three files into `folder`."""
+    device, balanced = request.torch_device, False
+    features = build_part(request.features, "features", device)
+    meter = ImageMeter(job.real, features, request.k, real_row=True)
+    evaluation = Evaluation(
+        meter,
+        job.count,
+        request.batch_size,
+        request.seed,
+        request.stream if job.model is not None else "evaluate",
+        request.straightness if job.model is not None else None,
+        grid=[(label, n) for n in job.steps],
+        by_class=job.by_class,
+        device=device,
+        say=display.line,
+    )
+    if job.model is not None:
+        torch.set_num_threads(table_threads(sum(p.numel() for p in job.model.denoiser.parameters())))
+        models = {label: Model(job.model.to(device), job.steps)}
+        with display.bar(len(job.steps), unit="row") as bar:
+            rows = evaluation.run(models, folder / "grid.png", bar)
+        balanced = evaluation.balanced(models)
+    else:
+        assert job.images is not None
+        evaluation.prepare()
+        images = job.images.images
+        labels = job.images.labels if job.by_class else None
+        rows = [evaluation.row(label, None) | meter.measure(images, labels)]
+        chosen = one_a_class(labels, meter.grid_columns, len(images))
+        evaluation.draw([Shown(label, images[chosen])], folder / "grid.png")
+        balanced = len(set(() if labels is None else labels.bincount().tolist())) == 1
+    header = {"recipe": None, "digest": digest, "seed": request.seed, "note": job.note}
+    title = f"Evaluation of {utf8_path(str(request.model))}"
+    evaluation.write(folder, title, rows, (), header, balanced=balanced, suffix=resized(job.real, job.images))
+
+
+def plan_model(request: Request, path: Path, reference: Mapping[str, Any], real: Any) -> Job:
+    """The job of a model folder."""
     description = read_description(path)
     generator = load_model(path)
     if len(generator.denoiser.sample_shape) != 3:
@@ -270,37 +218,23 @@ def plan_model(
         )
     if request.noise_scale is not None:
         notes.append(f"Fresh noise between steps times {request.noise_scale:g}.")
-    label = label_of(request, path)
-    stage = Judge(
-        models={label: Row(stage=label, steps=steps)},
-        data=dict(reference),
-        features=request.features,
-        count=2000 if request.count is None else request.count,
-        batch_size=request.batch_size,
-        k=request.k,
-        straightness=request.straightness,
-        stream=request.stream,
-        note=" ".join([*notes, *remarks(real, None)]),
-        by_class=by_class,
-        force=request.force,
-        guidance_scale=request.guidance_scale,
-        noise_scale=request.noise_scale,
-        title=f"Evaluation of {utf8_path(str(request.model))}",
-        suffix=suffix(real, None),
-        _real=real,
-    )
-    digest = sha256_file(path / WEIGHTS)
-    return (
-        stage,
-        {"model": utf8_path(str(request.model)), "sha256": digest, "sampler": description["sampler"]},
-        None,
+    return Job(
+        real,
+        2000 if request.count is None else request.count,
+        {
+            "model": utf8_path(str(request.model)),
+            "sha256": sha256_file(path / WEIGHTS),
+            "sampler": description["sampler"],
+        },
+        " ".join([*notes, *remarks(real, None)]),
+        by_class,
+        Generator(generator.denoiser, spec),
+        steps,
     )
 
 
-def plan_images(
-    request: Request, path: Path, reference: Mapping[str, Any], real: Any
-) -> tuple[Judge, dict[str, Any], ImageFolder]:
-    """(the stage, what is measured, the images) of a folder of images."""
+def plan_images(request: Request, path: Path, reference: Mapping[str, Any], real: Any) -> Job:
+    """The job of a folder of images."""
     for key in ("steps", "guidance_scale", "noise_scale"):
         if (found := getattr(request, key)) is not None:
             raise ValueError(f"{key}: found {found}, but {path} is a folder of images, sampled before")
@@ -317,20 +251,9 @@ def plan_images(
         )
     check_reference(real, samples.sample_shape, str(request.reference), request.resolution)
     unlike = check_classes(samples, real)
-    stage = Judge(
-        models={},
-        data=dict(reference),
-        features=request.features,
-        count=len(samples),
-        k=request.k,
-        note=" ".join([*([unlike] if unlike else []), *remarks(real, samples)]),
-        by_class=not unlike,
-        title=f"Evaluation of {utf8_path(str(request.model))}",
-        suffix=suffix(real, samples),
-        _real=real,
-    )
     source = {"model": utf8_path(str(request.model)), "sha256": samples.fingerprint(), "sampler": None}
-    return stage, source, samples
+    notes = [*([unlike] if unlike else []), *remarks(real, samples)]
+    return Job(real, len(samples), source, " ".join(notes), not unlike, images=samples)
 
 
 def fitted(config: Mapping[str, Any], images: Any, channels: int) -> tuple[dict[str, Any], Any]:
@@ -338,7 +261,7 @@ def fitted(config: Mapping[str, Any], images: Any, channels: int) -> tuple[dict[
     if not isinstance(images, ImageFolder):
         return dict(config), images
     changed = with_channels(config, images, channels)
-    return changed, images if changed == dict(config) else build(changed, "reference")
+    return changed, images if changed == dict(config) else build_part(changed, "reference")
 
 
 def remarks(real: Any, samples: ImageFolder | None) -> list[str]:
@@ -351,19 +274,17 @@ def remarks(real: Any, samples: ImageFolder | None) -> list[str]:
     ]
 
 
-def suffix(real: Any, samples: ImageFolder | None) -> str:
+def resized(real: Any, samples: ImageFolder | None) -> str:
     """What the protocol says of resized images."""
-    told = [f", {real.resized}"] if isinstance(real, ImageFolder) and real.resized else []
-    return "".join(
-        told + ([f"; samples {samples.resized}"] if samples is not None and samples.resized else [])
-    )
+    of_real = f", {real.resized}" if isinstance(real, ImageFolder) and real.resized else ""
+    return of_real + (f"; samples {samples.resized}" if samples is not None and samples.resized else "")
 
 
 def summary(out: Path) -> str:
     """The table, the protocol and where the files lie, for the terminal."""
     metrics = read_json(out / "metrics.json")
     protocol = Protocol.from_dict(metrics["protocol"])
-    lines = [aligned(table(printable(metrics["rows"]), protocol.names()))]
+    lines = [aligned(table(metrics["rows"], protocol.names()))]
     lines += [f"\nnote: {metrics['note']}"] if metrics["note"] else []
     lines += [f"\nProtocol: {protocol.describe()}.", *(f"  {out / name}" for name in PUBLISHED)]
     return "\n".join(lines)

@@ -12,24 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from torch import Tensor
 
 from distill.data.rng import Draws
 from distill.data.source import Source
 from distill.engine.logging import lines_of, read_entries
 from distill.engine.module import STUDENT, DistillModule
+from distill.evaluation.evaluation import labels_of
 from distill.evaluation.grid import image_grid, save_png, tile
-from distill.evaluation.measure import Reference, measure
+from distill.evaluation.meters.images import ImageMeter
 from distill.evaluation.metric import metrics
 from distill.files import make_folder, read_json, remove, sha256_file, write_json, write_text
 from distill.models.description import DESCRIPTION, WEIGHTS
-from distill.models.features import FeatureExtractor
 from distill.stages.base import StageContext, check_types
+from distill.stages.trial import build_part
 from distill.typed import parse
 
 MODEL_FILES = (WEIGHTS, DESCRIPTION)
 PICTURE = r"(step|diagnostics)_(\d{7,})\.png"  # no other picture is ours
+STREAM = "monitor"  # of the samples' noise
 FOLDER, BEST, RECORD, SUMMARY = "monitor", "best", "evaluations.jsonl", "best.json"
 DIAGNOSED = 64  # samples of the data that a method's diagnostics are given
 
@@ -69,8 +70,13 @@ class Options:
 
     def fingerprint(self) -> str:
         """The real data and the feature extractor."""
-        features = instantiate(self.features)
-        return f"{instantiate(self.data).fingerprint()} {features.name} {features.sha256}"
+        return self.meter().fingerprint()
+
+    def meter(self, device: torch.device | str = "cpu") -> ImageMeter:
+        """What samples are measured with."""
+        return ImageMeter(
+            build_part(self.data, "data"), build_part(self.features, "features", device), self.k, self.columns
+        )
 
 
 class Monitor:
@@ -86,8 +92,7 @@ class Monitor:
     ) -> None:
         self.options, self.context, self.save, self.source = options, context, save, source
         self.folder = context.folder / FOLDER
-        self._reference: Reference | None = None
-        self._extractor: FeatureExtractor | None = None
+        self._meter: ImageMeter | None = None
         self._best: tuple[int, float] | None = None  # step and value of the model in `best/`
         # The step of a best model that a killed run kept after its last checkpoint, in the place of an earlier one: it comes
         # again at that step.
@@ -190,7 +195,7 @@ class Monitor:
         parts: dict[int, Tensor] = {}
         for number in range(world.rank, -(-len(chunks) // world.size) * world.size, world.size):
             ids = chunks[number] if number < len(chunks) else chunks[0]
-            images = generator.sample_ids(ids, seed=self.context.seed, stream="monitor")
+            images = generator.sample_ids(ids, seed=self.context.seed, stream=STREAM)
             if number < len(chunks):
                 parts[number] = images
         model.train(training)
@@ -198,24 +203,13 @@ class Monitor:
 
     def _measure(self, module: DistillModule, samples: Tensor) -> dict[str, float]:
         """The logged metrics of the samples; the real half of the work is done once."""
-        if self._reference is None:
-            self._extractor = instantiate(self.options.features, device=str(self.context.device))
-            data = instantiate(self.options.data)
-            images = data.images.to(self.context.device)
-            assert self._extractor is not None
-            self._reference = Reference(
-                images,
-                data.labels,
-                self._extractor,
-                k=self.options.k,
-                seed=self.context.seed,
-                classes=getattr(data, "classes", None),
-            )
-        assert self._extractor is not None
-        labels = module.as_generator().conditions.ask(count=self.options.count).get("label")
+        if self._meter is None:
+            self._meter = self.options.meter(self.context.device)
+            self._meter.prepare(self.context.seed, STREAM, self.options.count, self.context.device)
+        labels = labels_of(module.as_generator(), self.options.count)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a small count is chosen knowingly here, and named so
-            row = measure(samples.to(self.context.device), labels, self._reference, self._extractor)
+            row = self._meter.measure(samples, labels)
         logged = [known.name for known in metrics("images") if known.monitored]
         return {name: float(value) for name in logged if (value := row[name]) is not None}
 

@@ -1,4 +1,4 @@
-"""Former names of a method's options: where they are now, and the names that digests keep."""
+"""Former names of options of methods and evaluations: where they are now, and the names that digests keep."""
 
 from __future__ import annotations
 
@@ -23,13 +23,16 @@ MOVED: dict[str, str] = {
     "window": "backtrack.window",
     "tolerance": "backtrack.tolerance",
 }
-"""Former names of options -> their names now. Digests and records of nodes use the former names, so that finished stages
-of earlier versions are still found."""
+"""Former names of options of methods -> their names now. Digests and records of nodes use the former names, so that finished
+stages of earlier versions are still found."""
+
+
+MOVED_TO_METERS = {name: f"meter.{name}" for name in ("data", "features", "k", "grid_columns", "paths")}
 
 
 def moved_option(name: str, options: Collection[str]) -> str | None:
-    """Where an option of that former name is now, for a method (or a config of one) with these options."""
-    found = MOVED.get(name)
+    """Where an option of that former name is now, for a method or an evaluation with these options."""
+    found = MOVED.get(name) or MOVED_TO_METERS.get(name)
     return found if found is not None and found.partition(".")[0] in options else None
 
 

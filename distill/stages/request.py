@@ -58,8 +58,9 @@ class Request:
             if getattr(self, key) is None:
                 raise ValueError(f"{key}: missing; expected {example}")
         settle(self)
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size: found {self.batch_size}, expected at least 1")
+        for key, least in (("batch_size", 1), ("k", 1), ("count", self.k + 2)):
+            if (found := getattr(self, key)) is not None and found < least:
+                raise ValueError(f"{key}: found {found}, expected at least {least}")
         if self.device not in DEVICES:
             raise ValueError(f"device: found {self.device!r}, expected one of {', '.join(DEVICES)}")
         if DEVICES[self.device] == "gpu" and not torch.cuda.is_available():
@@ -71,6 +72,12 @@ class Request:
             raise ValueError(
                 f"steps: found {self.steps!r}, expected counts of at least 1, such as steps=1,2,4"
             )
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device that is meant."""
+        cuda = DEVICES[self.device] != "cpu" and torch.cuda.is_available()
+        return torch.device("cuda", 0) if cuda else torch.device("cpu")
 
     @property
     def step_list(self) -> list[int] | None:
@@ -143,14 +150,6 @@ def recipe_of(model: Path) -> str | None:
         if (run / "plan.json").is_file():
             return str(read_json(run / "plan.json")["recipe"])
     return None
-
-
-def build(config: Mapping[str, Any], what: str) -> Any:
-    """Instantiate; an error is told as that option's."""
-    try:
-        return instantiate(dict(config), _convert_="all")
-    except InstantiationException as error:
-        raise ValueError(f"{what}: {error.__cause__ or error}") from error
 
 
 def check_reference(real: Any, shape: Sequence[int], name: str, resolution: Any) -> None:

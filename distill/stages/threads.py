@@ -47,13 +47,19 @@ def use_threads(context: StageContext, parameters: int) -> int:
                 f"{cores} to continue with another count, which changes the last bits of sums"
             )
     if wanted is None:
-        share = max(1, min(cores, openmp_threads() or cores) // context.world.local_size)
-        wanted = min(share, next((threads for below, threads in THREAD_TABLE if parameters < below), share))
+        wanted = table_threads(parameters, context.world.local_size)
     context.world.barrier()  # all processes have read the file before it is written
     if context.world.main:
         write_json(path, {"threads": wanted})
     torch.set_num_threads(wanted)
     return wanted
+
+
+def table_threads(parameters: int, processes: int = 1) -> int:
+    """Return the threads for a net with so many parameters, where `processes` share the machine."""
+    cores = available_cores()
+    share = max(1, min(cores, openmp_threads() or cores) // processes)
+    return min(share, next((threads for below, threads in THREAD_TABLE if parameters < below), share))
 
 
 def available_cores() -> int:

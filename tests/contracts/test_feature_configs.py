@@ -151,4 +151,6 @@ def test_features_are_a_group_of_the_command_line(train: Any, tmp_path: Path) ->
     assert "features: found 'resnet'" in train("features=resnet")
     assert "; expected clip, digits64, dino, efficientnet_lite0, inception" in train("features=resnet")
     assert "did you mean features.size?" in train("features=dino", "features.sise=3")
-    assert "eval.features is the group 'features'; override features.path=" in train("eval.features.path=x")
+    told = train("eval.meter.features.path=x")
+    assert "eval.meter.features is the group 'features'; override features.path=" in told
+    assert "eval.features: is now eval.meter.features" in train("eval.features.path=x")

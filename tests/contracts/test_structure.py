@@ -57,6 +57,7 @@ FOREIGN = {
     "omegaconf": {"recipe", "stages", "train", "evaluate"},
     "lightning": {"engine"},
     "matplotlib": {"evaluation", "__init__"},
+    "torchmetrics": {"evaluation"},
     "wandb": {"engine"},
 }
 

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import Load
-from torch import Tensor
+from torch import Tensor, nn
+from torchmetrics.image.inception import InceptionScore
+from torchmetrics.image.kid import KernelInceptionDistance
 
 from distill.evaluation.metrics.cmmd import cmmd, mean_kernel, unit_rows
 from distill.evaluation.metrics.frechet import fd, frechet_distance, moments
-from distill.evaluation.metrics.inception_score import inception_score
 from distill.evaluation.metrics.kid import kid, self_similarity
 from distill.evaluation.metrics.precision import manifold, squared_radii
 
@@ -95,7 +96,22 @@ def test_cmmd(golden: Golden) -> None:
     assert cmmd(unit_rows(lengths * x), unit_rows(y)) == pytest.approx(expected, rel=1e-9)
 
 
-def test_inception_score(golden: Golden) -> None:
-    probabilities = golden["is.probs"]
-    assert inception_score(probabilities) == pytest.approx(golden["is.all"].item(), rel=1e-9)
-    assert inception_score(probabilities, block=40) == pytest.approx(golden["is.split40"].item(), rel=1e-9)
+class Given(nn.Module):
+    """Features, or logits, that are given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def test_the_inception_score_comes_from_torchmetrics(golden: Golden) -> None:
+    score = InceptionScore(feature=Given(), splits=1)
+    score.update(golden["is.probs"].log())
+    assert float(score.compute()[0]) == pytest.approx(golden["is.all"].item(), rel=1e-9)
+
+
+def test_so_does_kid_over_subsets(golden: Golden) -> None:
+    """Of one subset, which is everything: larger ones are drawn at random."""
+    metric = KernelInceptionDistance(feature=Given(), subsets=1, subset_size=200).set_dtype(torch.float64)
+    metric.update(golden["real"][:200], real=True)
+    metric.update(golden["fake"], real=False)
+    assert float(metric.compute()[0]) == pytest.approx(golden["kid.full_200"].item(), rel=1e-9)

@@ -20,7 +20,7 @@ from distill.files import sha256_file, write_json
 from distill.recipe.references import stage_class
 from distill.recipe.run import run
 from distill.stages import nodes, ownership
-from distill.stages.artifact import FIRST_NAMES, digest_of, identity, write_artifact
+from distill.stages.artifact import FIRST_METERS, FIRST_NAMES, digest_of, identity, write_artifact
 from distill.stages.base import Stage
 
 OPTIM = {
@@ -528,12 +528,18 @@ def test_digests_keep_the_names_that_stages_had_first(x: Path) -> None:
     assert found - {
         "distill.stages.base.Stage",
         "distill.stages.base.ModelStage",
-        "distill.stages.judge.Judge",
     } == set(FIRST_NAMES)
     for name, first in FIRST_NAMES.items():
         content = identity({"_target_": name, "count": 3, "path": "a"}, (), {}, 0, "f")
         text = '{"config":{"_target_":"FIRST","count":3},"fingerprint":"f","inputs":{},"seed":0}'
         assert digest_of(content) == hashlib.sha256(text.replace("FIRST", first).encode()).hexdigest()
+    for name, first in FIRST_METERS.items():
+        evaluate = {
+            "_target_": "distill.stages.evaluate.Evaluate",
+            "meter": {"_target_": name, "k": 5},
+            "count": 3,
+        }
+        assert identity(evaluate, (), {}, 0, "f")["config"] == {"_target_": first, "k": 5, "count": 3}
     recorded = json.loads((x / "student" / "artifact.json").read_text())["identity"]["config"]["_target_"]
     assert recorded == "distill.pipeline.stages.Train"
 

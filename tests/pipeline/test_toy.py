@@ -28,13 +28,14 @@ from distill.samplers.ode import rollout
 from distill.samplers.straightness import straightness
 from distill.stages.base import Settings, Stage, StageContext
 from distill.stages.display import Display
+from distill.stages.evaluate import Evaluate
 from distill.stages.exact import Exact
 from distill.stages.generate import Generate
-from distill.stages.points import EvaluatePoints
 
 FLOW, RING = {"_target_": "distill.process.flow.Flow"}, {"count": 8, "radius": 1.5}
 MODELS = {"teacher": {"stage": "teacher", "steps": [30, 1], "follows_teacher": True}}
 DATA = {"_target_": "distill.data.points.Points", "ring": RING, "count": 700}
+METER = {"_target_": "distill.evaluation.meters.points.PointMeter", "data": DATA}
 
 
 def room(folder: Path, seed: int = 0, **inputs: Path) -> StageContext:
@@ -121,9 +122,9 @@ def evaluated(tmp_path_factory) -> Path:
     """The stage folder of an evaluation of the exact teacher in 30 steps and in 1."""
     folder = tmp_path_factory.mktemp("run")
     teacher = made(Exact(process=FLOW, ring=RING), folder / "teacher")
-    stage = EvaluatePoints(
+    stage = Evaluate(
         models=MODELS,
-        data=DATA,
+        meter=METER,
         count=500,
         batch_size=130,
         follows=("teacher", 30),
@@ -184,7 +185,7 @@ class TestEvaluatePoints:
         path = one_step / "model.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"coupling": "endpoint"}))
         models = {name: {"stage": name, "steps": [8]} for name in ("vp", "student")}
-        stage = EvaluatePoints(models=models, data=DATA, count=20, straightness={"steps": 10, "count": 20})
+        stage = Evaluate(models=models, meter=METER, count=20, straightness={"steps": 10, "count": 20})
         stage.run(room(made_folder(tmp_path / "evaluate"), vp=teacher, student=one_step))
         rows = json.loads((tmp_path / "evaluate" / "metrics.json").read_text())["rows"]
         for row in rows:
@@ -194,8 +195,16 @@ class TestEvaluatePoints:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"paths": 0}, "paths: expected at least 1, found 0"),
-            ({"features": {}}, "stages.evaluate.features: no such key"),
+            (
+                {"meter": METER | {"pahts": 3}},
+                "stages.evaluate.meter.pahts: no such key, did you mean .*paths",
+            ),
+            ({"meter": METER | {"features": {}}}, "stages.evaluate.meter.features: no such key"),
+            ({"meter": DATA}, "stages.evaluate.meter._target_: found .* expected a meter"),
+            (
+                {"_target_": "distill.stages.points.EvaluatePoints"},
+                "which was replaced; .*with meter: {_target_: .*PointMeter",
+            ),
             ({"grid": [["reflow", 1]]}, r"stages.evaluate.grid\[0\]: names the row"),
             (
                 {"gates": [{"name": "g", "row": ["teacher", 1], "metric": "entropy", "at_most": 1}]},
@@ -204,7 +213,7 @@ class TestEvaluatePoints:
         ],
     )
     def test_wrong_options_are_named(self, options, message):
-        config = {"_target_": "distill.stages.points.EvaluatePoints", "models": MODELS, "data": DATA}
+        config = {"_target_": "distill.stages.evaluate.Evaluate", "models": MODELS, "meter": METER}
         stages = {"teacher": {"_target_": "distill.stages.exact.Exact", "process": FLOW, "ring": RING}}
         with pytest.raises((ValueError, InstantiationException), match=message):
             build_stages(stages | {"evaluate": config | options})

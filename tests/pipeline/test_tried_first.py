@@ -62,7 +62,7 @@ COLOUR = ("recipe=instaflow", "data=folder", "teacher.net.channels=3", "teacher.
         ((), r"stages.distill: monitor.features: digits64 reads images \[B, 1, 8, 8\]"),
         (
             ("stages.distill.monitor=null",),
-            r"stages.evaluate: features: digits64 reads images \[B, 1, 8, 8\]",
+            r"stages.evaluate: meter.features: digits64 reads images \[B, 1, 8, 8\]",
         ),
         # gates on numbers by class, where nothing has a class
         (

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from distill.evaluation.metrics.cmmd import cmmd, unit_rows
-from distill.evaluation.metrics.inception_score import inception_score
 
 
 def embeddings(count: int, seed: int, shift: float = 0.0, dim: int = 24) -> Tensor:
@@ -57,24 +56,3 @@ class TestCmmd:
             cmmd(x, x / 0)
         with pytest.raises(ValueError, match="generated embeddings has rows of zeros"):
             unit_rows(0 * x, "generated embeddings")
-
-
-class TestInceptionScore:
-    def test_of_certain_and_of_uncertain_predictions(self) -> None:
-        assert inception_score(torch.eye(7).repeat(3, 1)) == pytest.approx(7)
-        assert inception_score(torch.full((9, 4), 0.25)) == pytest.approx(1)
-        assert inception_score(torch.eye(7)[[2, 2, 2]]) == pytest.approx(1)
-
-    def test_blocks_are_consecutive_and_the_last_may_be_small(self) -> None:
-        sorted_by_class = torch.eye(2).repeat_interleave(4, 0)
-        assert inception_score(sorted_by_class) == pytest.approx(2)
-        assert inception_score(sorted_by_class, block=4) == pytest.approx(1)
-        assert inception_score(sorted_by_class[:7], block=6) == pytest.approx(
-            (math.exp(math.log(6) - 4 / 6 * math.log(4) - 2 / 6 * math.log(2)) + 1) / 2
-        )
-
-    def test_refuses_what_are_no_probabilities(self) -> None:
-        with pytest.raises(ValueError, match="sum to 1"):
-            inception_score(torch.randn(4, 3))
-        with pytest.raises(ValueError, match="block: found 0"):
-            inception_score(torch.eye(3), block=0)

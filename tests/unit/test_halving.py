@@ -52,8 +52,8 @@ TEACHER = training(
 )
 DISTILL = training("progressive.Progressive", init="teacher", teacher="teacher")
 EVALUATE = {
-    "_target_": "distill.stages.points.EvaluatePoints",
-    "data": DATA,
+    "_target_": "distill.stages.evaluate.Evaluate",
+    "meter": {"_target_": "distill.evaluation.meters.points.PointMeter", "data": DATA},
     "count": 32,
     "models": {
         "teacher": {"stage": "teacher", "steps": [8, 1]},
@@ -225,7 +225,7 @@ BLOCK = {"stage": "distill", "start": 8, "end": 1}
         (BLOCK | {"stage": "distil"}, r"halve.stage: found 'distil', expected one of \['teacher', 'distill'"),
         (
             BLOCK | {"stage": "evaluate"},
-            "halve.stage: 'evaluate' is a EvaluatePoints stage, expected one that trains",
+            "halve.stage: 'evaluate' is a Evaluate stage, expected one that trains",
         ),
         (BLOCK | {"step": 8}, "halve.step: no such key, did you mean halve.st"),
         ({"stage": "distill", "end": 1}, "halve.start: missing"),

@@ -128,7 +128,7 @@ class TestPages:
             "process": {"_target_": "distill.process.flow.Flow"}, "coupling": "endpoint",
         }  # fmt: skip
         for page in (
-            report("r", [ROW], used, {}, [], grid=False),
+            report("r", [ROW], used, {}, []),
             card("r", model, [ROW], used, grid=False),
         ):
             assert heading in page

@@ -1,0 +1,209 @@
+"""Sampling and measuring: every model at every step count from the same noise, in one table (contract *metrics.json*)."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.evaluation.gates import Gate, GateResult, check
+from distill.evaluation.meters.meter import Meter, Shown
+from distill.evaluation.metric import metrics
+from distill.evaluation.paths import euler_paths, has_paths
+from distill.evaluation.report import report
+from distill.evaluation.rows import Straightness
+from distill.evaluation.samples import Sampled
+from distill.files import write_json, write_text
+from distill.models.generator import Generator
+from distill.world import World
+
+SCHEMA = 1
+METRICS, PAGE, PICTURE = "metrics.json", "report.md", "grid.png"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model to measure at some step counts; `follows`: it is compared with the samples of the row `Evaluation.follows`;
+    `facts`: what the stage that trained it recorded."""
+
+    generator: Generator
+    steps: Sequence[int]
+    follows: bool = False
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def row(self, steps: int, evaluation: Evaluation) -> dict[str, float | None]:
+        """The entries of a row that follow from how it is sampled, of a trial: None where they will be None."""
+        path = evaluation.straightness is not None and has_paths(self.generator)
+        nothing = torch.zeros(1, 1)
+        sampled = Sampled(
+            self.generator,
+            steps,
+            count=1,
+            seconds=1.0,
+            samples=nothing,
+            followed=nothing if self.follows and evaluation.follows else None,
+            path=(torch.zeros(3, 1, 1), torch.zeros(2, 1, 1)) if path else None,
+            facts=self.facts,
+        )
+        return evaluation.of_row(sampled)
+
+
+@dataclass
+class Evaluation:
+    """Samples models, measures them, and writes metrics.json, report.md and grid.png.
+
+    Attributes:
+        meter: the real set and its metrics.
+        count: samples a row; labels go round the classes. batch_size: samples a network call.
+        seed, stream: of the samples' noise.
+        straightness, follows, grid: see `stages.evaluate.Evaluate`. by_class: whether labels are the real set's classes.
+        world, device: all processes sample, the main one measures. say: prints a line.
+    """
+
+    meter: Meter
+    count: int
+    batch_size: int = 500
+    seed: int = 0
+    stream: str = "evaluate"
+    straightness: Straightness | None = None
+    follows: tuple[str, int] | None = None
+    grid: Sequence[tuple[str, int]] = ()
+    by_class: bool = True
+    world: World = field(default_factory=World)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    say: Callable[[str], None] = print
+
+    def run(self, models: Mapping[str, Model], picture: Path, bar: Any) -> list[dict[str, Any]]:
+        """The rows of all models in their order, and the picture; [] and no picture on other processes than the main one.
+        bar: a tqdm bar over the rows."""
+        jobs = [(label, steps) for label, model in models.items() for steps in model.steps]
+        self.prepare()
+        rows: dict[tuple[str, int], dict[str, Any]] = {}
+        kept: dict[tuple[str, int], Tensor] = {}
+        paths: dict[str, Any] = {}
+        with warnings.catch_warnings(record=True) as caught:
+            for label, steps in sorted(jobs, key=lambda job: job != self.follows):
+                bar.set_postfix_str(f"{label} in {steps}", refresh=True)
+                model = models[label]
+                samples, seconds = self._sample(model.generator, steps)
+                bar.update()
+                if samples is None:
+                    continue
+                if label not in paths:
+                    paths[label] = self._path(model.generator)
+                # Whole only where later rows are compared with it; else what the picture shows.
+                kept[label, steps] = (
+                    samples if (label, steps) == self.follows else samples[: self.meter.shown]
+                )
+                followed = kept[self.follows] if self.follows and model.follows else None
+                sampled = Sampled(
+                    model.generator, steps, self.count, seconds, samples, followed, paths[label], model.facts
+                )
+                labels = labels_of(model.generator, self.count) if self.by_class else None
+                rows[label, steps] = self.row(label, steps) | self.of_row(sampled)
+                rows[label, steps] |= self.meter.measure(samples, labels)
+        for text in sorted({str(warning.message) for warning in caught}):
+            self.say(text)
+        if rows:
+            shown = self.grid or self.meter.panels({label: model.steps for label, model in models.items()})
+            self.draw(
+                [
+                    Shown(_title(*key), kept[key][: self.meter.shown], models[key[0]].generator, key[1])
+                    for key in shown
+                ],
+                picture,
+            )
+        return [rows[job] for job in jobs] if rows else []
+
+    def prepare(self) -> None:
+        """Do the real half of the work, on the main process."""
+        if self.world.main:
+            self.meter.prepare(self.seed, self.stream, self.count, self.device)
+
+    def row(self, label: str, steps: int | None) -> dict[str, Any]:
+        """A row with null for every metric of the contract."""
+        contract = [known.name for known in metrics() if known.of != "points"]
+        return {"model": label, "steps": steps} | dict.fromkeys(contract)
+
+    def of_row(self, sampled: Sampled) -> dict[str, float | None]:
+        """The entries of a row that follow from how its samples were made."""
+        return {known.name: known.measure(sampled) for known in metrics(self.meter.kind) if known.rows}
+
+    def draw(self, shown: Sequence[Shown], path: Path) -> None:
+        """grid.png, where there is something to show."""
+        if shown:
+            self.meter.draw(shown, path, self.seed, self.stream)
+
+    def write(
+        self,
+        folder: Path,
+        title: str,
+        rows: Sequence[Mapping[str, Any]],
+        gates: Sequence[Gate],
+        header: Mapping[str, Any],
+        *,
+        balanced: bool,
+        suffix: str = "",
+    ) -> list[GateResult]:
+        """Check the gates and write metrics.json (`header`: its entries besides protocol, real, rows and gates) and report.md.
+
+        balanced: every class has equally many samples. suffix: what the protocol says after the real set."""
+        real_set = self.meter.real
+        floor = real_set.floor()
+        protocol = real_set.protocol(
+            self.count,
+            self.meter.description + suffix,
+            class_balanced=balanced,
+            straightness_steps=None if self.straightness is None else self.straightness.steps,
+            floor=floor,
+        )
+        real = real_set.references(floor)
+        results = check(gates, rows, real)
+        content = {"schema": SCHEMA, **header, "protocol": protocol.to_dict(), "real": real}
+        content |= {"rows": list(rows), "gates": [asdict(result) for result in results]}
+        write_json(folder / METRICS, content)
+        caption = self.meter.caption if (folder / PICTURE).is_file() else ""
+        page = report(title, rows, protocol, real, results, caption=caption, note=header.get("note", ""))
+        write_text(folder / PAGE, page)
+        for result in results:
+            if not result.passed:
+                self.say(f"gate {result.describe()}")
+        return results
+
+    def balanced(self, models: Mapping[str, Model]) -> bool:
+        """Whether every class has equally many samples."""
+        period = next(iter(models.values())).generator.conditions.period
+        return period > 0 and self.count % period == 0
+
+    def _sample(self, generator: Generator, steps: int) -> tuple[Tensor | None, float]:
+        """(images clamped to [-1, 1] on the CPU of the main process, seconds) of the samples 0 .. count - 1."""
+        warm = torch.arange(min(self.count, self.batch_size))
+        generator.sample_ids(warm, seed=self.seed, stream=self.stream, steps=1, force=True)
+        start = time.perf_counter()
+        parts = {
+            number: generator.sample_ids(ids, seed=self.seed, stream=self.stream, steps=steps)
+            for number, ids in self.world.share(torch.arange(self.count).split(self.batch_size))
+        }
+        return self.world.collect(parts), time.perf_counter() - start
+
+    def _path(self, generator: Generator) -> tuple[Tensor, Tensor] | None:
+        """(path, velocities) of a flow over `straightness.steps` Euler steps; None where a model has no ODE."""
+        if self.straightness is None or not has_paths(generator):
+            return None
+        ids = torch.arange(min(self.straightness.count, self.count))
+        return euler_paths(generator, ids, self.seed, self.stream, self.straightness.steps)
+
+
+def labels_of(generator: Generator, count: int) -> Tensor | None:
+    """[count] classes of the samples 0 .. count - 1; None for a model without classes."""
+    return generator.conditions.ask(count=count).get("label")
+
+
+def _title(label: str, steps: int) -> str:
+    return f"{label}, {steps} step{'s' * (steps > 1)}"

@@ -1,0 +1,73 @@
+"""What an evaluation measures with: a real set, the metrics of its kind, and the picture."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from distill.evaluation.measure import RealSet
+from distill.models.generator import Generator
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A row or panel of the picture: `samples` under `title`, and the model and step count that made them, where known."""
+
+    title: str
+    samples: Tensor
+    generator: Generator | None = None
+    steps: int = 0
+
+
+class Meter(ABC):
+    """Measures sets of samples against one real set. A meter's constructor is its config schema.
+
+    Errors of `trial` and of the constructor begin with the option: "data: ...", "features: ..."."""
+
+    kind: ClassVar[str]  # whose metrics rows hold: "images" or "points"
+    caption: ClassVar[str]  # of the picture
+    least: int = 3  # samples that a set needs
+    shown: int  # samples of a row in the picture
+    real: RealSet  # after `prepare`
+    description: str  # the real set in words, after `prepare`
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Identifies the real set and the features."""
+
+    @abstractmethod
+    def trial(
+        self, sample_shape: Sequence[int], labels: Tensor | None
+    ) -> tuple[dict[str, float | None], dict[str, float]]:
+        """(a row, values of the real set) of a small measurement of samples `sample_shape` with `labels` [N]: what is None or
+        missing there will be so in the evaluation. The numbers mean nothing. Raises ValueError for samples that the meter
+        cannot measure."""
+
+    @abstractmethod
+    def prepare(self, seed: int, stream: str, count: int, device: torch.device) -> None:
+        """Build `real`, for rows of `count` samples of the noise (seed, stream)."""
+
+    @abstractmethod
+    def measure(self, samples: Tensor, labels: Tensor | None) -> dict[str, float | None]:
+        """The entries of a row that follow from its samples [N, *S] with labels [N]."""
+
+    def panels(self, models: Mapping[str, Sequence[int]]) -> list[tuple[str, int]]:
+        """Rows of the picture where the recipe names none; models: label -> step counts."""
+        return []
+
+    @abstractmethod
+    def draw(self, shown: Sequence[Shown], path: Path, seed: int, stream: str) -> None:
+        """Write the picture; seed and stream: of the samples' noise."""
+
+
+def at_least(meter: Any, *names: str) -> None:
+    """Raise ValueError for an option below 1."""
+    for name in names:
+        if getattr(meter, name) < 1:
+            raise ValueError(f"{name}: found {getattr(meter, name)}, expected at least 1")
