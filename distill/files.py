@@ -51,7 +51,7 @@ def guarded(check: Callable[[], None]) -> Iterator[None]:
         _guards.remove(check)
 
 
-def _still_ours() -> None:
+def _check_guards() -> None:
     for check in _guards:
         check()
 
@@ -90,7 +90,7 @@ def _free(path: Path) -> int | str:
 def make_folder(path: Path) -> None:
     """Make a folder and its parents, if they do not exist."""
     if not path.is_dir():
-        _still_ours()
+        _check_guards()
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
 
@@ -99,7 +99,7 @@ def write_atomic(path: Path, write: Callable[[Path], object], size: int | None =
     """Call `write(temporary path)`, then rename the result to `path`. On an error, the temporary file is deleted.
 
     If `path` is a link, it is replaced and its target is not changed. `size`: bytes to write, for error messages."""
-    _still_ours()
+    _check_guards()
     make_folder(path.parent)
     temporary = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
     if os.path.lexists(temporary):  # never write to an existing file or link
@@ -112,7 +112,7 @@ def write_atomic(path: Path, write: Callable[[Path], object], size: int | None =
             temporary.chmod(0o666 & ~_UMASK)  # some writers make files with mode 0600
             with temporary.open("rb") as handle:
                 os.fsync(handle.fileno())
-        _still_ours()  # again, because writing may take long
+        _check_guards()  # again, because writing may take long
         with writing(path, size):
             temporary.replace(path)
     finally:
@@ -139,7 +139,7 @@ def write_text(path: Path, text: str) -> None:
 
 def append_text(path: Path, text: str) -> None:
     """Append `text` as UTF-8 to a file; raise OSError if it is a link."""
-    _still_ours()
+    _check_guards()
     content = text.encode()
     with writing(path, len(content)):
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
@@ -166,7 +166,7 @@ def copy(source: Path, target: Path) -> None:
 
 def remove(path: Path) -> None:
     """Delete a file or a link (not its target); does nothing if it does not exist."""
-    _still_ours()
+    _check_guards()
     try:
         path.unlink(missing_ok=True)
     except OSError as error:

@@ -57,7 +57,7 @@ def grid(name: str, process: Process, steps: int, **options: Any) -> Tensor:
     ]
     for option in options:
         if option not in known:
-            raise ValueError(f"grid {name!r}: found the option {option!r}, expected some of {known}")
+            raise ValueError(f"grid {name!r}: {option}: no such key; expected {', '.join(known)}")
     return GRIDS[name](process, steps, **options)
 
 
