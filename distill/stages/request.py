@@ -228,7 +228,7 @@ def check_out(out: Path, digest: str, folders: Sequence[Path]) -> None:
     others = sorted(p.name for p in out.iterdir() if p.name not in ours) if out.is_dir() else []
     if others:
         raise ValueError(
-            f"out: {out} holds {others[0]}, which is no part of an evaluation; expected a new folder"
+            f"out: {out} contains {others[0]}, which is not from an evaluation; expected a new folder"
         )
     check_evaluation(out, PUBLISHED)
     metrics = out / "metrics.json"
