@@ -1,8 +1,7 @@
 """Noising processes x_t = alpha(t) x0 + sigma(t) eps, and every conversion between predictions, written once.
 
 Time runs from data to noise everywhere in this package: t = 0 is data and larger is noisier. Rectified flow,
-InstaFlow, flow_matching and torchcfm run the other way (tau = 1 - t, velocity = data - noise); they are
-translated at the border.
+InstaFlow, flow_matching and torchcfm use the opposite direction (tau = 1 - t, velocity = data - noise).
 
 A process is four functions of time (alpha, sigma and their derivatives) and a range. The conversions follow:
 each kind of prediction is a fixed combination ``out = p x0 + q eps`` and the state is another, ``x_t = alpha
@@ -103,6 +102,10 @@ class Process(ABC):
     def d_sigma(self, t: Tensor) -> Tensor:
         """d sigma / dt, [B] -> [B]."""
 
+    def weights(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(alpha, sigma), [B] each; replaced where the two share work."""
+        return self.alpha(t), self.sigma(t)
+
     # ---- the order of noise levels ----
 
     def log_ratio(self, t: Tensor) -> Tensor:
@@ -110,7 +113,7 @@ class Process(ABC):
         return torch.log(self.alpha(t)) - torch.log(self.sigma(t))
 
     def time_of(self, log_ratio: Tensor) -> Tensor:
-        """Inverse of ``log_ratio``, [B] -> [B], clamped to [t_min, t_max] (``covers`` tells where).
+        """Inverse of ``log_ratio``, [B] -> [B], clamped to [t_min, t_max] (see ``covers``).
 
         This default bisects, 60 evaluations of ``log_ratio``; subclasses with a closed form replace it.
         """
@@ -132,7 +135,7 @@ class Process(ABC):
     def matching_time(self, other: Process, t: Tensor) -> Tensor:
         """The time [B] of SELF with the signal-to-noise ratio that ``other`` has at its time ``t`` [B].
 
-        To drive a flow student at flow time t with a VP teacher, ask the teacher's process:
+        To evaluate a VP teacher for a flow student at flow time t, use the teacher's process:
         ``vp.matching_time(flow, t)``. Clamped like ``time_of``.
         """
         return self.time_of(other.log_ratio(t))
@@ -150,7 +153,8 @@ class Process(ABC):
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x_t = alpha(t) x0 + sigma(t) eps, [B, *S], in at least float32."""
-        return combine(self.alpha(t), x0, self.sigma(t), eps)
+        alpha, sigma = self.weights(t)
+        return combine(alpha, x0, sigma, eps)
 
     def prior(self, z: Tensor) -> Tensor:
         """The state at t_max from z ~ N(0, I), [B, *S].
@@ -170,7 +174,7 @@ class Process(ABC):
         self.check_kind(kind)
         if kind == "score":
             return combine(torch.zeros_like(at_least_float32(t)), x0, -1 / self.sigma(t), eps)
-        p, q = self._parts(kind, t)
+        p, q = self._parts(kind, t, *self.weights(t))
         return combine(p, x0, q, eps)
 
     def convert(self, kind_from: str, out: Tensor, x_t: Tensor, t: Tensor, kind_to: str) -> Tensor:
@@ -194,8 +198,16 @@ class Process(ABC):
             kind_from, out = "eps", _scale(-self.sigma(t), out)
         through = "eps" if kind_to == "score" else kind_to
         if kind_from != through:
-            out = self._solve(kind_from, out, x_t, t, through)
+            (out,) = self._solve(kind_from, out, x_t, t, through)
         return _scale(-1 / self.sigma(t), out) if kind_to == "score" else out
+
+    def x0_and_eps(self, kind: str, out: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Both conversions of ``convert``, to "x0" and to "eps", of one prediction: (x0, eps), [B, *S] each."""
+        if kind not in ("v", "velocity"):
+            return self.convert(kind, out, x_t, t, "x0"), self.convert(kind, out, x_t, t, "eps")
+        self.check_kind(kind)
+        x0, eps = self._solve(kind, out, x_t, t, "x0", "eps")
+        return x0, eps
 
     def config(self) -> dict[str, Any]:
         """``{"_target_": import path, **constructor arguments}``, JSON-able; enough to build it again."""
@@ -207,17 +219,21 @@ class Process(ABC):
         _, *arguments = self.config().items()
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in arguments)})"
 
-    def _solve(self, kind_from: str, out: Tensor, x_t: Tensor, t: Tensor, kind_to: str) -> Tensor:
-        alpha, sigma = self.alpha(t), self.sigma(t)
-        p, q = self._parts(kind_from, t)
-        p2, q2 = self._parts(kind_to, t)
+    def _solve(self, kind_from: str, out: Tensor, x_t: Tensor, t: Tensor, *kinds_to: str) -> list[Tensor]:
+        """The formula of the module's docstring, for every kind of ``kinds_to``."""
+        alpha, sigma = self.weights(t)
+        p, q = self._parts(kind_from, t, alpha, sigma)
         det = alpha * q - sigma * p
-        return combine((p2 * q - q2 * p) / det, x_t, (alpha * q2 - sigma * p2) / det, out)
+        found = []
+        for kind_to in kinds_to:
+            p2, q2 = self._parts(kind_to, t, alpha, sigma)
+            found.append(combine((p2 * q - q2 * p) / det, x_t, (alpha * q2 - sigma * p2) / det, out))
+        return found
 
-    def _parts(self, kind: str, t: Tensor) -> tuple[Tensor, Tensor]:
+    def _parts(self, kind: str, t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """(p, q) [B] each, with prediction = p x0 + q eps; ``score`` never comes here."""
         if kind == "v":
-            return -self.sigma(t), self.alpha(t)
+            return -sigma, alpha
         if kind == "velocity":
             return self.d_alpha(t), self.d_sigma(t)
         zero, one = torch.zeros_like(at_least_float32(t)), torch.ones_like(at_least_float32(t))

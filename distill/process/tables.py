@@ -50,10 +50,19 @@ class VPTable(Process):
         self._tables = {table.device: table}
 
     def alpha(self, t: Tensor) -> Tensor:
-        return torch.sqrt(torch.sigmoid(2 * self._interpolate(t)[0])).to(at_least_float32(t).dtype)
+        return self._weight(2 * self._log_ratio(t), t)
 
     def sigma(self, t: Tensor) -> Tensor:
-        return torch.sqrt(torch.sigmoid(-2 * self._interpolate(t)[0])).to(at_least_float32(t).dtype)
+        return self._weight(-2 * self._log_ratio(t), t)
+
+    def weights(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        log_snr = 2 * self._log_ratio(t)
+        return self._weight(log_snr, t), self._weight(-log_snr, t)
+
+    @staticmethod
+    def _weight(log_snr: Tensor, t: Tensor) -> Tensor:
+        """sqrt(sigmoid(log SNR)) = alpha, of -log SNR sigma, in the dtype of t (float32 at least)."""
+        return torch.sigmoid(log_snr).sqrt().to(at_least_float32(t).dtype)
 
     def d_alpha(self, t: Tensor) -> Tensor:
         # With q = alpha / sigma: alpha = q / sqrt(1 + q^2), so d alpha / dq = sigma^3 and d sigma / dq = -alpha sigma^2.
@@ -66,7 +75,7 @@ class VPTable(Process):
         return (-alpha * torch.sigmoid(-2 * ratio) * slope).to(at_least_float32(t).dtype)
 
     def log_ratio(self, t: Tensor) -> Tensor:
-        return self._interpolate(t)[0].to(at_least_float32(t).dtype)
+        return self._log_ratio(t).to(at_least_float32(t).dtype)
 
     def time_of(self, log_ratio: Tensor) -> Tensor:
         log_ratio = at_least_float32(log_ratio)
@@ -86,22 +95,31 @@ class VPTable(Process):
             self._tables[device] = self._tables[torch.device("cpu")].to(device, non_blocking=True)
         return self._tables[device]
 
+    def _log_ratio(self, t: Tensor) -> Tensor:
+        """log(alpha / sigma), float64 [B]."""
+        return self._segment(t)[0]
+
     def _interpolate(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """(log(alpha / sigma), d(alpha / sigma) / dt), float64 [B] each."""
+        ratio, slope, left, last = self._segment(t)
+        falls = torch.exp(ratio) * slope
+        return ratio, falls if last is None else torch.where(last, -torch.exp(left), falls)
+
+    def _segment(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """(log(alpha / sigma), its slope, its value at the index below, whether that starts the last interval of a table that
+        ends in 0), [B] each."""
         table = self._table(t.device)
         t = t.double().clamp(self.t_min, self.t_max)
-        index = t.floor().long().clamp(max=self.num_timesteps - 2)
+        index = t.long().clamp_(max=self.num_timesteps - 2)  # t >= 0: rounds down
         left = table[index]
         slope = table[index + 1] - left
         if not self.zero_end:
-            ratio = left + (t - index) * slope
-            return ratio, torch.exp(ratio) * slope
+            return left + (t - index) * slope, slope, left, None
         # t_max - t is the part of the last interval that is left; it is exact and 0 at the end.
         last = index == self.num_timesteps - 2
         slope = slope.masked_fill(last, 0.0)
         remaining = torch.where(last, self.t_max - t, torch.ones_like(t))
-        ratio = left + (t - index) * slope + torch.log(remaining)
-        return ratio, torch.where(last, -torch.exp(left), torch.exp(ratio) * slope)
+        return left + (t - index) * slope + torch.log(remaining), slope, left, last
 
 
 def zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:

@@ -65,8 +65,7 @@ def ddim_step(
     arXiv 2010.02502, eq. 12 with zero noise: z_s = alpha_s x0_hat + sigma_s eps_hat. It is Euler's method in
     the coordinates of the straight flow with the same signal-to-noise ratios.
     """
-    x0 = process.convert(kind, out, z_t, t, "x0")
-    eps = process.convert(kind, out, z_t, t, "eps")
+    x0, eps = process.x0_and_eps(kind, out, z_t, t)
     return x0, eps, process.add_noise(x0, eps, s)
 
 

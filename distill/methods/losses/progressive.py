@@ -197,7 +197,7 @@ def guided_target(
     with torch.autocast(z.device.type, enabled=False):
         x, cond, uncond = _precise("z", z), _precise("cond", cond), _precise("uncond", uncond)
         out = guide(uncond, cond, scale_of_w(guidance_w))
-        x0, eps = process.convert(kind, out, x, u, "x0"), process.convert(kind, out, x, u, "eps")
+        x0, eps = process.x0_and_eps(kind, out, x, u)
         if clip is not None:
             x0 = x0.clamp(-clip, clip)
             eps = process.convert("x0", x0, x, u, "eps")
