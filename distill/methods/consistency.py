@@ -1,7 +1,7 @@
-"""Consistency distillation: the student's prediction of the data is to be the same along each of the teacher's trajectories.
+"""Consistency distillation: the student learns to predict the same data from every point of a teacher's trajectory.
 
-Song et al. 2023 (arXiv 2303.01469), Algorithm 2: f(x_t, t) learns the (detached) f(x_u, u), where x_u is one step of the
-teacher's ODE from x_t, and both see the same dropout mask. Any teacher with a velocity will do; times t > u are neighbours of a
+Song et al. 2023 (arXiv 2303.01469), Algorithm 2: f(x_t, t) regresses the detached f(x_u, u), where x_u is one step of the
+teacher's ODE from x_t; both calls use the same dropout mask. The teacher must have a velocity; times t > u are neighbours on a
 grid of `scales` levels.
 
 What the loss should look like: it falls by a factor of two or so within the first tenth and then hardly moves, while samples
@@ -12,8 +12,7 @@ Deviations: the distance is a pseudo-Huber of the whole sample by default (arXiv
 64 pixels and weights that no package ships). The grid and the solver live in the teacher's own process; on a flow the uniform
 grid is the default, and no boundary scaling is needed, since x0 = x_t - t v is x_t at t = 0. Where Heun's step would end at a
 time without a velocity (t = 0 of a predicted x0), or where it is mostly the teacher's error (t_min of a predicted x0 under a
-cosine), it is Euler's. Few-step times are evenly spaced on the grid; the paper
-searches them by FID.
+cosine), an Euler step is taken. Few-step times are evenly spaced on the grid; the paper searches them by FID.
 """
 
 from __future__ import annotations
@@ -54,8 +53,8 @@ from distill.models.spec import SamplerSpec
 from distill.process.scalings import SIGMA_DATA, sigma_weight
 from distill.samplers.fewstep import spread_times
 
-# A step may multiply the error of what the teacher predicts by this: EDM's grid of 18 levels comes to 2, an x0 that is read as
-# a velocity at t_min of a cosine to 1000.
+# Largest factor by which one step may multiply the error of the teacher's prediction: it is 2 on EDM's grid of 18 levels, and
+# 1000 for an x0 that is converted to a velocity at t_min of a cosine schedule.
 LARGEST_STEP = 100.0
 
 
@@ -112,7 +111,7 @@ class Consistency(DistillModule):
         check_asked(student.process, student.kind, self.levels)
         self.solver, self.weight, self.target_decay = solver, weight, target_decay
         self.guidance_scale, self.sample_steps = guidance_scale, check_sample_steps(sample_steps, scales - 1)
-        # The last step of Heun ends where the teacher's velocity cannot always be had, or is mostly its error.
+        # Heun's last step evaluates the end, where the velocity may be undefined or mostly the teacher's error.
         before, after = step_factors(teacher.process, teacher.kind, self.levels)
         if not bool((before <= LARGEST_STEP).all()):
             raise ValueError(
@@ -134,8 +133,8 @@ class Consistency(DistillModule):
         return target_network(self.target_decay)
 
     def result(self) -> Result:
-        """Multistep consistency sampling at times evenly spaced on the grid. Never guidable: the student sees no null
-        condition; the teacher's guidance is baked in."""
+        """Multistep consistency sampling at times evenly spaced on the grid. Not guidable: the student is trained without a
+        null condition; the teacher's guidance is baked in."""
         sampler = SamplerSpec(
             steps=min(self.sample_steps),
             times=spread_times(self.levels, self.sample_steps, self.student.process.t_min),
@@ -146,7 +145,7 @@ class Consistency(DistillModule):
         return Result(sampler, "few_step", boundary=self.student.boundary)
 
     def loss(self, batch: Batch, step: Step) -> Loss:
-        """w(t) d(f(x_t, t), sg f(x_u, u)), x_u from a step of the teacher."""
+        """w(t) d(f(x_t, t), sg f(x_u, u)) with x_u from one step of the teacher (arXiv 2303.01469, eq. 7)."""
         assert batch.x0 is not None
         process, draws = self.student.process, step.draws
         index = draws.integer("n", len(self.levels) - 1)
@@ -157,9 +156,9 @@ class Consistency(DistillModule):
             return self.teacher.velocity(x, time, batch.cond, self.guidance_scale)
 
         x_u = teacher_step(velocity, x_t, t, u, self.solver, self.singular)
-        judge = self.average("target") if "target" in self.further else self.student
+        target_net = self.average("target") if "target" in self.further else self.student
         with torch.no_grad(), step.same_dropout():
-            target = judge.x0(x_u, u, batch.cond)
+            target = target_net.x0(x_u, u, batch.cond)
         with step.same_dropout():
             prediction = self.student.x0(x_t, t, batch.cond)
         per_sample = self.distance(prediction, target)

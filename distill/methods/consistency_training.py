@@ -1,7 +1,8 @@
-"""Consistency training: the student's prediction of the data is to be the same at two noise levels of one (data, noise) pair.
-No teacher. Student and target see the same dropout mask.
+"""Consistency training: the student learns to predict the same data at two noise levels of one (data, noise) pair. There is no
+teacher. Student and target use the same dropout mask.
 
-Three curricula of one idea: the closer the two levels, the less bias and the more variance, so they approach each other.
+The closer the two levels, the smaller the bias and the larger the variance, so their distance shrinks during training. There
+are three curricula:
 - "cm": Song et al. 2023 (arXiv 2303.01469), Algorithm 3: N(k) levels of Karras's grid, growing; squared distance; the target
   is an average of the student whose decay mu(k) grows with N.
 - "ict": Song & Dhariwal 2023 (arXiv 2310.14189): N(k) doubles; indices by a log-normal; pseudo-Huber; weight 1 / (t - u); the
@@ -10,8 +11,8 @@ Three curricula of one idea: the closer the two levels, the less bias and the mo
   r = r(t, stage); the unsquared norm; weight 1 / (t - r); where r = 0 the target is the image itself, so that no boundary
   has to be built into the net.
 
-What the loss should look like: it JUMPS UP in relation to the distance of the levels each time they approach (with weight
-1 / (t - u) the reported loss stays of one size), so only `diagnostics` and `eval/fd` compare across stages.
+What the loss should look like: relative to the distance of the levels it jumps up each time that distance shrinks (with weight
+1 / (t - u) the reported loss keeps its size), so only `diagnostics` and `eval/fd` compare across stages.
 `diagnostics/boundary` must stay at 0 (near 0 for "ect").
 
 Deviations: levels are noise levels sigma / alpha of the student's own process, so flows and variance-preserving nets are
@@ -102,7 +103,7 @@ class ConsistencyTraining(DistillModule):
         self.huber_c = huber_c if huber_c is not None else ict_huber_c(size) if curriculum == "ict" else 0.0
         self.levels = level_grid(student.process, 18)
         self.sample_steps = check_sample_steps(sample_steps, len(self.levels) - 1)
-        # The cleanest level that the student is asked at.
+        # The cleanest level at which the student is evaluated.
         self.end = self.levels[-1:] if curriculum == "ect" else level_grid(student.process, 2, "karras")[-1:]
         check_start(student.process, student.kind, student.process.t_max)
         check_asked(student.process, student.kind, self.end)
@@ -145,7 +146,7 @@ class ConsistencyTraining(DistillModule):
         return grow(step, self.total, self.s0, self.s1)
 
     def result(self) -> Result:
-        """Multistep consistency sampling at times evenly spaced on a grid of 18 levels. Never guidable: conditions are not
+        """Multistep consistency sampling at times evenly spaced on a grid of 18 levels. Not guidable: conditions are not
         dropped."""
         sampler = SamplerSpec(
             steps=min(self.sample_steps),
@@ -161,7 +162,7 @@ class ConsistencyTraining(DistillModule):
         if self.curriculum == "ect":
             level = lognormal_level(draws.normal("t").double(), self.mean, self.std)
             t = process.time_of(-torch.log(level))
-            level = noise_level(process, t)  # where the process has no such level, its last
+            level = noise_level(process, t)  # clamped to the range of the process
             r = ect_r(level, count, self.q)
             return t, torch.where(r > 0, process.time_of(-torch.log(r.clamp(min=1e-30))), process.t_min)
         grid = level_grid(process, count, "karras")
@@ -171,26 +172,26 @@ class ConsistencyTraining(DistillModule):
         return grid_pair(grid, index_of(draws.uniform("n"), weights.to(draws.index.device)))
 
     def loss(self, batch: Batch, step: Step) -> Loss:
-        """w(t, u) d(f(x_t, t), sg f(x_u, u)) with x_t and x_u of the same data and noise."""
+        """w(t, u) d(f(x_t, t), sg f(x_u, u)) with x_t and x_u of the same data and noise (arXiv 2303.01469, eq. 10)."""
         assert batch.x0 is not None
         process, student, x0 = self.student.process, self.student, batch.x0
         t, u = self.pair(step.draws, step.iteration)
         eps = step.draws.normal("eps", x0.shape[1:])
         x_t, x_u = process.add_noise(x0, eps, t), process.add_noise(x0, eps, u)
-        judge = self.average("target") if "target" in self.further else student
+        target_net = self.average("target") if "target" in self.further else student
         clean = (u <= 0) if self.curriculum == "ect" else torch.zeros_like(u, dtype=torch.bool)
         with torch.no_grad(), step.same_dropout():
             if self.curriculum == "ect":
-                target = masked_target(lambda x, time: judge.x0(x, time, batch.cond), x_u, u, t, x0)
+                target = masked_target(lambda x, time: target_net.x0(x, time, batch.cond), x_u, u, t, x0)
             else:
-                target = judge.x0(x_u, u, batch.cond)
+                target = target_net.x0(x_u, u, batch.cond)
         with step.same_dropout():
             prediction = student.x0(x_t, t, batch.cond)
         if self.curriculum == "cm":
             per_sample, weight = l2(prediction, target), torch.ones_like(t)
         else:
             per_sample = pseudo_huber(prediction, target, self.huber_c)
-            # Clean data hold no noise, also where the process has none so clean (index 0 of a table).
+            # A clean target has noise level 0, even if the process ends above it (index 0 of a table).
             level_u = torch.where(clean, 0.0, noise_level(process, u))
             weight = pair_weight("default", noise_level(process, t), level_u)
         with torch.no_grad():
@@ -208,7 +209,7 @@ class ConsistencyTraining(DistillModule):
         return Loss((weight * per_sample).mean().to(prediction.dtype), logs)
 
     def diagnostics(self, batch: Batch, draws: Draws) -> Diagnostics:
-        """The boundary, mean and spread of samples; the student in 4 steps stands where a teacher would."""
+        """The boundary, mean and spread of samples; the student's own samples in most steps replace the teacher's."""
         shape, generator = self.student.sample_shape, self.as_generator()
         z = draws.normal("z", shape)
         most = max(self.sample_steps)
@@ -218,7 +219,7 @@ class ConsistencyTraining(DistillModule):
 
 
 def _scales_of(curriculum: str, s0: int | None, s1: int | None, total: int) -> tuple[int, int]:
-    """(s0, s1) with the published numbers for those that are not given; ValueError where they make no curriculum."""
+    """(s0, s1), None replaced by the published numbers. Raises ValueError for an invalid pair."""
     if curriculum == "ect":
         if (s0, s1) != (None, None):
             raise ValueError(f"s0, s1: found {s0} and {s1}, but 'ect' has no levels to count; expected null")
@@ -235,7 +236,7 @@ def _scales_of(curriculum: str, s0: int | None, s1: int | None, total: int) -> t
 
 
 def _check_laws(mu0: float, q: float, stages: int, std: float, huber_c: float | None) -> None:
-    """Refuse numbers that no curriculum works with; the error names the option."""
+    """Raise ValueError for a number outside its range; the message names the option."""
     if not 0 < mu0 < 1:
         raise ValueError(f"mu0: found {mu0}, expected a number in (0, 1)")
     if not q > 1 or not isinstance(stages, int) or stages < 1:

@@ -1,16 +1,15 @@
-"""Degradation recording, DisBack's first stage: the teacher unlearns itself on the initial student's samples; the way is kept.
+"""Degradation recording, DisBack's first stage: train a copy of the teacher on the initial student's samples and store nodes.
 
-Zhang et al. 2024 (arXiv 2408.15991). A copy of the teacher is trained on samples of the initial student (the fake score's
-loss); stored nodes s_1 ... s_N lead from the teacher (which is s_0 and not stored) to a model that fits the student. The
-second stage, `disback`, walks back.
+Zhang et al. 2024 (arXiv 2408.15991). A copy of the teacher is trained on samples of the initial student with the fake
+score's loss. The stored nodes s_1 ... s_N lead from the teacher (s_0, not stored) to a model that fits the student. The second
+stage, `disback`, uses them as targets in reverse order.
 
-What the loss should look like: it starts at the teacher's error on samples that it does not know and falls quickly: some
-ten to a hundred steps carry most of the way. A node where nothing has changed yet is useless, and so are many where nothing
-changes any more.
+What the loss should look like: it starts at the teacher's error on samples outside of its training data and falls quickly,
+mostly within ten to a hundred steps. Place the nodes there: before and after, they hardly differ from each other.
 
-Deviations: the initial student is the teacher itself, read as a one-step (or few-step) generator, unless another stage is
-named; the public SDXL run starts from an already distilled student. The GAN head that the public code trains here as well
-is not part of the paper's stage.
+Deviations: the initial student is the teacher itself, used as a one-step (or few-step) generator, unless another stage is
+named; the public SDXL run starts from an already distilled student. The GAN head that the public code trains here as well is
+not part of the paper's stage.
 """
 
 from __future__ import annotations
@@ -39,11 +38,11 @@ Given = Mapping[str, Any]
 
 
 class Degrade(DistillModule):
-    """Record the way from the teacher to the initial student.
+    """Record the path from the teacher to the initial student.
 
     Args:
         student: starts from the teacher and is degraded.
-        generator: the initial student, frozen: a model read as a generator of the steps that `levels` says.
+        generator: the initial student, frozen; makes samples in the steps of `sampling.levels`.
         total_steps, node_every: optimizer steps of the stage (null: the stage's), and steps between stored nodes; the last
             step always stores one.
         sampling, fake, reduction: as in the second stage, see `families.options`.
@@ -80,8 +79,8 @@ class Degrade(DistillModule):
         return self.nodes
 
     def result(self) -> Result:
-        """The teacher's sampler: a node is a score model like it. Not guidable, even where the teacher is: conditions are
-        not dropped, so the way leads away from what the teacher knew of the null condition."""
+        """The teacher's sampler: a node is a score model. Not guidable, even where the teacher is: conditions are not dropped,
+        so the null condition is forgotten."""
         own = self.student.sampler or SamplerSpec(steps=50, any_steps=True, solver="ddim")
         return Result(replace(own, guidance_scale=1.0), "independent", boundary=self.student.boundary)
 
@@ -93,7 +92,7 @@ class Degrade(DistillModule):
 
 
 def _check_models(teacher: Denoiser, generator: Denoiser, start: StudentInput) -> None:
-    """Refuse models that do not fit together, and a distilled generator read at other times than its own."""
+    """Refuse models that do not fit together, and a distilled generator at other times than its own."""
     check_apart("generator", generator, teacher)
     check_same("generator", generator, "teacher", teacher)
     if generator.process.config() != teacher.process.config():

@@ -1,16 +1,16 @@
-"""DisBack, distribution backtracking: distribution matching whose target walks back from a degraded teacher to the teacher.
+"""DisBack, distribution backtracking: distribution matching with a sequence of targets, from a degraded teacher to the teacher.
 
-Zhang et al. 2024 (arXiv 2408.15991), second stage; the first, `degrade`, has stored the way s_1 ... s_N from the teacher
-s_0 to a model that fits the initial student. The fake score starts from s_N, the targets are s_(N-1), ..., s_1 and, to the
-end, the teacher. Without nodes it is `dmd`, bit for bit.
+Zhang et al. 2024 (arXiv 2408.15991), second stage. The first, `degrade`, stores models s_1 ... s_N (nodes) on the path from
+the teacher s_0 to a model that fits the initial student. The fake score starts from s_N; the targets are s_(N-1), ..., s_1
+and finally the teacher. Without nodes it equals `dmd`, bit for bit.
 
 What the loss should look like: `student/loss` as in `dmd`, with a small step up at each change of the target
 (`student/node` falls to 0, the teacher). While `student/node` is above 0, samples approach a degraded model: `eval/fd` is
 then above that of `dmd` after as many steps, by intent.
 
-Deviations: everything is what the paper describes; the public release loads none of the node's weights (its keys do not
-match and it does not insist), changes the target too seldom and never reaches the teacher. Switching on a plateau of the
-student's loss (`criterion: plateau`) is ours.
+Deviations: this follows the paper. The public release loads none of the node's weights (its keys do not match, with
+`strict=False`), changes the target too seldom and never reaches the teacher. Switching on a plateau of the
+student's loss (`backtrack.criterion: plateau`) is an addition.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class DisBack(DistributionMatching):
         self.folders = [Path(folder) for folder in nodes]
         self.path = Backtrack(max(0, len(self.folders) - 1), options.steps_per_node)
         self.criterion, self.window, self.tolerance = options.criterion, options.window, options.tolerance
-        self.loaded = 0  # whose weights the target network holds
+        self.loaded = 0  # the node whose weights the target network holds
         # Of "plateau": the target, student steps at it, the last window's mean, and [sum, count] of this one's losses. In
         # float64 sums of float32 losses are exact: their mean over processes, which is saved, continues as the sums do.
         self.node, self.stayed, self.before = max(0, self.path.nodes - 1), 0, float("inf")
@@ -106,8 +106,8 @@ class DisBack(DistributionMatching):
             self.fake.net.load_state_dict(read_weights(self.folders[-1]))
 
     def state(self) -> dict[str, Any]:
-        """Where the walk stands, where that does not follow from the number of steps. The window's sum and count are
-        means over processes, so that any number of them continues it. Collective."""
+        """Position on the path, where it is not a function of the step. The window's sum and count are means over processes,
+        so that any number of processes can continue. Collective."""
         if self.criterion == "steps":
             return {}
         total, count = self.world.mean(self.tally.to(self.device, copy=True)).tolist()
@@ -130,7 +130,7 @@ class DisBack(DistributionMatching):
             self.tally = torch.tensor([state["sum"], state["count"]], dtype=torch.float64)
 
     def aim(self) -> int:
-        """The node that is the target at this number of student steps; its weights are in the target network afterwards."""
+        """The target node at this number of student steps; loads its weights into the target network."""
         node = self.node if self.criterion == "plateau" else self.path.target(self.progress.step)[0]
         if node != self.loaded:
             copy_full(self.teacher.net, read_weights(self.folders[node]))
@@ -138,7 +138,7 @@ class DisBack(DistributionMatching):
         return node
 
     def student_loss(self, batch: Batch, step: Step) -> Loss:
-        """The loss of distribution matching, with the node that is the target in the teacher's place."""
+        """The loss of distribution matching with the target node in place of the teacher."""
         if not self.folders[1:]:
             return super().student_loss(batch, step)
         node = self.aim()
@@ -146,24 +146,23 @@ class DisBack(DistributionMatching):
         if self.criterion == "plateau" and node > 0:
             self._note(loss.total.detach())
         stayed = self.stayed if self.criterion == "plateau" else self.path.target(self.progress.step)[1]
-        walk = {"node": torch.tensor(float(node)), "node_steps": torch.tensor(float(stayed))}
-        return Loss(loss.total, {**loss.logs, **walk})
+        position = {"node": torch.tensor(float(node)), "node_steps": torch.tensor(float(stayed))}
+        return Loss(loss.total, {**loss.logs, **position})
 
     def fake_loss(self, batch: Batch, step: Step) -> Loss:
-        """The fake score's loss. A head on the target's features sees those of the node that a run started here would
-        see, whatever the last student step's was."""
+        """The fake score's loss. A head on the target's features gets those of the current node, as in a run resumed here."""
         if self.gan is not None and self.gan.features == "teacher" and self.folders[1:]:
             self.aim()
         return super().fake_loss(batch, step)
 
     def _note(self, loss: Tensor) -> None:
-        """Count a student's loss. A step that is skipped because it is not finite says nothing about a plateau."""
+        """Add a student's loss to the window. Steps that are skipped because they are not finite are not counted."""
         finite = loss.isfinite()
         seen = torch.stack([torch.where(finite, loss, 0.0).double(), finite.double()])
         self.tally = self.tally.to(loss.device) + seen
 
     def after_step(self) -> None:
-        """On a plateau, go on to the next node. The host reads the loss once a window."""
+        """On a plateau, select the next node. The host reads the loss once a window."""
         if self.criterion != "plateau" or self.node == 0 or not self.folders[1:]:
             return
         self.stayed += 1
@@ -179,7 +178,7 @@ class DisBack(DistributionMatching):
 
 
 def _check_guidable(scale: float, nodes: Sequence[Path]) -> None:
-    """Refuse to guide nodes that have no null condition."""
+    """Raise ValueError for guidance of nodes without a null condition."""
     if scale == 1:
         return
     without = [folder for folder in nodes if not read_description(Path(folder)).get("guidable")]

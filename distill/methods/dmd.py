@@ -7,10 +7,10 @@ update, a GAN head on the fake score's features, and few-step students trained o
 `one_step` on a Generate stage's pairs, then `init` from it.
 
 What the loss should look like: `student/loss` is half the mean square of the normalised direction (of Diff-Instruct a product
-with the samples, whose value says nothing): it starts at 0 in the very first step (the fake score is the teacher), rises while
-the fake score leaves it, then falls slowly; its size is no quality. Watch `diagnostics/gap_*` (falling at first), `fake/loss`,
-`diagnostics/x_std` (far below the data's is collapse), with a GAN `fake/logit_real` and `fake/logit_fake` (apart by a few, not
-by tens), and `eval/fd`.
+with the samples, whose value has no meaning): it is 0 in the first step, where the fake score equals the teacher, rises while
+the two separate, then falls slowly. It does not measure quality. Watch `diagnostics/gap_*` (falling at first), `fake/loss`,
+`diagnostics/x_std` (far below the data's means collapse), with a GAN `fake/logit_real` and `fake/logit_fake` (apart by a few,
+not by tens), and `eval/fd`.
 
 Diff-Instruct as published: `normalise: false`, `reduction: sum`, `updates: {fake_per_student: 1, first: fake}` and log-normal
 times for both.

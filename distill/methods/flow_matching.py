@@ -4,7 +4,7 @@ Liu et al. 2022 (arXiv 2209.03003, eq. 1), Lipman et al. 2022 (arXiv 2210.02747)
 their velocity is data minus noise; here t = 0 is data and the velocity is eps - x0.
 
 What the loss should look like: it falls within the first hundreds of steps and then stays at the variance of eps - x0 given
-x_t, far above 0, while samples go on improving; only `eval/fd` or samples tell when to stop.
+x_t, far above 0, while samples go on improving; use `eval/fd` or samples to decide when to stop.
 
 Deviations: none; t ~ U[t_min, t_max] and weight 1, as in the public recipes.
 """

@@ -5,8 +5,8 @@ Meng et al. 2022 (arXiv 2210.03142), stage 1: f(z_u, w) learns x^w = (1 + w) x_c
 input of the student. With w_min = w_max = 0 and a student read as v (`adapt: {kind: v}` of the training stage) it is the
 re-parameterisation of an eps teacher (Salimans & Ho 2022, arXiv 2202.00512, section 4 explains why eps students fail).
 
-What the loss should look like: for a re-parameterised net it starts at the size of the data (the output means something else
-than the weights learned) and falls within some hundred steps to near 0; for a guided student it starts near 0 and stays there.
+What the loss should look like: for a re-parameterised net it starts at the size of the data (its output now has another
+meaning) and falls within some hundred steps to near 0; for a guided student it starts near 0 and stays there.
 
 Deviations: the guidance's features enter through a layer that starts at 0, so that step 0 is the unguided teacher; the
 reference embeds w like its time.
@@ -70,7 +70,7 @@ class Guided(DistillModule):
             raise ValueError(f"clip: found {clip}, expected a positive number or null")
         if teacher.coupling in ("endpoint", "few_step"):
             raise ValueError(
-                "teacher: found a few-step student, which knows its own times alone; expected one for all times"
+                "teacher: found a few-step student, which is trained at its own times only; expected a model of all times"
             )
         if teacher.embeds_guidance:
             raise ValueError("teacher: takes the guidance as an input; expected a teacher without")
@@ -89,8 +89,8 @@ class Guided(DistillModule):
         return [Update("student", {"student": self.student}, self.loss)]
 
     def result(self) -> Result:
-        """Any number of DDIM steps, each one network call. The coupling is the teacher's (a rectified flow stays one). Never
-        guidable: the student sees no null condition; its guidance is the input w."""
+        """Any number of DDIM steps, each one network call. The coupling is the teacher's (a rectified flow stays one). Not
+        guidable: the student is trained without a null condition; its guidance is the input w."""
         sampler = SamplerSpec(
             steps=50,
             any_steps=True,

@@ -2,8 +2,8 @@
 input of the student.
 
 Luo et al. 2023 (arXiv 2310.04378), Algorithm 1: t and u = t - T / k on a grid of k levels of the teacher's table; x_u by one
-guided DDIM step, w ~ U[w_min, w_max]; f(x_t, t, w) learns the (detached) target f(x_u, u, w), both under one dropout mask.
-"Latent" says where it was used: nothing here asks what the samples are.
+guided DDIM step, w ~ U[w_min, w_max]; f(x_t, t, w) regresses the detached f(x_u, u, w); both calls use the same dropout mask.
+Works on any samples, not only on latents.
 
 What the loss should look like: it falls within some hundred steps to a plateau whose height depends on huber_c and stays there
 while samples sharpen; watch `diagnostics/trajectory` (distance to the teacher's guided endpoints from one noise) and `eval/fd`.
@@ -121,8 +121,8 @@ class LCM(DistillModule):
         return target_network(self.target_decay)
 
     def result(self) -> Result:
-        """Latent consistency sampling at diffusers' timesteps. Never guidable: the student sees no null condition; its
-        guidance is the input w, or baked in."""
+        """Latent consistency sampling at diffusers' timesteps. Not guidable: the student is trained without a null
+        condition; its guidance is the input w, or baked in."""
         process, embeds = self.student.process, self.student.embeds_guidance
         assert isinstance(process, VPTable)
         times = {
@@ -146,7 +146,7 @@ class LCM(DistillModule):
         return draw_w(draws.uniform("w"), self.w_min, self.w_max)
 
     def loss(self, batch: Batch, step: Step) -> Loss:
-        """d(f(x_t, t, w), sg f(x_u, u, w)), x_u from a guided DDIM step of the teacher."""
+        """d(f(x_t, t, w), sg f(x_u, u, w)) with x_u from a guided DDIM step of the teacher (arXiv 2310.04378, Algorithm 1)."""
         assert batch.x0 is not None
         process, draws = self.student.process, step.draws
         assert isinstance(process, VPTable)
@@ -159,9 +159,9 @@ class LCM(DistillModule):
             guided = (self.w_min, self.w_max) != (0, 0)
             conditional, unconditional = self.teacher.branches(x_t, t, batch.cond, guided=guided)
             x_u = guided_ddim_step(process, self.teacher.kind, conditional, unconditional, x_t, t, u, w).x_u
-            judge = self.average("target") if "target" in self.further else self.student
+            target_net = self.average("target") if "target" in self.further else self.student
             with step.same_dropout():
-                target = judge.x0(x_u, u, cond)
+                target = target_net.x0(x_u, u, cond)
         with step.same_dropout():
             prediction = self.student.x0(x_t, t, cond)
         per_sample = self.distance(prediction, target)

@@ -53,8 +53,8 @@ class OneStep(DistillModule):
         return [Update("student", {"student": self.student}, self.loss)]
 
     def result(self) -> Result:
-        """Exactly the steps that it was trained for: "endpoint" for one step from t_max, else "few_step". Never guidable:
-        conditions are not dropped, so what the teacher knew of the null condition is lost."""
+        """Exactly the steps that it was trained for: "endpoint" for one step from t_max, else "few_step". Not guidable:
+        conditions are not dropped, so the null condition is forgotten."""
         starts = k_step_times(torch.arange(self.steps), self.steps, self.t_eps).tolist()
         sampler = SamplerSpec(steps=self.steps, times={self.steps: (*starts, 0.0)})
         whole = starts == [self.student.process.t_max]

@@ -5,8 +5,8 @@ Salimans & Ho 2022 (arXiv 2202.00512), Algorithm 2; with `w_min`, `w_max` the se
 a recipe's `halve` block makes the chain of stages.
 
 What the loss should look like: at each halving it starts small (the student is its teacher) and falls by two or more in the
-first tenth; it rises from halving to halving (about 1e-5 at 32 steps to 1e-3 at 1 in two dimensions). `diagnostics/match` is
-the number to watch: |student in N steps - teacher in 2N|^2 from the same noise, to be far below `diagnostics/undistilled`.
+first tenth; it rises from halving to halving (about 1e-5 at 32 steps to 1e-3 at 1 in two dimensions). Watch
+`diagnostics/match`: |student in N steps - teacher in 2N|^2 from the same noise, to be far below `diagnostics/undistilled`.
 
 Deviations: the last step lands on clean data exactly, where the reference lands on log-SNR 20 and then replaces the target by
 the teacher's second x0 (the same number). The target is computed without the paper's division, which loses accuracy (see
@@ -73,7 +73,9 @@ class Progressive(DistillModule):
                 f"teacher: made for {found} step(s); a student of {steps} needs one of {2 * steps}"
             )
         if teacher.sampler is None and teacher.coupling in ("endpoint", "few_step"):
-            raise ValueError("teacher: found a few-step student without a sampler, whose times nobody knows")
+            raise ValueError(
+                "teacher: found a few-step student without a sampler, so its times are unknown; expected one with"
+            )
         if teacher.boundary is not None or (teacher.sampler is not None and teacher.sampler.mode == "sde"):
             raise ValueError(
                 "teacher: found a consistency model, which is not sampled by DDIM; expected another"
@@ -93,8 +95,8 @@ class Progressive(DistillModule):
         return [Update("student", {"student": self.student}, self.loss)]
 
     def result(self) -> Result:
-        """Exactly N steps of DDIM, on every second time of the teacher. Never guidable: the student sees no null condition;
-        the teacher's guidance is baked in, or the input w."""
+        """Exactly N steps of DDIM, on every second time of the teacher. Not guidable: the student is trained without a null
+        condition; the teacher's guidance is baked in, or the input w."""
         steps, times = self.grid.steps, tuple(self.grid.times[::2].tolist())
         earlier = self.teacher.sampler
         sampler = SamplerSpec(
@@ -114,7 +116,7 @@ class Progressive(DistillModule):
         return cond.with_guidance(draw_w(draws.uniform("w"), *self.w_range))
 
     def loss(self, batch: Batch, step: Step) -> Loss:
-        """w(SNR) |x0_hat - x0~|^2, with x0~ from two steps of the teacher."""
+        """w(SNR) |x0_hat - x0~|^2 with x0~ from two steps of the teacher (arXiv 2202.00512, Algorithm 2)."""
         assert batch.x0 is not None
         process, kind = self.student.process, self.student.kind
         index = step.draws.integer("i", self.grid.steps)
@@ -138,7 +140,8 @@ class Progressive(DistillModule):
         return Loss(per_sample.mean(), logs)
 
     def diagnostics(self, batch: Batch, draws: Draws) -> Diagnostics:
-        """How far the student in N steps and the undistilled teacher in N are from the teacher in 2N, from one noise."""
+        """Squared distance to the teacher in 2N steps of the student in N steps and of the teacher in N, from the same
+        noise."""
         z, cond = draws.normal("z", self.student.sample_shape), self.guided(batch.cond, draws)
         student = self.best()
         assert isinstance(student, Denoiser)
@@ -175,7 +178,7 @@ def _teacher_times(teacher: Denoiser, steps: int) -> Tensor:
 
 
 def _check_trained_range(teacher: Denoiser, w_min: float | None, w_max: float | None) -> None:
-    """Refuse guidance that the teacher has never seen."""
+    """Refuse guidance outside of the range that the teacher was trained for."""
     trained = None if teacher.sampler is None else teacher.sampler.guidance_w_range
     if trained is None or w_min is None or w_max is None or trained[0] <= w_min <= w_max <= trained[1]:
         return

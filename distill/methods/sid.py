@@ -1,5 +1,5 @@
-"""SiD, score identity distillation: the student minimises a Fisher divergence between its samples and the teacher's, at all
-noise levels, without data.
+"""SiD, score identity distillation: minimise a Fisher divergence between the student's and the teacher's samples at all noise
+levels, without data.
 
 Zhou et al. 2024 (arXiv 2404.04057), Algorithm 1; long-short guidance (LSG, arXiv 2406.01561) through the four guidance
 scales; few-step students (arXiv 2505.12674): the loss is applied to the output of a step drawn uniformly, with one fake
@@ -9,7 +9,7 @@ What the loss should look like: NOT a measure of progress. With alpha = 1 its ex
 exact, so it moves about zero, and for alpha > 1 it is negative; `student/loss`, which has the factor `loss_scale_g` in it and
 is a sum over pixels, may show -60 in a healthy run (`student/loss_unscaled`), and falls or rises while samples improve. The
 numbers to watch are `diagnostics/gap_*` (|teacher x0 - fake x0|^2 on the student's samples at three noise levels, falling),
-`fake/loss` (settles to a level), `diagnostics/x_std` (near the data's; far below it is collapse) and `eval/fd`.
+`fake/loss` (settles to a level), `diagnostics/x_std` (near the data's; far below means collapse) and `eval/fd`.
 
 Deviations: samples that are not finite are not dropped one by one (that does not protect the gradients): the engine skips
 and counts the step, on all processes. The augmentation of the images that the fake score learns is left out. The time samplers

@@ -49,7 +49,7 @@ class MLP(nn.Module):
         self.label = ClassEmbedding(num_classes, width) if num_classes else None
         self.guidance = GuidanceEmbedding(guidance_embedding, width) if guidance_embedding else None
         self.stem = nn.Linear(dim, width)
-        self.bottleneck = f"layers.{depth - 1}"  # whose output discriminators look at
+        self.bottleneck = f"layers.{depth - 1}"  # its output is the features of discriminators
         self.layers = nn.ModuleList([nn.Linear(width, width) for _ in range(depth)])
         self.out = nn.Linear(width, dim)
         if zero_out:

@@ -62,7 +62,7 @@ class UNet(nn.Module):
         channels: C of the data.
         width: channels of the first level; level i has width * multipliers[i].
         multipliers: one entry a level; between levels the resolution halves.
-        blocks: residual blocks a level on the way down (and up).
+        blocks: residual blocks a level, in the encoder and in the decoder.
         num_classes: class labels it is conditioned on; 0 for none.
         time_scale: network time = time_scale * t. The embedding's fastest frequency is 1, so a flow's t in
             [0, 1] wants hundreds to a thousand (the 999 and 1000 of the rectified-flow code bases); a
@@ -75,7 +75,7 @@ class UNet(nn.Module):
         guidance_embedding: features of the guidance w as an input (`guidance_w` of `Cond`); 0: no such input.
     """
 
-    bottleneck = "middle_out"  # whose output discriminators look at
+    bottleneck = "middle_out"  # its output is the feature map of discriminators
 
     def __init__(
         self,
@@ -132,7 +132,7 @@ class UNet(nn.Module):
     def _build_down(
         self, widths: Sequence[int], blocks: int, block: Callable[[int, int], ResBlock]
     ) -> list[int]:
-        """The way down; returns the channels of every activation that is kept for the way up."""
+        """The encoder; returns the channels of every activation that the decoder concatenates."""
         self.down, self.shrink = nn.ModuleList(), nn.ModuleList()
         current = self.stem.out_channels
         skips = [current]
@@ -151,7 +151,7 @@ class UNet(nn.Module):
     def _build_up(
         self, widths: Sequence[int], blocks: int, block: Callable[[int, int], ResBlock], skips: list[int]
     ) -> None:
-        """The way up: every kept activation is joined once."""
+        """The decoder: every kept activation is concatenated once."""
         self.up, self.grow = nn.ModuleList(), nn.ModuleList()
         current = widths[-1]
         for level in reversed(range(len(widths))):

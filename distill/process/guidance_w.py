@@ -42,7 +42,7 @@ def draw_w(uniform: Tensor, w_min: float, w_max: float) -> Tensor:
 
 
 def check_w_range(w_min: float, w_max: float) -> None:
-    """Refuse an impossible range of w; warn about one that looks like another quantity. Host numbers only.
+    """Refuse an invalid range of w; warn above 20, which may be a guidance scale in percent. Host numbers only.
 
     Raises:
         ValueError: w_min exceeds w_max, or is below -1.

@@ -16,7 +16,7 @@ from torch import Tensor
 from distill.process.base import at_least_float32
 
 SIGMA_DATA = 0.5
-"""EDM's standard deviation of the data (arXiv 2206.00364), where a model says nothing of its own."""
+"""EDM's standard deviation of the data (arXiv 2206.00364), where a model has none of its own."""
 
 SIGMA_WEIGHTS = ("uniform", "snr", "snr+1", "karras", "truncated-snr")
 

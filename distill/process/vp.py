@@ -12,7 +12,7 @@ from distill.process.base import Process, at_least_float32
 from distill.process.tables import VPTable, from_betas, zero_terminal_snr
 
 MAX_TIMESTEPS = 100_000
-"""The longest table: usual ones have 1000 entries, and one that a data file asks for must end."""
+"""The longest table: usual ones have 1000 entries; a limit for tables that are described by a file."""
 
 
 class VPCosine(Process):
@@ -56,7 +56,7 @@ class VPLinear(Process):
     """Continuous VP, linear beta (arXiv 2011.13456, appendix C): d log alpha / dt = -beta / 2, t in [0, 1].
 
     beta(t) = beta_min + t (beta_max - beta_min). At t = 0 the state is clean and d_sigma is infinite: start
-    time samplers above 0 where a velocity is asked for, and end an ODE there with a step that does not
+    time samplers above 0 where velocities are evaluated, and end an ODE there with a step that does not
     evaluate t = 0.
     """
 
@@ -109,7 +109,7 @@ class VPScaledLinear(VPTable):
 
     Index 0 is not clean (alpha^2 = 0.99915 for SD 1.5) and the last is not pure noise (0.0047), unless
     ``zero_terminal_snr`` rescales the table so that it is (arXiv 2305.08891; diffusers' ``rescale_betas_zero_snr``), where
-    predicted noise then says nothing. Between the indices: ``VPTable``.
+    x0 cannot be computed from predicted noise. Between the indices: ``VPTable``.
 
     Raises:
         ValueError: not 0 < beta_start <= beta_end < 1, or fewer than two timesteps.

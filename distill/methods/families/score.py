@@ -106,7 +106,7 @@ class ScoreDistillation(DistillModule):
         ]
 
     def result(self) -> Result:
-        """Exactly the steps that it was trained for: "endpoint" for one step from t_max, else "few_step". Never guidable: the
+        """Exactly the steps that it was trained for: "endpoint" for one step from t_max, else "few_step". Not guidable: the
         student is trained with conditions alone, and the teacher's guidance is baked in."""
         sampler = self.input.spec(self.guidance.teacher, self.noise_scale)
         whole = self.input.times == [self.student.process.t_max]

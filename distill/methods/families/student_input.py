@@ -1,4 +1,4 @@
-"""Where a student of score distillation starts its steps, and what it makes there."""
+"""Start times, noise and samples of a student of score distillation during training."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from distill.samplers.student_rollout import check_times, few_step_output, mixtu
 
 
 class StudentInput:
-    """Where the generator's steps start, and how it is sampled.
+    """Start times and noise of the student's steps.
 
     Args:
         levels: noise levels sigma / alpha of the N start times, falling; None: one step from t_max. SiD: [2.5].
         unit_noise: feed unit noise at the first time instead of noise of that level (DMD2's one-step SDXL).
 
     Raises:
-        ValueError: levels that are no falling list of positive numbers, or that the process does not have.
+        ValueError: levels that are not a falling list of positive numbers, or outside the range of the process.
     """
 
     def __init__(self, process: Process, levels: Sequence[float] | None, unit_noise: bool = False) -> None:
@@ -37,7 +37,7 @@ class StudentInput:
         check_times(process, self.times)
         first = torch.tensor([self.times[0]], dtype=torch.float64)
         whole = float(process.prior(torch.ones(1, 1, dtype=torch.float64)))
-        # At t_max the start is the process's own prior, as in every sampler.
+        # At t_max the start is the prior of the process, as in every sampler.
         start = whole if self.times[0] == process.t_max else float(process.sigma(first))
         self.scale = (1.0 if unit_noise else start) / whole
         if unit_noise and math.isclose(start, 1.0):
@@ -67,13 +67,13 @@ class StudentInput:
         return self.process.prior(self.scale * z), lambda i: draws.normal(f"renoise{i}", shape)
 
     def output(self, student: Denoiser, cond: Cond, draws: Draws) -> Tensor:
-        """x [B,*S], the output of one of the N steps, the same for the whole batch and all processes, with its graph."""
+        """x [B,*S], the output of one of the N steps, with its graph; the same step for the whole batch on all processes."""
         start, noise = self._given(draws, student.sample_shape)
         k = stream_key(draws.seed, draws.stream, draws.step, "k") % self.steps
         return few_step_output(lambda x, t: student.x0(x, t, cond), self.process, start, self.times, noise, k)
 
     def mixture(self, student: Denoiser, cond: Cond, draws: Draws) -> Tensor:
-        """x [B,*S] of a step of its own for each sample, without a graph: what the fake score learns."""
+        """x [B,*S] of a step drawn for each sample, without a graph: the samples of the fake score."""
         start, noise = self._given(draws, student.sample_shape)
         k = draws.integer("k", self.steps)
         return mixture_output(lambda x, t: student.x0(x, t, cond), self.process, start, self.times, noise, k)

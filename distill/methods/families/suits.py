@@ -1,4 +1,4 @@
-"""What a method's formula can be trained on, asked while it is built: processes, kinds of prediction, options that act."""
+"""Checks of a method when it is built: processes and kinds of prediction that its formula allows, options without effect."""
 
 from __future__ import annotations
 
@@ -18,17 +18,16 @@ from distill.process.edm import EDM
 LARGEST_FACTOR = 100.0
 
 
-def error_factor(process: Process, kind: str, told: str, t: Tensor) -> Tensor:
-    """By how much a prediction of `told` that is made from one of `kind` multiplies its error, at times t [B] (float64): the
-    derivative of `Process.convert` times the size sqrt(p^2 + q^2) of the prediction itself. Infinite where the one says
-    nothing about the other.
+def error_factor(process: Process, kind: str, target: str, t: Tensor) -> Tensor:
+    """Factor on the error of a prediction of `kind` when it is converted to `target`, at times t [B] (float64): the derivative
+    of `Process.convert` times the size sqrt(p^2 + q^2) of the prediction. Infinite where the conversion does not exist.
 
-    For `told` = "x0": 1 of x0, sigma of v and of a flow's velocity, sigma / alpha of eps."""
+    For `target` = "x0": 1 of x0, sigma of v and of a flow's velocity, sigma / alpha of eps."""
     alpha, sigma = process.alpha(t), process.sigma(t)
     p, q = _parts(process, kind, t)
-    p2, q2 = _parts(process, told, t)
+    p2, q2 = _parts(process, target, t)
     across = (alpha * q - sigma * p) / torch.sqrt(p.square() + q.square())
-    if kind == told:
+    if kind == target:
         return torch.sqrt(p.square() + q.square())
     return ((alpha * q2 - sigma * p2) / across).abs()
 
@@ -42,7 +41,7 @@ def _parts(process: Process, kind: str, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_start(process: Process, kind: str, t: float) -> None:
-    """Refuse a student whose x0 is mostly its error where its first step starts.
+    """Refuse a student whose predicted x0 is mostly its own error at the start of its first step.
 
     Raises:
         ValueError: names `kind`.
@@ -50,27 +49,27 @@ def check_start(process: Process, kind: str, t: float) -> None:
     factor = float(error_factor(process, kind, "x0", torch.tensor([t], dtype=torch.float64, device="cpu")))
     if not factor <= LARGEST_FACTOR:
         raise ValueError(
-            f"kind: found {kind!r}, but under {process!r} it multiplies its error by {factor:.4g} to tell x0 at the first "
-            f"step, t = {t:g}; expected at most {LARGEST_FACTOR:g}: a student that predicts {_others(process)}"
+            f"kind: found {kind!r}, but under {process!r} it multiplies its error by {factor:.4g} to predict x0 at the "
+            f"first step, t = {t:g}; expected at most {LARGEST_FACTOR:g}: a student that predicts {_others(process)}"
         )
 
 
 def check_clean_end(
     process: Process,
     kind: str,
-    told: str,
+    target: str,
     weight: Callable[[Tensor], Tensor] = torch.ones_like,
     what: str = "kind",
 ) -> None:
-    """Refuse a loss weight(t) |error in `told`|^2 of a net of `kind`, at times that are uniform down to t_min, that weighs the
-    net's own error without bound there: its variance is infinite, and single samples near t_min decide the steps.
+    """Refuse a loss weight(t) |error in `target`|^2 of a net of `kind`, at uniform times down to t_min, whose weight on the
+    net's own error is unbounded there: its variance is infinite, and single samples near t_min dominate the steps.
 
     Raises:
         ValueError: names `what`.
     """
     span = process.t_max - process.t_min
     t = process.t_min + span * torch.tensor([1e-6, 1e-12], dtype=torch.float64, device="cpu")
-    near, nearer = (weight(t) * error_factor(process, kind, told, t).square()).tolist()
+    near, nearer = (weight(t) * error_factor(process, kind, target, t).square()).tolist()
     if not nearer < 1000 * near:
         raise ValueError(
             f"{what}: under {process!r} this loss weighs the error of a net that predicts {kind!r} without bound towards the "
@@ -79,7 +78,7 @@ def check_clean_end(
 
 
 def check_asked(process: Process, kind: str, times: Tensor) -> None:
-    """Refuse a net whose x0 does not exist at one of the times [N] at which it is asked.
+    """Refuse a net whose x0 does not exist at one of the times [N] at which it is evaluated.
 
     Raises:
         ValueError: names `kind`.
@@ -88,14 +87,14 @@ def check_asked(process: Process, kind: str, times: Tensor) -> None:
     if not bool(factors.isfinite().all()):
         t = float(times.double().cpu()[~factors.isfinite()][0])
         raise ValueError(
-            f"kind: found {kind!r}, but under {process!r} it says nothing about x0 at t = {t:g}; expected a net that predicts "
-            f"{_others(process)}"
+            f"kind: found {kind!r}, but under {process!r} x0 cannot be computed from it at t = {t:g}; expected a net that "
+            f"predicts {_others(process)}"
         )
 
 
 def step_factors(process: Process, kind: str, levels: Tensor) -> tuple[Tensor, Tensor]:
-    """By how much one step between neighbours of falling times [N] multiplies the error of a teacher of `kind`, in sizes of the
-    state: [N - 1] where it is asked at the start of the step, and at its end (Heun's second call)."""
+    """Factors by which one step between neighbours of falling times [N] multiplies the error of a teacher of `kind`, in units
+    of the state: [N - 1] for an evaluation at the start of the step, and at its end (Heun's second call)."""
     times = levels.double().cpu()
     size = torch.hypot(process.alpha(times), process.sigma(times))
     factors = error_factor(process, kind, "velocity", times) / size
@@ -104,8 +103,8 @@ def step_factors(process: Process, kind: str, levels: Tensor) -> tuple[Tensor, T
 
 
 def check_own_clock(process: Process, what: str, found: str, instead: str) -> None:
-    """Refuse times that are spread evenly in the process's own time where that time is the noise level itself: of 0 .. 80, 97 %
-    lie above 2.5, where almost nothing of the data is left to learn.
+    """Refuse times that are uniform in the process's own time where that time is the noise level itself: 97 % of 0 .. 80 lie
+    above 2.5, where hardly any data is left.
 
     Raises:
         ValueError: names `what`.

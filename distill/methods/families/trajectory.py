@@ -1,4 +1,4 @@
-"""What the methods of the consistency family share: grids, boundaries, checks and diagnostics."""
+"""Functions of the consistency methods: grids, boundaries, checks and diagnostics."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GRIDS = ("auto", "karras", "uniform")
 
 
 def check_pair_of_models(student: Denoiser, teacher: Denoiser) -> None:
-    """Refuse a teacher that has no trajectories, or whose times mean something else to the student.
+    """Refuse a teacher without trajectories, or of another process than the student.
 
     Raises:
         ValueError: names `teacher`.
@@ -51,7 +51,8 @@ def check_sample_steps(counts: Sequence[int], most: int) -> tuple[int, ...]:
 
 
 def target_network(decay: float) -> dict[str, Average]:
-    """What `averages` declares for a target that follows the student with a fixed decay; nothing for 0, the student itself."""
+    """`averages` of a method whose target network follows the student with a fixed decay (arXiv 2303.01469, eq. 8); empty for
+    0."""
     return {"target": Average("student", lambda step: decay)} if decay > 0 else {}
 
 
@@ -80,12 +81,12 @@ def noise_level(process: Process, t: Tensor) -> Tensor:
 def boundary_at(
     process: Process, levels: Tensor, kind: str, sigma_data: float | None = None
 ) -> Boundary | None:
-    """What makes a prediction of `kind` the identity at the cleanest level of a grid; None where it is that by itself: where
-    no noise is left (a flow's t = 0), unless the net predicts the data. For use while a method is built. `sigma_data` is what
-    the model assumes of the data; None: nothing, and the boundary's default is taken.
+    """The boundary that makes a prediction of `kind` the identity at the cleanest level of a grid; None where it already is:
+    where no noise is left (a flow's t = 0), unless the net predicts the data. For use while a method is built. `sigma_data`:
+    that of the model; None: the boundary's default.
 
     Raises:
-        ValueError: names `grid`: it ends on clean data, of which a net that predicts x0 could say anything.
+        ValueError: names `grid`: it ends on clean data, where nothing constrains a net that predicts x0.
     """
     level = float(noise_level(process, levels[-1:].double()))
     if level > 0:
@@ -93,8 +94,8 @@ def boundary_at(
         return Boundary("cm", sigma_min=level, sigma_data=own)
     if kind == "x0":
         raise ValueError(
-            f"grid: ends at t = {float(levels[-1]):g} of {process!r}, where no noise is left and nothing makes a predicted "
-            "x0 the state itself; expected 'karras', which ends above, or a student of another kind"
+            f"grid: ends at t = {float(levels[-1]):g} of {process!r}, where no noise is left and a predicted x0 is not "
+            "constrained to be the state; expected 'karras', which ends above, or a student of another kind"
         )
     return None
 
@@ -113,8 +114,8 @@ def by_thirds(values: Tensor, place: Tensor) -> dict[str, Tensor]:
 def trajectory_diagnostics(
     generator: Generator, batch: Batch, z: Tensor, wanted: Tensor, levels: Tensor, label: str = "teacher"
 ) -> Diagnostics:
-    """A consistency student beside the ends `wanted` [B,*S] of the teacher's trajectories from the noise z [B,*S], or
-    beside what else is called `label`.
+    """Compare a consistency student with `wanted` [B,*S], the ends of the teacher's trajectories from the noise z [B,*S] (or
+    other samples, named by `label`).
 
     Logs `trajectory` (RMS distance of the one-step sample to them), `boundary` (max |f(x, e) - x| at the cleanest level e,
     with x in the coordinates of the boundary: the state over alpha, or the state itself of "lcm"), mean, spread and

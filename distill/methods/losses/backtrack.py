@@ -1,15 +1,15 @@
-"""DisBack's path: which degraded teacher is stored when, and which one is the target when (arXiv 2408.15991).
+"""DisBack's path: when nodes are stored, and which of them is the target (arXiv 2408.15991).
 
 Recording trains a copy of the teacher, s_0, on the samples of the initial student and stores the nodes s_1 ..
-s_N on the way, the most degraded last. Backtracking starts the fake score from s_N and distils with the
+s_N, the most degraded last. Backtracking starts the fake score from s_N and distils with the
 targets s_(N-1), ..., s_1 and at last the teacher itself, s_0, which is never stored and never left. With N =
 0 or 1 the only target is the teacher; N = 0 is DMD.
 
-Everything is a function of a step number, so a resumed run stands where it was without any saved state.
+Everything is a function of the step, so resuming needs no saved state.
 
 Deviation: the released code compares the growing step with a falling checkpoint number; it switches too
-seldom, stops before the teacher, and loads none of the node's weights (its keys do not match and it does not
-insist). Here the teacher is always reached.
+seldom, stops before the teacher, and loads none of the node's weights (its keys do not match, with
+`strict=False`). Here the teacher is always reached.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from itertools import accumulate
 def node_steps(steps: int, every: int) -> list[int]:
     """Steps of the recording after which a node is stored: every, 2 every, ..., and always ``steps``, the last.
 
-    The released SDXL run: 1000 steps and a node every 100. On EDM teachers 200 and 50 are said to be the paper's (not checked).
+    The released SDXL run: 1000 steps and a node every 100. On EDM teachers the paper is said to use 200 and 50 (not checked).
 
     Raises:
         ValueError: steps < 0, or every < 1.
@@ -37,12 +37,12 @@ def node_steps(steps: int, every: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Backtrack:
-    """The way back along ``nodes`` stored nodes, ``steps_per_node`` generator steps at each target.
+    """The targets of ``nodes`` stored nodes in reverse order, ``steps_per_node`` generator steps at each.
 
     Attributes:
         nodes: N, at least 0.
-        steps_per_node: one number for all N - 1 stored targets, or their N - 1 numbers in the order of the way
-            back (node N - 1 first). The teacher needs none.
+        steps_per_node: one number for all N - 1 stored targets, or their N - 1 numbers in the order of the
+            targets (node N - 1 first). The teacher needs none.
     """
 
     nodes: int

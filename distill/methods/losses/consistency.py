@@ -9,10 +9,10 @@ papers it is the noise level sigma of the ``EDM`` process. Where x_u comes from:
 
 Distances are in ``losses.distances``, weights of one time in ``process.scalings.sigma_weight``, the form of f that is the
 identity at the clean end in ``models.boundary``. Targets are made without
-gradients. No value is replaced when it is not finite: the engine sees, counts and skips such a step.
+gradients. Values that are not finite are not replaced: the engine counts and skips such a step.
 
 Deviations: where r = 0, the references evaluate the network at ln 0 and turn its NaN into 0 before they discard it;
-``masked_target`` does not ask the network there.
+``masked_target`` does not evaluate the network there.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def teacher_step(
     """x_u [B, *S] from x_t by one step of dx/dt = ``velocity``(x, t), for times t > u that differ per sample, [B] each.
 
     ``heun`` (arXiv 2303.01469, section 4: two calls, local error of order 3) or ``euler`` (one call, order 2). A teacher that
-    predicts x0 has the velocity ``process.convert("x0", x0_hat, x, t, "velocity")``, (x - x0_hat) / t for EDM. Guidance is
-    the callable's business. Heun evaluates the field at u: where it is singular there (EDM at u = 0) the result is not
+    predicts x0 has the velocity ``process.convert("x0", x0_hat, x, t, "velocity")``, (x - x0_hat) / t for EDM. The callable
+    applies guidance. Heun evaluates the field at u: where it is singular there (EDM at u = 0) the result is not
     finite, unless ``singular`` names that time: steps that end there are then Euler's.
 
     Raises:

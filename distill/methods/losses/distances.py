@@ -100,5 +100,5 @@ def distance(name: str, huber_c: float) -> Callable[[Tensor, Tensor], Tensor]:
         chosen = l1 if name == "l1" else l2
     else:
         raise ValueError(f"loss: found {name!r}, expected one of {list(LOSSES)}")
-    chosen(torch.zeros(1, 1), torch.zeros(1, 1))  # a wrong c is told now
+    chosen(torch.zeros(1, 1), torch.zeros(1, 1))  # raises for an invalid c
     return chosen

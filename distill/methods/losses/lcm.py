@@ -74,6 +74,6 @@ def check_teacher(process: Process, kind: str) -> None:
     process.check_kind(kind)
     if kind in ("eps", "score") and float(process.alpha(torch.tensor([process.t_max]).double())) == 0:
         raise ValueError(
-            f"kind: found {kind!r}, but nothing of the data is left at t_max of {process!r}, where predicted noise says "
-            "nothing about it; expected 'v' or 'x0'"
+            f"kind: found {kind!r}, but nothing of the data is left at t_max of {process!r}, so x0 cannot be "
+            "computed from predicted noise; expected 'v' or 'x0'"
         )

@@ -3,7 +3,7 @@
 Three networks: the generator G, the frozen teacher T and the fake score F, which follows G's samples. With x
 = G(z), x_t = alpha x + sigma eps, yT = T(x_t) and yF = F(x_t) as predictions of the data, the difference yF -
 yT is, up to a positive weight, the gradient on x of the reverse KL divergence at that noise level. What the
-gradient flows through is what tells the methods apart:
+gradient flows through distinguishes the methods:
 
 ==================  ==============================================  =================================
 loss                value, per sample                               its gradient reaches x through
@@ -15,8 +15,8 @@ loss                value, per sample                               its gradient
 ==================  ==============================================  =================================
 
 All tensors are [B, *S] of one shape; every loss is [B] in at least float32 and the caller averages. A sample
-that is not finite makes its own loss not finite and touches no other; nothing is replaced by zero, so that
-whoever steps the optimizer sees it. (The references drop such samples and still divide by B.)
+that is not finite makes its own loss not finite and no other; nothing is replaced by zero, so that the
+engine can skip the step. (The references drop such samples and still divide by B.)
 """
 
 from __future__ import annotations
@@ -86,12 +86,12 @@ def diff_instruct_loss(x: Tensor, y_teacher: Tensor, y_fake: Tensor, *, reductio
 
 
 def dmd_gradient(x: Tensor, y_teacher: Tensor, y_fake: Tensor, *, floor: float = 1e-3) -> Tensor:
-    """DMD's direction, [B, *S] without a graph (arXiv 2311.18828): (yF - yT) / m.
+    """DMD's direction, [B, *S] without a graph: (yF - yT) / m (arXiv 2311.18828, eq. 7 with the weight of eq. 8).
 
     m is the mean of |x - yT| over a sample, at least ``floor`` times the sample's root mean square, so that
     scaling x, yT and yF together changes nothing. ``y_teacher`` is the prediction after guidance. The
-    references have no floor (``floor=0`` is theirs); then, where a sample has few components, m can come near
-    0 and one step ruins the generator.
+    references have no floor (``floor=0``); then m can be near 0 where a sample has few components, and a single
+    step can destroy the generator.
 
     Raises:
         ValueError: shapes differ, or floor < 0.
@@ -100,8 +100,8 @@ def dmd_gradient(x: Tensor, y_teacher: Tensor, y_fake: Tensor, *, floor: float =
     if not floor >= 0:
         raise ValueError(f"floor: found {floor}, expected at least 0")
     least = floor * x.square().reshape(len(x), -1).mean(1).sqrt()
-    m = torch.maximum(_mean_abs(x - y_teacher), least)
-    return (y_fake - y_teacher) / expand(m, x)
+    m = torch.maximum(_mean_abs(x - y_teacher), least)  # eq. 8: 1 / m, up to a factor of t alone
+    return (y_fake - y_teacher) / expand(m, x)  # eq. 7: s_fake - s_real, in predictions of x0
 
 
 def descend(x: Tensor, direction: Tensor, *, reduction: str = "mean") -> Tensor:
@@ -159,13 +159,13 @@ def fake_score_loss(
     sigma_data: float = 0.5,
     reduction: str = "sum",
 ) -> Tensor:
-    """Denoising score matching of the fake score on generated samples, [B]: weight(t) |prediction - target|^2.
+    """Denoising score matching of the fake score on generated samples (arXiv 2311.18828, eq. 6), [B].
 
-    ``prediction`` [B, *S] was made at x_t = alpha x + sigma eps, time t [B], in the kind that the weighting
-    compares (``FAKE_SCORE_KINDS``); the target is that kind's true value, and carries no gradient to the
-    generator. Weightings: "edm" (SiD, Diff-Instruct and DMD2 on EDM teachers), "eps" (DMD2 and DisBack on
-    Stable Diffusion: plain), "v" (SiD-LSG), "flow" (plain, the velocity). Guidance inside the training
-    prediction (SiD-LSG's kappa 1) is the caller's.
+    It is weight(t) |prediction - target|^2. ``prediction`` [B, *S] was made at x_t = alpha x + sigma eps, time t [B], in the
+    kind that the weighting compares (``FAKE_SCORE_KINDS``); the target is that kind's true value, and carries no gradient to
+    the generator. Weightings: "edm" (SiD, Diff-Instruct and DMD2 on EDM teachers), "eps" (DMD2 and DisBack on Stable
+    Diffusion: plain), "v" (SiD-LSG), "flow" (plain, the velocity). Guidance inside the training prediction (SiD-LSG's kappa
+    1) is the caller's.
 
     Args:
         sigma_data: of "edm".

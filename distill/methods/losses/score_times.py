@@ -1,4 +1,4 @@
-"""When the updates of score distillation look: samplers of times for the student's loss, the fake score's and the GAN's."""
+"""Samplers of times for the losses of score distillation: the student's, the fake score's and the GAN's."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def times_of(process: Process, options: Mapping[str, Any], where: str) -> Times:
 
     {name: uniform, low, high}: uniform in the process's time, as shares of its range; {name: logit_normal, mean, std}: the
     share is a sigmoid of a normal number; {name: lognormal, mean, std}: EDM's noise levels; {name: sid, t_max}: SiD's;
-    {name: karras, low, high}: uniform indices of DMD2's table of 1000. Levels are translated to the process's own time; those
-    that it does not have become its ends, of which a warning tells where the levels are bounded (sid, karras).
+    {name: karras, low, high}: uniform indices of DMD2's table of 1000. Levels are translated to the process's own time and
+    clamped to its range; where the levels are bounded (sid, karras), a warning says so.
 
     Raises:
         ValueError: an unknown name or option, or a value outside its range, named by `where`.
@@ -88,9 +88,9 @@ def usual_times(
 ) -> Mapping[str, Any]:
     """Options for `times_of`: those `given`, or (None) what suits the process.
 
-    Under EDM the `paper`'s noise levels. Others are asked in their own time, in which their noise levels are spread as they
-    need: the student's loss uniformly from 2 % to 98 % of it (DMD2 and SiD-LSG on Stable Diffusion), the fake score's all over
-    it, under a flow logit-normally (as flows are trained, arXiv 2403.03206)."""
+    Under EDM the `paper`'s noise levels. Under other processes, times of their own: the student's loss uniformly from 2 % to
+    98 % of it (DMD2 and SiD-LSG on Stable Diffusion), the fake score's over all of it, under a flow logit-normally (as flows
+    are trained, arXiv 2403.03206)."""
     if given is not None:
         return given
     if isinstance(process, EDM):
@@ -105,14 +105,14 @@ def _check_normal(mean: float, std: float) -> None:
         raise ValueError("expected a finite mean and a positive std")
 
 
-def _warn_of_ends(process: Process, levels: Tensor, told: str) -> None:
-    """Levels [2], lowest and highest, outside the process's range are clamped to it: a table gets a heap of draws there."""
+def _warn_of_ends(process: Process, levels: Tensor, where: str) -> None:
+    """Warn where levels [2], lowest and highest, lie outside the process's range: draws there are clamped to its ends."""
     inside = levels * torch.tensor([1 + 1e-6, 1 - 1e-6])  # the last bit of a power is no excess
     if not bool(process.covers(-torch.log(inside)).all()):
         ends = torch.tensor([process.t_min, process.t_max], dtype=torch.float64)
         has = torch.exp(-process.log_ratio(ends)).tolist()
         warnings.warn(
-            f"{told} draws noise levels {levels[0]:.3g} .. {levels[1]:.3g}, {process!r} has {has[0]:.3g} .. {has[1]:.3g}: the "
-            "others become its ends; name: uniform stays inside",
+            f"{where} draws noise levels {levels[0]:.3g} .. {levels[1]:.3g}, {process!r} has {has[0]:.3g} .. {has[1]:.3g}: "
+            "draws outside are clamped; use name: uniform",
             stacklevel=3,
         )
