@@ -101,13 +101,13 @@ class ClassEmbedding(nn.Module):
 
     def forward(self, label: Tensor) -> Tensor:
         check_range("label", label, self.num_classes)
-        # On an accelerator, where the values are not looked at, a class that does not exist must not be the null one.
+        # Labels are not checked on accelerators: an unknown class must not be read as the null condition.
         past = (label >= self.num_classes).to(label.dtype)
         return self.table(torch.where(label == NULL_LABEL, self.num_classes, label + past))
 
 
 class GuidanceEmbedding(nn.Module):
-    """The guidance w (`guidance_w` of `Cond`) as an input: [B] -> [B, width], 0 at the start, so that a net which gets it
+    """The guidance w (`guidance_w` of `Cond`) as an input: [B] -> [B, width]; 0 at the start, so that a net that gets it
     begins as the net without it."""
 
     def __init__(self, features: int, width: int) -> None:

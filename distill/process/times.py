@@ -23,7 +23,7 @@ from distill.process.indices import leading_indices, linspace_indices, student_i
 from distill.process.tables import VPTable
 
 MAX_STEPS = 100_000
-"""The longest grid: beyond it a number of steps is a mistake, which would sample without end."""
+"""The longest grid; more steps are taken for a mistake."""
 
 
 def uniform_grid(process: Process, steps: int, device: torch.device | str | None = None) -> Tensor:

@@ -151,7 +151,7 @@ TIMES = [
     ({"name": "sid", "t_max": math.nan}, "generator_times: .*t_max: found nan"),
     (
         {"name": "sid", "tmax": 800.0},
-        r"generator_times.tmax: no such key; expected t_max",
+        r"generator_times.tmax: no such key, did you mean generator_times.t_max\?; expected t_max",
     ),
     ({"name": "karras", "low": 5, "high": 4}, "low, high: found 5 and 4, expected 0 <= low <= high < 1000"),
     ({"name": "karras", "high": 1000}, "low, high: found 20 and 1000"),

@@ -17,6 +17,7 @@ from distill.process.base import Process
 from distill.process.edm import EDM
 from distill.process.flow import Flow
 from distill.process.times import karras_index_level, lognormal_level, sid_level
+from distill.typed import check_keys
 
 Times = Callable[[Draws], Tensor]
 
@@ -70,8 +71,7 @@ def times_of(process: Process, options: Mapping[str, Any], where: str) -> Times:
     if name in ("uniform", "logit_normal"):
         check_own_clock(process, f"{where}.name", repr(name), "lognormal, sid or karras")
     options_of = [p.name for p in inspect.signature(known[name]).parameters.values()][1:]
-    if unknown := sorted(set(given) - set(options_of)):
-        raise ValueError(f"{where}.{unknown[0]}: no such key; expected {', '.join(options_of)}")
+    check_keys(given, options_of, where)
     try:
         known[name](Draws(0, where, 0, torch.zeros(1, dtype=torch.int64)), **given)
     except (TypeError, ValueError) as error:
