@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 from distill.evaluation.gates import Gate, GateResult, check
 from distill.evaluation.meters.meter import Meter, Shown
 from distill.evaluation.metric import metrics
-from distill.evaluation.paths import euler_paths, has_paths
+from distill.evaluation.paths import EulerPath, euler_path, has_paths, samples_along, watched
 from distill.evaluation.report import report
 from distill.evaluation.rows import Straightness
 from distill.evaluation.samples import Sampled
@@ -39,7 +40,7 @@ class Model:
 
     def row(self, steps: int, evaluation: Evaluation) -> dict[str, float | None]:
         """The entries of a row that follow from how it is sampled, of a trial: None where they will be None."""
-        path = evaluation.straightness is not None and has_paths(self.generator)
+        has_path = evaluation.straightness is not None and has_paths(self.generator)
         nothing = torch.zeros(1, 1)
         sampled = Sampled(
             self.generator,
@@ -48,7 +49,7 @@ class Model:
             seconds=1.0,
             samples=nothing,
             followed=nothing if self.follows and evaluation.follows else None,
-            path=(torch.zeros(3, 1, 1), torch.zeros(2, 1, 1)) if path else None,
+            path=EulerPath(1.0, 1.0, 1.0) if has_path else None,
             facts=self.facts,
         )
         return evaluation.of_row(sampled)
@@ -88,15 +89,20 @@ class Evaluation:
         kept: dict[tuple[str, int], Tensor] = {}
         paths: dict[str, Any] = {}
         with warnings.catch_warnings(record=True) as caught:
-            for label, steps in sorted(jobs, key=lambda job: job != self.follows):
+            # A row whose samples follow the path that straightness is measured on comes first of its model.
+            for label, steps in sorted(
+                jobs, key=lambda j: (j != self.follows, not self._along(models[j[0]], j[1]))
+            ):
                 bar.set_postfix_str(f"{label} in {steps}", refresh=True)
                 model = models[label]
-                samples, seconds = self._sample(model.generator, steps)
+                if label not in paths:
+                    self._warm_up(model.generator)
+                samples, seconds, path = self._sample(model, steps)
                 bar.update()
+                if label not in paths:
+                    paths[label] = path or self._path(model.generator)
                 if samples is None:
                     continue
-                if label not in paths:
-                    paths[label] = self._path(model.generator)
                 # Whole only where later rows are compared with it; else what the picture shows.
                 kept[label, steps] = (
                     samples if (label, steps) == self.follows else samples[: self.meter.shown]
@@ -181,23 +187,40 @@ class Evaluation:
         period = next(iter(models.values())).generator.conditions.period
         return period > 0 and self.count % period == 0
 
-    def _sample(self, generator: Generator, steps: int) -> tuple[Tensor | None, float]:
-        """(images clamped to [-1, 1] on the CPU of the main process, seconds) of the samples 0 .. count - 1."""
-        warm = torch.arange(min(self.count, self.batch_size))
-        generator.sample_ids(warm, seed=self.seed, stream=self.stream, steps=1, force=True)
-        start = time.perf_counter()
-        parts = {
-            number: generator.sample_ids(ids, seed=self.seed, stream=self.stream, steps=steps)
-            for number, ids in self.world.share(torch.arange(self.count).split(self.batch_size))
-        }
-        return self.world.collect(parts), time.perf_counter() - start
+    def _warm_up(self, generator: Generator) -> None:
+        """One step of a first batch, so that the times of rows are alike."""
+        ids = torch.arange(min(self.count, self.batch_size))
+        generator.sample_ids(ids, seed=self.seed, stream=self.stream, steps=1, force=True)
 
-    def _path(self, generator: Generator) -> tuple[Tensor, Tensor] | None:
-        """(path, velocities) of a flow over `straightness.steps` Euler steps; None where a model has no ODE."""
-        if self.straightness is None or not has_paths(generator):
+    def _sample(self, model: Model, steps: int) -> tuple[Tensor | None, float, EulerPath | None]:
+        """(images clamped to [-1, 1] on the CPU of the main process, seconds, the path where it was followed) of the samples
+        0 .. count - 1."""
+        generator, path, parts = model.generator, None, {}
+        along = self._along(model, steps)
+        start = time.perf_counter()
+        for number, ids in self.world.share(torch.arange(self.count).split(self.batch_size)):
+            with watched(generator, self._paths) if along and number == 0 else nullcontext() as sums:
+                parts[number] = generator.sample_ids(ids, seed=self.seed, stream=self.stream, steps=steps)
+            path = path if sums is None else sums.path()
+        return self.world.collect(parts), time.perf_counter() - start, path
+
+    @property
+    def _paths(self) -> int:
+        """Samples that straightness is measured on."""
+        return 0 if self.straightness is None else min(self.straightness.count, self.count)
+
+    def _along(self, model: Model, steps: int) -> bool:
+        """Whether a row's first batch follows the path that straightness is measured on."""
+        wanted = self.straightness is not None and self.straightness.steps == steps
+        return wanted and self._paths <= self.batch_size and samples_along(model.generator, steps)
+
+    def _path(self, generator: Generator) -> EulerPath | None:
+        """The path of a flow over `straightness.steps` Euler steps, on the main process; None where a model has no ODE."""
+        if self.straightness is None or not has_paths(generator) or not self.world.main:
             return None
-        ids = torch.arange(min(self.straightness.count, self.count))
-        return euler_paths(generator, ids, self.seed, self.stream, self.straightness.steps)
+        return euler_path(
+            generator, torch.arange(self._paths), self.seed, self.stream, self.straightness.steps
+        )
 
 
 def labels_of(generator: Generator, count: int) -> Tensor | None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from distill.evaluation.checks import check_labels
+from distill.evaluation.paths import EulerPath
 from distill.models.generator import Generator
 
 Result = TypeVar("Result")
@@ -83,7 +84,7 @@ class Sampled:
     Attributes:
         steps, count, seconds: sampler steps, samples, and the time that sampling took.
         samples: [N, *S]. followed: [N, *S] the samples of the row that this one follows, or None.
-        path: (path [K+1, B, *S], velocities [K, B, *S]) of the model's flow by Euler's method, or None.
+        path: how straight the model's flow is, or None.
         facts: what the stage that trained the model recorded.
     """
 
@@ -93,7 +94,7 @@ class Sampled:
     seconds: float
     samples: Tensor
     followed: Tensor | None = None
-    path: tuple[Tensor, Tensor] | None = None
+    path: EulerPath | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
 
