@@ -11,13 +11,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from distill import interrupt, terminal
 from distill.recipe import compose
-from distill.stages.judge import judge, summary
-from distill.stages.request import Request, data_configs
 
 
 @hydra.main(version_base="1.3", config_path=str(compose.CONFIGS), config_name="evaluate")
 def main(cfg: DictConfig) -> None:
     """Compose, measure, print the table and the protocol. Wrong input ends in one message, not a traceback."""
+    from distill.stages.judge import judge, summary  # torch is imported only where something is measured
+    from distill.stages.request import Request, data_configs
+
     try:
         with terminal.report_errors(compose.explain), interrupt.watch():
             plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)

@@ -13,11 +13,12 @@ import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TEMPORARY_SUFFIX = ".part"
 LARGEST_JSON = 64 * 2**20  # bytes; a manifest of a million shards is smaller
@@ -154,6 +155,8 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors atomically, sorted by name and without metadata: equal tensors give equal bytes."""
+    from safetensors.torch import save_file  # verbs that only print need no torch
+
     ordered = {name: tensors[name].detach().to("cpu").contiguous() for name in sorted(tensors)}
     size = sum(tensor.nbytes for tensor in ordered.values())
     write_atomic(path, lambda temporary: save_file(ordered, temporary), size)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import io
+import subprocess
+import sys
 import tokenize
 from pathlib import Path
 
@@ -145,3 +147,14 @@ def test_no_unsafe_loading_anywhere():
         text = path.read_text()
         for forbidden in ("weights_only=False", "trust_remote_code=True", "pickle.load", "nan_to_num"):
             assert forbidden not in text, f"{path}: {forbidden}"
+
+
+def test_what_evaluating_imports():
+    """`distill.evaluate --help` needs no torch, and measuring no Lightning: both would take most of its time."""
+    code = (
+        "import sys, distill.evaluate; assert 'torch' not in sys.modules;"
+        "import distill.stages.judge, distill.evaluation.meters.points;"
+        "found = {'lightning', 'wandb', 'torchmetrics', 'matplotlib', 'distill.engine.module'} & set(sys.modules);"
+        "assert not found, found"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

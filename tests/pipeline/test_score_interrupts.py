@@ -40,7 +40,7 @@ RECIPES = {
 # What a fork runs before the verb: it dies by its own hand at a chosen moment.
 DYING = """
 import os, signal
-from distill import files
+import safetensors.torch as files
 from distill.engine.fit import _Watch
 from distill.stages import train as stages
 
