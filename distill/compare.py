@@ -66,13 +66,13 @@ def main() -> None:
         runs = comparison.read(files)
         comparison.check_protocols(runs)
         missing = comparison.check_metric(runs, options.metric)
-        told = comparison.remarks(runs, without, options.metric, missing)
+        notes = comparison.remarks(runs, without, options.metric, missing)
         curve.save(curve.draw(runs, options.metric), out / PICTURE)
-        write_text(out / PAGE, comparison.page(runs, PICTURE, options.metric, told))
+        write_text(out / PAGE, comparison.page(runs, PICTURE, options.metric, notes))
         lines = [
             comparison.aligned(comparison.table(runs, mark="*{}")),
             f"\nProtocol of all rows: {comparison.protocol(runs).describe()}.",
-            *(f"note: {line}" for line in told),
+            *(f"note: {line}" for line in notes),
             f"{out / PAGE}, {out / PICTURE}",
         ]
         print(terminal.printable("\n".join(lines)))

@@ -1,8 +1,8 @@
-"""Certificates: what a student does, against what is known exactly of its teacher.
+"""Compares a student with a closed-form flow: on an even mixture of Gaussians (`models.analytic`) the teacher's flow and the
+distribution of the data are known exactly.
 
-On an even mixture of Gaussians (`models.analytic`) the teacher's flow from noise to data is known to any precision, and so is
-the distribution that it ends in. A method that follows trajectories is judged by `trajectory_error` from one noise, a method
-that matches distributions by `modes_found`, `share_near` and the distances of `evaluation.energy` and `evaluation.sliced`.
+`trajectory_error` measures methods that follow trajectories; `modes_found`, `share_near`, the energy distance and the sliced
+Wasserstein distance measure methods that match distributions.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def flow_map(
     """Where the model's probability-flow ODE takes noise z [N, *S] at t_min: [N, *S] float64, by RK45 to the relative and
     absolute `tolerance`.
 
-    A model that computes in float32 sets a floor of about 1e-6 to what a tolerance means; the exact teacher has none.
+    A model that computes in float32 limits the accuracy to about 1e-6; the exact teacher does not.
     """
     process = model.process
     ends = torch.tensor([process.t_max, process.t_min], dtype=torch.float64, device="cpu")
@@ -65,7 +65,7 @@ def mode_of(samples: Tensor, means: Tensor, radius: float) -> Tensor:
 
 
 def share_near(samples: Tensor, means: Tensor, std: float) -> float:
-    """Share of samples [N, ...] within `MODE_STDS` standard deviations of a mean [K, D]: near 0 for what lies between modes."""
+    """Share of samples [N, ...] within `MODE_STDS` standard deviations of a mean [K, D]: near 0 for samples between modes."""
     return float((mode_of(samples, means, MODE_STDS * std) >= 0).double().mean())
 
 

@@ -1,4 +1,4 @@
-"""Checks that every measure makes once on its inputs, so that a wrong set is named and not averaged away."""
+"""Checks of the inputs of metrics; errors name the set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several evaluations in one table: what they share, what they must not mix, and which number is the best."""
+"""Reads several evaluations, checks that their protocols agree, and prints one table with the best values marked."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def read(files: Sequence[Path]) -> list[Run]:
 
 
 def _names(files: Sequence[Path]) -> list[str]:
-    """The names of the folders, each with as many of its parents as tell them apart."""
+    """The names of the folders, each with as many parents as make them distinct."""
     parts = [file.resolve().parent.parts for file in files]
     for depth in range(1, max(map(len, parts)) + 1):
         names = ["/".join(p[-depth:]) for p in parts]
@@ -113,8 +113,8 @@ _ROW: dict[str, Any] = {"model": str, "steps": int | None, "nfe": int | None}
 def check_protocols(runs: Sequence[Run]) -> None:
     """Raise ValueError unless all of the protocols but the floor agree; the message names what differs, and where.
 
-    `straightness_steps` counts only where a row has a straightness, and `full_count`, which files of older versions
-    lack and which changes names alone, only where there is one.
+    `straightness_steps` is compared only where a row has a straightness, and `full_count`, which files of older versions
+    lack and which changes names alone, only where it is given.
     """
     fields = [key for key in runs[0].protocol.to_dict() if key not in ("floor", "names")]
     lines = []
@@ -128,8 +128,10 @@ def check_protocols(runs: Sequence[Run]) -> None:
                 continue
             values.setdefault(str(value), []).append(run.name)
         if len(values) > 1:
-            told = "; ".join(f"{value} in {', '.join(names)}" for value, names in values.items())
-            lines.append(f"  {field}: {told}")
+            lines.append(
+                f"  {field}: "
+                + "; ".join(f"{value} in {', '.join(names)}" for value, names in values.items())
+            )
     if lines:
         raise ValueError(
             "the protocols differ, so the numbers do not compare:\n"
@@ -140,7 +142,7 @@ def check_protocols(runs: Sequence[Run]) -> None:
 
 
 def protocol(runs: Sequence[Run]) -> Protocol:
-    """What the runs share, from the first that knows the full count of its features: it gives the names."""
+    """The protocol of all runs: that of the first with a `full_count`, which names need."""
     return next((run.protocol for run in runs if run.protocol.full_count is not None), runs[0].protocol)
 
 
@@ -222,20 +224,20 @@ def _numeric(cell: str) -> bool:
 
 
 def remarks(runs: Sequence[Run], without: Sequence[str], metric: str, missing: Sequence[str]) -> list[str]:
-    """What a reader must know beside the numbers: notes of runs, folders left out, runs that the plot lacks."""
+    """Notes of runs, folders without metrics.json, runs without a value in the plot."""
     lines = [f"{run.name}: {run.note}" for run in runs if run.note]
     lines += [f"{path}: left out, it has no {METRICS} (unfinished, or no run)" for path in without]
     return lines + [f"{name}: no {metric} in any row, so it is not in the plot" for name in missing]
 
 
-def page(runs: Sequence[Run], picture: str, metric: str, told: Sequence[str]) -> str:
+def page(runs: Sequence[Run], picture: str, metric: str, notes: Sequence[str]) -> str:
     """The Markdown page: plot, table, protocol, remarks."""
     parts = [
         "# Comparison of " + ", ".join(prose(run.name) for run in runs),
         f"![{metric} against network calls]({picture})",
         table(runs),
         f"Protocol of all rows: {prose(protocol(runs).describe())}.",
-        "\n".join(f"- **{prose(remark)}**" for remark in told),
+        "\n".join(f"- **{prose(remark)}**" for remark in notes),
         MARKING,
         legend(protocol(runs), columns([row for run in runs for row in run.rows])),
     ]

@@ -1,4 +1,4 @@
-"""Quality against network calls: one line a model, so that what a distillation bought can be seen at once."""
+"""Plots a metric against network calls, one line a model."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from distill.evaluation.metric import metric as known
 from distill.evaluation.metric import metrics
 from distill.files import write_atomic
 
-# Okabe and Ito's palette without its black and yellow: told apart by colour-blind readers, and on white.
+# Okabe and Ito's palette for colour-blind readers, without black and yellow.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 SHARED = "#555555"  # what all runs share, such as their teacher
 MARKERS = "os^DvPX<>"
 STYLES = ("-", "--", "-.", ":")
 WIDE = 10.0  # a distance is drawn on a log axis from this ratio of its largest to its smallest value on
 MOST_TICKS = 12
-SOFTWARE = "distill.compare"  # what the plots of that verb say drew them
+SOFTWARE = "distill.compare"  # the `Software` entry of its PNG files
 ROUNDING = 1e-4  # values closer than this (relative) are the same measurement
 PLAIN = ticker.FuncFormatter(lambda value, _: f"{value:g}")
 LABEL = 34  # characters of a line of the legend

@@ -1,4 +1,4 @@
-"""matplotlib's objects that need no screen, and names as its labels show them."""
+"""matplotlib without a screen, and text for its labels."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ __all__ = ["Figure", "FigureCanvasAgg", "label_text", "matplotlib", "ticker"]
 
 
 def label_text(text: str) -> str:
-    """`text` as a title or a label of a legend shows it: no formula between `$`, nothing hidden by a leading `_`."""
+    """`text` for a title or a legend: `$` starts no formula, and a leading `_` does not hide the label."""
     shown = printable(text).replace("$", r"\$")
     return f" {shown}" if shown.startswith("_") else shown

@@ -1,4 +1,4 @@
-"""Quality gates as data: a recipe lists what its rows must reach, `check` compares.
+"""Quality gates: bounds on entries of rows, listed by a recipe and checked by `check`.
 
     bound = factor * (metric of row `times`, or the value named by `reference`, or 1) + (`plus`, or 0)
 

@@ -1,7 +1,4 @@
-"""Pictures of samples: one labelled row a model, one column a sample, so equal noise shares a column.
-
-Tiles are upscaled bicubically and separated by thin borders: 8x8 digits drawn raw are not readable.
-"""
+"""Pictures of samples: a labelled row a model, a column a noise. Tiles are upscaled bicubically, with thin borders."""
 
 from __future__ import annotations
 
@@ -97,15 +94,15 @@ def tile(images: Tensor, columns: int, scale: int | None = None, border: int = 2
 def save_png(image: Image.Image, path: Path | str, software: str | None = None) -> None:
     """Write a PNG under a temporary name and rename it, so that `path` never holds half a picture.
 
-    software: what it says drew it, if anything."""
+    software: the PNG's `Software` entry, if any."""
     if not isinstance(image, Image.Image):
         raise ValueError(
             f"image: found {type(image).__name__}, expected a picture, such as that of tile(images, 8)"
         )
-    told = PngInfo()
+    info = PngInfo()
     if software is not None:
-        told.add_text("Software", software)
-    write_atomic(Path(path), lambda temporary: image.save(temporary, format="PNG", pnginfo=told))
+        info.add_text("Software", software)
+    write_atomic(Path(path), lambda temporary: image.save(temporary, format="PNG", pnginfo=info))
 
 
 def save_samples(samples: Tensor, columns: int, path: Path, software: str | None = None) -> None:

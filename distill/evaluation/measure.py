@@ -166,7 +166,7 @@ def measure(
 ) -> dict[str, float | None]:
     """The entries of a metrics.json row that follow from the samples alone; None where a metric is undefined.
 
-    images [N, C, H, W] in [-1, 1] on the extractor's device, labels [N] (the class asked for) or None. Pixels
+    images [N, C, H, W] in [-1, 1] on the extractor's device, labels [N] (the requested classes) or None. Pixels
     are taken as they are: the caller clamps. Raises ValueError for fewer than k + 1 samples, another resolution or extractor
     than the reference's, non-finite pixels, or values that are no floats of the range [-1, 1] (images in [0, 255], say).
     """

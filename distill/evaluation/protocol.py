@@ -1,4 +1,4 @@
-"""What was measured: the facts that make a number comparable, and the floor that real data reach."""
+"""The protocol of an evaluation: everything that two numbers must share to be compared, and the names of its metrics."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ class Protocol:
     """What happens to images before the extractor's network, in words; empty: nothing."""
 
     def names(self, count: int | None = None) -> dict[str, str]:
-        """metric -> the name under which its number is printed, for all metrics that a plain name would belie.
+        """metric -> the name under which its number is printed, for metrics that depend on features or count.
 
         Metrics of a feature space carry its name: `fd_digits64`. `fid` is the fd of `inception` alone, `cmmd`
         that of the CLIP tower of its paper (others: `cmmd_clip_...`; absent for features of no CLIP). Where the
         count (default: the protocol's) is below `full_count`, the metrics that depend on it carry it too:
-        `fd_digits64@500`, `fid@5000`; so no proxy is quoted as the metric.
+        `fd_digits64@500`, `fid@5000`; never under the plain name.
         """
         count = self.count if count is None else count
         reduced = f"@{count}" if self.full_count is None or count < self.full_count else ""

@@ -1,4 +1,4 @@
-"""Numbers as a page to read: the table, the gates, and how they were measured."""
+"""report.md: the table of rows, the protocol, the legend and the gates."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from distill.terminal import line
 
 def prose(text: object) -> str:
     """A name or a sentence for Markdown: on one line, without markup, HTML or control characters of its own."""
-    told = line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("|", "&#124;")
-    return re.sub(r"([\\`*\[\]~]|(?<!\w)_|_(?!\w))", r"\\\1", told)
+    plain = line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("|", "&#124;")
+    return re.sub(r"([\\`*\[\]~]|(?<!\w)_|_(?!\w))", r"\\\1", plain)
 
 
 def legend(protocol: Protocol, shown: Sequence[Metric]) -> str:

@@ -1,4 +1,4 @@
-"""What a recipe says of the rows of an evaluation: which model, how it is sampled, what it is compared with."""
+"""Rows of an evaluation: which model, how it is sampled, and what it is compared with."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Row:
     Attributes:
         stage: name of the stage whose model is measured.
         steps: step counts.
-        which: "last", the model at the end of training, or "best", the one that the stage's `monitor` kept.
+        which: "last", the model at the end of training, or "best", the one kept by the stage's `monitor`.
         follows_teacher: the model is meant to reproduce the trajectories of the row `follows`, so `teacher_mse` is
             measured. The guidance that it learned must be the guidance of that row.
         guidance_scale: g in u + g (c - u) to sample with; None: the model's own.
@@ -106,7 +106,7 @@ def check_follows(
     generators: Mapping[str, Generator], models: Mapping[str, Row], follows: tuple[str, int] | None
 ) -> None:
     """Raise ValueError where a row that follows the teacher has learned another guidance than the row `follows` is
-    sampled with: their trajectories differ whatever the student does, and `teacher_mse` would say nothing."""
+    sampled with: their trajectories differ, and `teacher_mse` would be meaningless."""
     if follows is None:
         if label := next((label for label, row in models.items() if row.follows_teacher), None):
             raise ValueError(

@@ -43,7 +43,7 @@ class Samples:
         name: what messages call the set: "generated", "reference".
         values: [N, D] float64, pixels in [-1, 1] or coordinates.
         real: the set that these are compared with; None for the real set itself.
-        labels (as those that follow, None where there are none): [N] int64 classes asked for.
+        labels (as those that follow, None where there are none): [N] int64 classes that were requested.
         features: [N, F] float64. predicted: [N] classes found by the extractor.
         noise: [N, D] the initial noise of the samples.
     """
@@ -62,7 +62,7 @@ class Samples:
         return len(self.values)
 
     def once(self, work: Callable[[Any], Result]) -> Result:
-        """`work(self)`, computed by the first metric that asks for it."""
+        """`work(self)`, computed once."""
         if work not in self._done:
             self._done[work] = work(self)
         result: Result = self._done[work]

@@ -1,7 +1,4 @@
-"""Pictures of points in the plane: the paths that a model takes from noise to its samples, and plain scatter plots.
-
-Points of more than two coordinates are drawn by their first two.
-"""
+"""Pictures of points by their first two coordinates: paths from noise to samples, and scatter plots."""
 
 from __future__ import annotations
 
@@ -67,7 +64,7 @@ def save_trajectories(panels: Sequence[Panel], data: Tensor, path: Path, *, colu
 
 
 def save_scatter(points: Tensor, path: Path, software: str | None = None) -> None:
-    """PNG of points [n, D]; `software` is what it says drew it.
+    """PNG of points [n, D]; `software`: the PNG's `Software` entry.
 
     Raises ValueError for fewer than two coordinates, no points or non-finite ones."""
     plane = _plane("samples", points)
@@ -111,5 +108,5 @@ def _paths(panel: Panel) -> Tensor:
 
 
 def _save(figure: Figure, path: Path, software: str | None = None) -> None:
-    told = {} if software is None else {"Software": software}
-    write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", metadata=told))
+    metadata = {} if software is None else {"Software": software}
+    write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", metadata=metadata))

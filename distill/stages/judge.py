@@ -1,4 +1,4 @@
-"""An evaluation outside of a run: any model folder, or anyone's images, against a data set or a folder of images.
+"""An evaluation outside of a run: any model folder, or any folder of images, against a data set or a folder of images.
 
 Models are sampled and measured as in the Evaluate stage, so the same model, seed, count and reference give the
 numbers of the run that made the model.
@@ -89,7 +89,7 @@ def sampler(
 
 
 def valid_steps(spec: SamplerSpec) -> list[int]:
-    """The step counts that a model is measured at unless others are asked for: those that its sampler lists; where
+    """The step counts that a model is measured at by default: those that its sampler lists; where
     any is valid, its default and the usual small ones below it too."""
     usual = [n for n in USUAL_STEPS if spec.any_steps and n < spec.steps]
     return sorted({*spec.times, spec.steps, *usual}, reverse=True)

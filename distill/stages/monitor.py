@@ -1,5 +1,4 @@
-"""Evaluation during training: many methods peak and then rot, so the average is measured as it changes and the best
-one is kept."""
+"""Evaluation during training: quality often peaks before training ends, so the best average is kept."""
 
 from __future__ import annotations
 
@@ -37,7 +36,7 @@ DIAGNOSED = 64  # samples of the data that a method's diagnostics are given
 
 @dataclass(frozen=True)
 class Options:
-    """What a training stage's `monitor` says.
+    """The option `monitor` of a training stage.
 
     Attributes:
         every_images: images of the student's updates between evaluations; there is always one at the end.
@@ -82,10 +81,9 @@ class Options:
 class Monitor:
     """Evaluates the student of a running method; called by every process after the same steps.
 
-    Leaves in the stage's folder: `monitor/step_<n>.png`, `monitor/evaluations.jsonl`, what the method tells of itself
-    in `monitor/diagnostics_<n>.png`, and the best model so far in `best/` (through `save`, which writes a model folder;
-    called by every process) with `best.json`.
-    Everything is a function of the weights, so a resumed run decides as an uninterrupted one does."""
+    Writes into the stage's folder: `monitor/step_<n>.png`, `monitor/evaluations.jsonl`, the method's diagnostics
+    `monitor/diagnostics_<n>.png`, and the best model so far, `best/` (through `save`, which writes a model folder;
+    called by every process) with `best.json`. All of it is a function of the weights: a resumed run gives the same."""
 
     def __init__(
         self, options: Options, context: StageContext, save: Callable[[Path], None], source: Source
@@ -103,8 +101,8 @@ class Monitor:
         return before // self.options.every_images != now // self.options.every_images
 
     def resume(self, step: int) -> None:
-        """Forget evaluations after the checkpoint at `step`: they come again. Raises ValueError where what was noted cannot
-        be read, or the best model is not the one that was noted."""
+        """Remove evaluations after the checkpoint at `step`, which will be repeated. Raises ValueError where the record cannot
+        be read, or the best model is not the recorded one."""
         path = self.folder / RECORD
         kept = [e for e in _entries(path, self.options.metric) if e["step"] <= step]
         self._check_best(kept, step)
@@ -119,7 +117,7 @@ class Monitor:
                 remove(picture)
 
     def _check_best(self, kept: list[dict[str, Any]], step: int) -> None:
-        """What lies in `best/` is what `best.json` says, and no evaluation since then was better."""
+        """Check that `best/` holds the model of `best.json`, and that no later evaluation was better."""
         path, values = self.context.folder / SUMMARY, self._values(kept)
         self._best, self._ahead = min(values.items(), key=lambda pair: pair[1], default=None), None
         again = f"redo={self.context.name} trains from the start"
@@ -162,28 +160,32 @@ class Monitor:
             self.save(self.context.folder / BEST)
             if self.context.world.main:
                 self._summarize(module, found[self.options.metric], done=True)
-        told = self._diagnose(module)
-        return {f"eval/{name}": value for name, value in found.items()} | told if samples is not None else {}
+        diagnosed = self._diagnose(module)
+        return (
+            {f"eval/{name}": value for name, value in found.items()} | diagnosed
+            if samples is not None
+            else {}
+        )
 
     def _picture(self, kind: str, step: int) -> Path:
         return self.folder / f"{kind}_{step:07d}.png"
 
     @torch.no_grad()
     def _diagnose(self, module: DistillModule) -> dict[str, float]:
-        """What the method tells of itself, on the same samples and draws each time."""
+        """The method's diagnostics, on the same samples and draws each time."""
         rows = torch.arange(min(DIAGNOSED, len(self.source)))
         draws = Draws(self.context.seed, "diagnostics", 0, rows.to(module.device))
         networks = [*module.networks.values(), *module.ema.values()]
         training = [network.training for network in networks]
         for network in networks:
             network.eval()
-        told = module.diagnostics(self.source.fetch(rows, rows).to(module.device), draws)
+        found = module.diagnostics(self.source.fetch(rows, rows).to(module.device), draws)
         for network, mode in zip(networks, training, strict=True):
             network.train(mode)
-        if told.rows and self.context.world.main:
-            shown = [(label, images[: self.options.columns].clamp(-1, 1)) for label, images in told.rows]
+        if found.rows and self.context.world.main:
+            shown = [(label, images[: self.options.columns].clamp(-1, 1)) for label, images in found.rows]
             save_png(image_grid(shown), self._picture("diagnostics", module.progress.step))
-        return {f"diagnostics/{name}": float(value) for name, value in told.scalars.items()}
+        return {f"diagnostics/{name}": float(value) for name, value in found.scalars.items()}
 
     def _sample(self, module: DistillModule) -> Tensor | None:
         """Samples 0 .. count - 1 on the main process. Every process makes the same number of network calls: the
@@ -214,7 +216,7 @@ class Monitor:
         return {name: float(value) for name in logged if (value := row[name]) is not None}
 
     def _record(self, module: DistillModule, found: Mapping[str, float]) -> bool:
-        """Note an evaluation; whether it is the best so far (the first of equals; never one that is not finite)."""
+        """Record an evaluation; returns whether it is the best so far (of equals, the first; never a non-finite one)."""
         path, step, value = self.folder / RECORD, module.progress.step, found[self.options.metric]
         earlier = [e for e in _entries(path, self.options.metric) if e["step"] < step]
         entry = {"step": step, "images": module.progress.images, "count": self.options.count, **found}
@@ -228,7 +230,7 @@ class Monitor:
         return True
 
     def _summarize(self, module: DistillModule, value: float, *, done: bool) -> None:
-        """`best.json`: before the model is replaced without its files, so that a kill in between shows; then with them."""
+        """Write `best.json`: without `files` before the model is replaced, so that a kill in between is noticed; then with."""
         files = (
             {name: sha256_file(self.context.folder / BEST / name) for name in MODEL_FILES} if done else None
         )
@@ -237,7 +239,7 @@ class Monitor:
         write_json(self.context.folder / SUMMARY, asdict(summary))
 
     def facts(self) -> dict[str, Any]:
-        """What the artifact records: where the best model was found."""
+        """Facts for the artifact: metric, value and step of the best model."""
         path = self.context.folder / SUMMARY
         if not path.is_file():
             return {}
@@ -257,7 +259,7 @@ class Summary:
 
 
 def _entries(path: Path, metric: str) -> list[dict[str, Any]]:
-    """The evaluations noted so far; a line cut off by a kill is dropped."""
+    """The recorded evaluations; a line that a kill cut off is dropped."""
     entries = read_entries(path)
     for entry in entries:
         if metric not in entry:

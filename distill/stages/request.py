@@ -1,4 +1,4 @@
-"""What `distill.evaluate` is asked: its options, the real images they name, and where the result may be written."""
+"""The options of `distill.evaluate`, the real images that they name, and the checks of its output folder."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Request:
 
     @property
     def step_list(self) -> list[int] | None:
-        """The asked step counts, each once; None where none are asked for."""
+        """The step counts, each once; None for the default ones."""
         if self.steps is None:
             return None
         return list(dict.fromkeys(self.steps if isinstance(self.steps, list) else [self.steps]))
@@ -168,7 +168,7 @@ def check_reference(real: Any, shape: Sequence[int], name: str, resolution: Any)
 
 
 def check_classes(samples: ImageFolder, real: Any) -> str:
-    """Why the samples' classes say nothing beside the reference's, in a sentence; "" where they have none or are the same.
+    """Why there are no numbers by class, in a sentence; "" where the samples have no classes or those of the reference.
 
     Classes are the same where their names are: those of the reference's sub-folders, or 0, 1, 2, ... for a data set of
     numbered classes. Raises ValueError for other sub-folders than the reference's, or another number of classes."""
@@ -202,7 +202,7 @@ def with_channels(config: Mapping[str, Any], images: ImageFolder, channels: int)
     try:
         instantiate(changed, _convert_="all")
     except InstantiationException:
-        return dict(config)  # it has colour: the shapes are told as they are
+        return dict(config)  # it has colour: the error names both shapes
     return changed
 
 

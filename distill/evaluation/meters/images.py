@@ -75,9 +75,9 @@ class ImageMeter(Meter):
             reference = Reference(
                 images, None if real.labels is None else real.labels[chosen], stand_in, k=self.k
             )
-            asked = None if labels is None else labels[few(labels, len(labels), len(images))]
-            made = images if asked is None else images[: len(asked)]
-            return measure(made, asked, reference, stand_in), reference.references(reference.floor())
+            wanted = None if labels is None else labels[few(labels, len(labels), len(images))]
+            made = images if wanted is None else images[: len(wanted)]
+            return measure(made, wanted, reference, stand_in), reference.references(reference.floor())
 
     def prepare(self, seed: int, stream: str, count: int, device: torch.device) -> None:
         """Extract the features of all real images."""
@@ -107,7 +107,7 @@ class ImageMeter(Meter):
 
 
 class _StandIn:
-    """An extractor's name and classes with features that cost nothing: a trial asks which numbers are defined."""
+    """An extractor's name and classes with features that are cheap to compute: a trial finds out which numbers are defined."""
 
     def __init__(self, extractor: FeatureExtractor, logits: Tensor | None) -> None:
         self.name, self.dim, self.sha256 = extractor.name, min(extractor.dim, WIDTH), extractor.sha256

@@ -1,4 +1,4 @@
-"""Class accuracy: whether the extractor's classifier finds the class that was asked for."""
+"""Class accuracy: agreement of the extractor's classifier with the requested class."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CLASS_ACCURACY = Metric(
     "class_accuracy",
     order=160,
     measure=class_accuracy,
-    meaning="how often the classifier agrees with the class asked for",
+    meaning="how often the classifier agrees with the requested class",
     of="images",
     better="real",
     in_space=in_features("class_accuracy"),
