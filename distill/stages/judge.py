@@ -38,12 +38,12 @@ from distill.stages.request import (
     check_classes,
     check_out,
     check_reference,
+    fitted,
     is_model,
     label_of,
     place,
     recipe_of,
     reference_config,
-    with_channels,
 )
 from distill.stages.threads import table_threads
 from distill.stages.trial import build_part
@@ -108,6 +108,8 @@ def judge(request: Request, configs: Mapping[str, Path]) -> Path:
         job = plan(request, path, reference, build_part(reference, "reference"))
     for text in dict.fromkeys(str(warning.message) for warning in caught):
         print(f"warning: {text}", file=sys.stderr)
+    if job.count < request.k + 2:
+        raise ValueError(f"count: found {job.count} samples, expected at least k + 2 = {request.k + 2}")
     label, digest = label_of(request, path), job_digest(request, job, label_of(request, path))
     check_out(
         out, digest, [Path(data.path) for data in (job.images, job.real) if isinstance(data, ImageFolder)]
@@ -197,7 +199,7 @@ def plan_model(request: Request, path: Path, reference: Mapping[str, Any], real:
         raise ValueError(
             f"resolution: found {request.resolution}, but {request.reference} is no folder of images"
         )
-    reference, real = fitted(reference, real, generator.denoiser.sample_shape[0])
+    real = fitted(reference, real, generator.denoiser.sample_shape[0])
     check_reference(real, generator.denoiser.sample_shape, str(request.reference), request.resolution)
     steps = request.step_list or valid_steps(generator.spec)
     spec = sampler(generator, steps, request.guidance_scale, request.noise_scale, force=request.force)
@@ -243,8 +245,7 @@ def plan_images(request: Request, path: Path, reference: Mapping[str, Any], real
         config = {"_target_": FOLDER, "path": str(path), "resolution": request.resolution}
         for channels in sorted({samples.sample_shape[0], real.sample_shape[0]}):  # grey where both can be
             if samples.sample_shape[0] != real.sample_shape[0]:
-                _, samples = fitted(config, samples, channels)
-                reference, real = fitted(reference, real, channels)
+                samples, real = fitted(config, samples, channels), fitted(reference, real, channels)
     if request.count not in (None, len(samples)):
         raise ValueError(
             f"count: found {request.count}, but {path} holds {len(samples)} images; expected that"
@@ -254,14 +255,6 @@ def plan_images(request: Request, path: Path, reference: Mapping[str, Any], real
     source = {"model": utf8_path(str(request.model)), "sha256": samples.fingerprint(), "sampler": None}
     notes = [*([unlike] if unlike else []), *remarks(real, samples)]
     return Job(real, len(samples), source, " ".join(notes), not unlike, images=samples)
-
-
-def fitted(config: Mapping[str, Any], images: Any, channels: int) -> tuple[dict[str, Any], Any]:
-    """(config, images) with so many channels, where the images are a folder that can be read so without loss."""
-    if not isinstance(images, ImageFolder):
-        return dict(config), images
-    changed = with_channels(config, images, channels)
-    return changed, images if changed == dict(config) else build_part(changed, "reference")
 
 
 def remarks(real: Any, samples: ImageFolder | None) -> list[str]:

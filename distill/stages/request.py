@@ -58,9 +58,9 @@ class Request:
             if getattr(self, key) is None:
                 raise ValueError(f"{key}: missing; expected {example}")
         settle(self)
-        for key, least in (("batch_size", 1), ("k", 1), ("count", self.k + 2)):
-            if (found := getattr(self, key)) is not None and found < least:
-                raise ValueError(f"{key}: found {found}, expected at least {least}")
+        for key in ("batch_size", "k"):
+            if (found := getattr(self, key)) < 1:
+                raise ValueError(f"{key}: found {found}, expected at least 1")
         if self.device not in DEVICES:
             raise ValueError(f"device: found {self.device!r}, expected one of {', '.join(DEVICES)}")
         if DEVICES[self.device] == "gpu" and not torch.cuda.is_available():
@@ -193,17 +193,15 @@ def check_classes(samples: ImageFolder, real: Any) -> str:
     )
 
 
-def with_channels(config: Mapping[str, Any], images: ImageFolder, channels: int) -> dict[str, Any]:
-    """The config of a folder of images, read with so many channels where that loses nothing: equal channels as one, or
-    one repeated."""
-    if images.sample_shape[0] == channels:
-        return dict(config)
-    changed = {**config, "channels": channels}
+def fitted(config: Mapping[str, Any], images: Any, channels: int) -> Any:
+    """`images` of `config` read again with so many channels, where they are a folder and that loses nothing: equal channels as
+    one, or one repeated."""
+    if not isinstance(images, ImageFolder) or images.sample_shape[0] == channels:
+        return images
     try:
-        instantiate(changed, _convert_="all")
+        return instantiate({**config, "channels": channels}, _convert_="all")
     except InstantiationException:
-        return dict(config)  # it has colour: the error names both shapes
-    return changed
+        return images  # it has colour: the error names both shapes
 
 
 def place(request: Request, model: Path) -> Path:

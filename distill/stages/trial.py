@@ -20,7 +20,9 @@ def build_part(config: Any, where: str, device: torch.device | str = "cpu") -> A
     """The object of a config, on `device` where its class takes one. Raises ValueError that begins with `where`."""
     takes = inspect.signature(resolve(config, where)).parameters
     try:
-        return instantiate(dict(config), **({"device": str(device)} if "device" in takes else {}))
+        return instantiate(
+            dict(config), _convert_="all", **({"device": str(device)} if "device" in takes else {})
+        )
     except InstantiationException as error:
         raise ValueError(f"{where}: {error.__cause__ or error}") from error
 

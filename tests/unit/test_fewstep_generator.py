@@ -341,7 +341,7 @@ def test_reflow_and_pairs_need_an_ode(tmp_path: Path) -> None:
     for generator, message in (
         (
             consistency(Flow(), "velocity"),
-            "teacher: 'student' is a few-step student, valid at its sampler's times",
+            "teacher: 'student' is a few-step student, valid only at its sampler's times",
         ),
         (
             Generator(
