@@ -6,8 +6,12 @@ import math
 from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from distill.evaluation.gates import Gate, GateError, check
+from distill.recipe.compose import CONFIGS, register_recipes
+from distill.stages.artifact import hashed_config
 
 ROWS: list[dict[str, Any]] = [
     {"model": "teacher", "steps": 50, "fd": 0.04, "class_accuracy": 0.98, "kid": -0.002, "nn_train": 2.0},
@@ -97,3 +101,26 @@ def test_a_row_that_occurs_twice_is_ambiguous() -> None:
 def test_malformed_gates_are_refused(limits: dict[str, Any]) -> None:
     with pytest.raises(GateError, match="'g'"):
         Gate("g", STUDENT, "fd", **limits)
+
+
+def test_a_recipe_takes_a_set_and_changes_what_differs() -> None:
+    """A gate that is left out is no part of the digest either."""
+
+    def gates(*overrides: str) -> dict[str, Any]:
+        register_recipes()
+        with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
+            plain: Any = OmegaConf.to_container(compose("config", list(overrides)), resolve=True)
+        hashed = hashed_config(plain["stages"]["evaluate"], ())
+        return {gate["name"]: gate for gate in hashed["gates"]}
+
+    found = gates("recipe=progressive", "gates.recall=null", "gates.coverage.at_least=0.8")
+    assert list(found)[:3] == [
+        "teacher fd",
+        "student fd far below the teacher's in one step",
+        "student in 2 steps beats the teacher in 2",
+    ]
+    assert found["student in 4 steps beats the teacher in 4"]["row"] == ["student_4", 4]
+    assert found["student coverage"]["at_least"] == 0.8
+    assert not {"student fd", "student recall"} & set(found)
+    assert gates("recipe=sid")["student fd"]["at_most"] == 0.10
+    assert gates("recipe=sid", "eval.gates=[]") == {}
