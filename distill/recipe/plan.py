@@ -14,7 +14,7 @@ from hydra.utils import get_class
 
 from distill.files import read_json
 from distill.recipe.expand import expand
-from distill.recipe.references import stage_class
+from distill.recipe.references import stage_class, stage_fields
 from distill.stages.artifact import (
     EXTENDED,
     FIRST_METERS,
@@ -38,7 +38,7 @@ from distill.stages.ownership import (
     check_stage_folder,
     recorded_identity,
 )
-from distill.stages.renamed import with_name_of_now
+from distill.stages.renamed import moved_option, with_name_of_now
 from distill.stages.targets import check_targets
 from distill.terminal import printable
 from distill.typed import parse, within
@@ -98,6 +98,9 @@ def build_stages(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Stage]:
         later = ("method", "optim")  # `stage.check` has better messages for these
         try:
             for key, value in fields.items():
+                options = stage_fields(config)
+                if key not in options and (moved := moved_option(key, options)) is not None:
+                    raise ValueError(f"{where}.{key}: is now {where}.{moved}")
                 if key not in later:
                     check_targets(value, f"{where}.{key}")
             stage = parse(kind, fields, where)

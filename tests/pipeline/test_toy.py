@@ -200,6 +200,7 @@ class TestEvaluatePoints:
                 "stages.evaluate.meter.pahts: no such key, did you mean .*paths",
             ),
             ({"meter": METER | {"features": {}}}, "stages.evaluate.meter.features: no such key"),
+            ({"paths": 3}, "stages.evaluate.paths: is now stages.evaluate.meter.paths"),
             ({"meter": DATA}, "stages.evaluate.meter._target_: found .* expected a meter"),
             (
                 {"_target_": "distill.stages.points.EvaluatePoints"},
