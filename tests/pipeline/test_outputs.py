@@ -104,7 +104,7 @@ def test_comparisons_replace_comparisons(tmp_path: Path) -> None:
     page.unlink()
     picture.unlink()
     os.mkfifo(picture)
-    with pytest.raises(ValueError, match=r"comparison.png is there"):
+    with pytest.raises(ValueError, match=r"comparison.png exists and is not"):
         check_comparison(page, picture, "distill.compare")
 
 
