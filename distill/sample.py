@@ -76,7 +76,7 @@ def main() -> None:
         passed = {name: getattr(options, name) for name in PASSED_ON}
         samples = generator.sample(options.count, options.label, **passed)
         columns = options.columns or min(options.count, generator.conditions.period or 10, 16)
-        save_samples(samples, columns, out, SAMPLED)
+        save_samples(samples, columns, out, SAMPLED, images=generator.decoder.images)
         steps = options.steps or generator.spec.steps
         print(terminal.line(f"{out}: {options.count} samples of {options.model}, {steps} step(s)"))
 

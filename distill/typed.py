@@ -49,7 +49,7 @@ def settle(instance: Any, where: str = "") -> None:
     For `__post_init__`, if the constructor is called with plain containers."""
     for field, declared in _fields(instance.__class__).values():
         if not field.name.startswith("_"):
-            value = _read(declared, getattr(instance, field.name), _join(where, field.name))
+            value = _read(declared, getattr(instance, field.name), join(where, field.name))
             object.__setattr__(instance, field.name, value)
 
 
@@ -57,8 +57,8 @@ def unknown_key(where: str, key: str, known: Iterable[str]) -> str:
     """Return the message for an unknown key, with the most similar known key and the list of all."""
     names = [str(name) for name in known]
     near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
-    hint = f", did you mean {_join(where.rpartition(': ')[2], near[0])}?" if near else ""
-    return f"{_join(where, key)}: no such key{hint}; expected {', '.join(names) or 'none'}"
+    hint = f", did you mean {join(where.rpartition(': ')[2], near[0])}?" if near else ""
+    return f"{join(where, key)}: no such key{hint}; expected {', '.join(names) or 'none'}"
 
 
 def within(where: str, error: object, separator: str = ".") -> str:
@@ -66,7 +66,7 @@ def within(where: str, error: object, separator: str = ".") -> str:
     place = where.rpartition(": ")[2]
     message = re.sub(
         r"(no such key, did you mean )(?!stages\.)(\w[\w.]*)\?",  # a suggested value stays unchanged
-        lambda m: f"{m[1]}{_join(place, m[2])}?",
+        lambda m: f"{m[1]}{join(place, m[2])}?",
         str(error),
     )
     return f"{where}{separator}{message}"
@@ -104,7 +104,8 @@ def _pair(args: Sequence[Any]) -> str:
     return "[" + ", ".join(name_of(option) for option in args) + "]"
 
 
-def _join(where: str, key: Any) -> str:
+def join(where: str, key: Any) -> str:
+    """The place of an entry of `where`."""
     return f"{where}.{key}" if where and not where.endswith((": ", ".")) else f"{where}{key}"
 
 
@@ -195,7 +196,7 @@ def _read_mapping(schema: Any, args: Sequence[Any], value: Any, where: str) -> d
     for key, entry in value.items():
         if key_type is not Any and (not isinstance(key, key_type) or isinstance(key, bool)):
             raise ValueError(f"{where}: found the key {key!r}, expected {name_of(key_type)}")
-        result[key] = _read(value_type, entry, _join(where, key))
+        result[key] = _read(value_type, entry, join(where, key))
     return result
 
 
@@ -222,9 +223,9 @@ def _read_dataclass(schema: Any, value: Any, where: str) -> Any:
     given = {}
     for name, (field, declared) in known.items():
         if name in value:
-            given[name] = _read(declared, value[name], _join(where, name))
+            given[name] = _read(declared, value[name], join(where, name))
         elif field.default is MISSING and field.default_factory is MISSING:
-            raise ValueError(f"{_join(where, name)}: missing; expected {name_of(declared)}")
+            raise ValueError(f"{join(where, name)}: missing; expected {name_of(declared)}")
     try:
         return schema(**given)
     except (ValueError, TypeError) as error:
@@ -263,4 +264,6 @@ def _plain(value: Any) -> Any:
         return config()
     if isinstance(value, Mapping):
         return {key: _plain(entry) for key, entry in value.items()}
+    if callable(listed := getattr(value, "tolist", None)):  # tensors and arrays
+        return listed()
     return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value

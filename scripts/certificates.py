@@ -52,7 +52,7 @@ from distill.methods.sid import SiD
 from distill.models.analytic import exact_denoiser
 from distill.models.denoiser import Denoiser
 from distill.models.generator import Generator
-from distill.models.native import describe, save_model
+from distill.models.native import save_model
 from distill.models.spec import SamplerSpec
 from distill.nets.mlp import MLP
 from distill.nets.precond import EDMPrecond
@@ -297,8 +297,7 @@ def node_saver(record: Degrade, folder: Path) -> Callable[[int], None]:
     """Save the teacher as step 0; returns a function that saves the degraded teacher of a given step."""
 
     def save_node(step: int) -> None:
-        weights = record.student.net.state_dict()
-        save_model(folder / str(step), weights, describe(record.student, {}, record.result().sampler))
+        save_model(folder / str(step), record.student, record.result().sampler)
 
     save_node(0)
     return save_node

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,13 +20,16 @@ from distill.data.batch import Batch
 from distill.data.plain import plain_torch
 from distill.data.rng import noise_checksum, sample_noise
 from distill.files import canonical_json, read_json, sha256_file, sha256_text
-from distill.models.conditions import Conditions, classes
-from distill.models.description import LARGEST_SAMPLE
+from distill.models.autoencoder import read_decoder
+from distill.models.build import build_conditions
+from distill.models.conditions import classes
+from distill.models.description import decoder_of_schema_1
+from distill.models.model import LARGEST_SAMPLE
 from distill.names import inside
 from distill.samplers.solvers import CALLS
 from distill.typed import check_keys, parse
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST, HEADER = "manifest.json", "header.json"
 LARGEST = 50.0  # |x0| above this is no image and no latent
 NOISE_IN_MEMORY_BYTES = 2**30
@@ -34,10 +37,11 @@ NOISE_IN_MEMORY_BYTES = 2**30
 
 @dataclass(frozen=True)
 class Header:
-    """What the pairs are: everything about them but the shards.
+    """The header of a pair cache: how the pairs were made.
 
     `guidance_learned` is the guidance that the teacher had learned from its own; `teacher` is the digest of the teacher's
-    weights; `noise` is "seed" (z of sample i is
+    weights; `conditions` is the config of what the samples are conditioned on, `decoder` the entry of what they are
+    (`models.autoencoder.entry_of`); `noise` is "seed" (z of sample i is
     `sample_noise(seed, stream, i)`) or "stored" (a column z); `grid` is the time grid of the transport, as a recipe names
     it, or None for the process's own."""
 
@@ -50,14 +54,14 @@ class Header:
     solver: str
     steps: int
     guidance_scale: float
-    num_classes: int
+    conditions: dict[str, Any]
+    decoder: dict[str, Any]
     guidance_learned: float = 1.0
-    labels: str = "balanced"
     dtype: Literal["float32"] = "float32"
     noise: Literal["seed", "stored"] = "seed"
     orientation: Literal["z=noise, x0=data"] = "z=noise, x0=data"
     torch: str = str(torch.__version__)
-    schema: int = SCHEMA
+    schema: int = field(default=SCHEMA, compare=False)
     grid: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -66,16 +70,11 @@ class Header:
             raise ValueError(
                 f"sample_shape: found {list(shape)}, expected positive sizes of at most {LARGEST_SAMPLE} numbers in all"
             )
-        for name, least in (("count", 1), ("steps", 1), ("num_classes", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: found {getattr(self, name)}, expected at least {least}")
+        for name in ("count", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: found {getattr(self, name)}, expected at least 1")
         if self.solver not in CALLS:
             raise ValueError(f"solver: found {self.solver!r}, expected one of {list(CALLS)}")
-
-    @property
-    def conditions(self) -> Conditions:
-        """What the pairs are conditioned on."""
-        return classes(self.num_classes)
 
     @property
     def guidance(self) -> float:
@@ -87,22 +86,52 @@ class Header:
         plain = asdict(self) | {"sample_shape": list(self.sample_shape)}
         if self.grid is None:
             plain.pop("grid")
+        if self.schema == 1:  # training on an old cache is continued: what it was known by stays
+            count = plain.pop("conditions").get("num_classes", 0)
+            plain |= {"num_classes": count, "labels": "balanced"}
+            plain.pop("decoder")
         return plain
 
     @classmethod
     def from_dict(cls, value: Any, where: str) -> Header:
-        """Inverse of `to_dict`; caches of older versions have a `latent_scaling`, of 1.
+        """Inverse of `to_dict`. Caches of schema 1 have `num_classes` and `labels` in place of `conditions` and `decoder`;
+        older ones a `latent_scaling`, of 1.
 
         Raises ValueError that starts with `where` and the entry."""
         found = value.get("schema") if isinstance(value, Mapping) else type(value).__name__
-        if found != SCHEMA or isinstance(found, bool):
+        if found not in (1, SCHEMA) or isinstance(found, bool):
             raise ValueError(f"{where}.schema: found {found!r}, this version reads {SCHEMA}")
         given = dict(value)
+        if found == 1:
+            given = _of_schema_1(given, where)
         if (scaling := given.pop("latent_scaling", 1)) != 1 or isinstance(scaling, bool):
             raise ValueError(
                 f"{where}.latent_scaling: found {scaling!r}, expected 1: samples are stored as they are"
             )
         return parse(cls, given, where)
+
+
+def _of_schema_1(given: dict[str, Any], where: str) -> dict[str, Any]:
+    """The entries of a header of schema 1 as those of this one."""
+    old = parse(_Old, {key: given.pop(key) for key in ("num_classes", "labels") if key in given}, where)
+    if unknown := {"conditions", "decoder"} & set(given):
+        raise ValueError(f"{where}.{min(unknown)}: found in a header of schema 1, expected none")
+    return given | {
+        "conditions": classes(old.num_classes).config(),
+        "decoder": decoder_of_schema_1(given.get("sample_shape")).config(),
+    }
+
+
+@dataclass(frozen=True)
+class _Old:
+    """The entries of schema 1 about labels."""
+
+    num_classes: int
+    labels: Literal["balanced"] = "balanced"
+
+    def __post_init__(self) -> None:
+        if self.num_classes < 0:
+            raise ValueError(f"num_classes: found {self.num_classes}, expected at least 0")
 
 
 @dataclass(frozen=True)
@@ -118,6 +147,12 @@ class Shard:
             raise ValueError(f"count: found {self.count}, expected at least 1")
         if not re.fullmatch("[0-9a-f]{64}", self.sha256):
             raise ValueError(f"sha256: found {self.sha256!r}, expected 64 hexadecimal digits")
+
+
+def differing(a: Header, b: Header, but: Collection[str] = ()) -> list[str]:
+    """Names of the entries in which two headers differ, in order; `but` are not compared."""
+    names = (f.name for f in fields(Header) if f.compare and f.name not in but)
+    return sorted(name for name in names if getattr(a, name) != getattr(b, name))
 
 
 def read_manifest(path: Path) -> tuple[Header, list[Shard]]:
@@ -155,10 +190,11 @@ class Pairs:
                 f"{path}: missing; {folder} is no finished pair cache (its writer continues it)"
             )
         self.header, self.shards = header, _ = read_manifest(path)
+        self.conditions = build_conditions(header.conditions, f"{path}: header.conditions")
+        self.decoder = read_decoder(folder, header.decoder, path)
         self._check_noise(path)
         tables = [self._read_shard(shard) for shard in self.shards]
         self.ids = torch.cat([table["ids"] for table in tables])
-        self.conditions = header.conditions
         self.columns = {
             name: torch.cat([table[name] for table in tables]) for name in self._condition_columns()
         }
@@ -168,7 +204,7 @@ class Pairs:
         if int(self.ids.min()) < 0:
             raise ValueError(f"{path}: ids: found {int(self.ids.min())}, expected at least 0")
         if len(self.ids.unique()) != len(self.ids):
-            raise ValueError(f"{path}: ids: some stand twice in the shards, expected each once")
+            raise ValueError(f"{path}: ids: found some twice in the shards, expected each once")
         try:
             self.conditions.check(self.columns)
         except ValueError as error:
@@ -229,7 +265,7 @@ class Pairs:
 
     def _condition_columns(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """name -> (shape of a row, type) of the columns that hold conditions."""
-        columns = self.header.conditions.columns(torch.arange(0))
+        columns = self.conditions.columns(torch.arange(0))
         return {name: (tuple(column.shape[1:]), column.dtype) for name, column in columns.items()}
 
     @staticmethod

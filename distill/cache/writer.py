@@ -7,18 +7,19 @@ import math
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from distill.cache.pairs import HEADER, MANIFEST, Header, Pairs, read_manifest
+from distill.cache.pairs import HEADER, MANIFEST, Header, Pairs, differing, read_manifest
 from distill.data.plain import plain_torch
 from distill.data.rng import sample_noise
 from distill.files import read_json, remove, sha256_file, write_json, write_safetensors
-from distill.models.denoiser import Denoiser
+from distill.models.autoencoder import write_weights
+from distill.models.build import build_conditions
+from distill.models.model import Model
 from distill.models.time_grid import TimeGrid
 from distill.world import World
 
@@ -34,7 +35,7 @@ def shard_rows(sample_shape: tuple[int, ...], shard_bytes: int = SHARD_BYTES) ->
 @plain_torch()
 @torch.inference_mode()
 def make_pairs(
-    teacher: Denoiser,
+    teacher: Model,
     header: Header,
     ids: Tensor,
     *,
@@ -45,12 +46,12 @@ def make_pairs(
 ) -> Tensor | None:
     """[n,*S] float32 endpoints of the teacher's transport for the samples `ids`, on the CPU of the main process;
     None elsewhere. Refuses non-finite ones. Batches are the same on any number of processes, which share them."""
-    samples, chunks = {}, ids.split(batch_size)
+    samples, chunks, conditions = {}, ids.split(batch_size), teacher.conditions
     named = None if header.grid is None else TimeGrid.from_dict(header.grid)
     grid = None if named is None else named.make(teacher.process, header.steps)
     for number, part in world.share(chunks):
         z = sample_noise(header.seed, header.stream, part, header.sample_shape).to(device)
-        cond = header.conditions.of(part).to(device)
+        cond = conditions.of(part).to(device)
         x0 = teacher.transport(
             z, cond, solver=header.solver, steps=header.steps, guidance_scale=header.guidance_scale, grid=grid
         )[0].cpu()
@@ -64,15 +65,15 @@ def make_pairs(
     return world.collect(samples)
 
 
-def _begun(path: Path) -> dict[str, Any]:
+def _begun(path: Path) -> Header:
     """The header that a cache was begun with."""
-    return Header.from_dict(read_json(path), f"{path}: header").to_dict()
+    return Header.from_dict(read_json(path), f"{path}: header")
 
 
 @plain_torch()
 def write_pairs(
     folder: Path,
-    teacher: Denoiser,
+    teacher: Model,
     header: Header,
     *,
     batch_size: int = 256,
@@ -83,19 +84,21 @@ def write_pairs(
     tell: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Write all shards that are missing, or are not what was written by the record beside them, then the manifest.
-    `on_samples(n)` is told of every n samples that are there, `tell` of every shard that is made again, and why.
+    `on_samples(n)` is called for every n samples that exist, `tell(line)` for every shard that is written again, with the
+    reason.
 
     A folder that was begun with another header is refused. With several processes each makes a part of every
     shard and the main one writes."""
     device, world, teacher = torch.device(device), world or World(), teacher.to(device).eval()
     begun = folder / HEADER
-    if begun.is_file() and (found := _begun(begun)) != header.to_dict():
-        changed = sorted(key for key, value in header.to_dict().items() if found.get(key) != value)
-        raise ValueError(f"{begun}: begun with other {changed}: found {[found.get(k) for k in changed]}")
+    if begun.is_file() and (found := _begun(begun)) != header:
+        changed = differing(found, header)
+        raise ValueError(f"{begun}: begun with other {changed}: found {[getattr(found, k) for k in changed]}")
     written = recorded(folder, header)
     world.barrier()
     if world.main:
         write_json(begun, header.to_dict())
+        write_weights(folder, teacher.decoder)
     shards = []
     pieces = torch.arange(header.count).split(shard_rows(header.sample_shape, shard_bytes))
     for number, ids in enumerate(pieces):
@@ -114,7 +117,9 @@ def write_pairs(
                 on_samples=on_samples,
             )
             if x0 is not None:
-                write_safetensors(path, {"ids": ids, **header.conditions.columns(ids), "x0": x0})
+                write_safetensors(
+                    path, {"ids": ids, **teacher.conditions.columns(ids), **teacher.columns(x0)}
+                )
                 written[path.name] = sha256_file(path)
                 write_json(folder / WRITTEN, {"header": header.to_dict(), "sha256": written})
         else:
@@ -136,7 +141,7 @@ def recorded(folder: Path, header: Header) -> dict[str, str]:
             return {shard.file: shard.sha256 for shard in shards}
     with suppress(FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         noted = read_json(folder / WRITTEN)
-        if noted["header"] == header.to_dict():
+        if Header.from_dict(noted["header"], WRITTEN) == header:
             return {str(name): str(sha) for name, sha in noted["sha256"].items()}
     return {}
 
@@ -154,7 +159,7 @@ def check_shard(path: Path, header: Header, ids: Tensor, sha256: str | None) -> 
         Pairs.check_values(path, table)
     except (SafetensorError, ValueError, KeyError) as error:
         return str(error)
-    wanted = {"ids": ids, **header.conditions.columns(ids)}
+    wanted = {"ids": ids, **build_conditions(header.conditions).columns(ids)}
     fits = all(name in table and torch.equal(table[name], column) for name, column in wanted.items())
     shape = (len(ids), *header.sample_shape)
     return "" if fits and tuple(table["x0"].shape) == shape else "holds other pairs"

@@ -23,7 +23,7 @@ class Digits:
     """
 
     name = "digits"
-    num_classes = 10
+    num_classes, value_range = 10, (-1.0, 1.0)
     classes = tuple(str(digit) for digit in range(10))
     sample_shape = (1, 8, 8)
 

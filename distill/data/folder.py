@@ -50,6 +50,8 @@ class ImageFolder:
             bits or another image format, a broken link, or an image in two classes.
     """
 
+    value_range = (-1.0, 1.0)
+
     @plain_torch()
     def __init__(
         self,

@@ -75,6 +75,8 @@ class Points:
         labels: their components [count] int64.
     """
 
+    value_range = None
+
     @plain_torch()
     def __init__(
         self,

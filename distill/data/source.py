@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,7 +13,11 @@ from distill.data.order import Order
 
 
 class Source(Protocol):
-    """Samples that can be fetched by row number in any order."""
+    """Samples that can be fetched by row number in any order.
+
+    A fresh model of the samples needs one of two attributes more: `value_range`, (-1, 1) of images and None of samples without
+    a range, or `decoder` (`models.decoder`). Conditions other than labels are an attribute `conditions`
+    (`models.conditions`)."""
 
     sample_shape: tuple[int, ...]
     num_classes: int  # 0: no labels
@@ -25,6 +29,12 @@ class Source(Protocol):
 
     def fingerprint(self) -> str:
         """Return a digest of everything that the samples depend on."""
+
+
+def decoded(source: Any) -> Any:
+    """The data that a model's decoded samples are compared with: of latents the images that they were encoded from, an
+    attribute `decoded`; else the source itself."""
+    return getattr(source, "decoded", source)
 
 
 class StepLoader:

@@ -1,4 +1,4 @@
-"""Tensors as training data: the shortest way from a notebook to a method."""
+"""Tensors as training data, for notebooks."""
 
 from __future__ import annotations
 
@@ -13,15 +13,23 @@ from distill.data.cond import Cond
 
 
 class Tensors:
-    """Samples x0 [n,*S] (images in [-1, 1]), with the noise z [n,*S] that a teacher mapped to them and class labels [n], where
-    there are any.
+    """Samples x0 [n,*S], with the noise z [n,*S] that a teacher mapped to them and class labels [n], where there are any.
+
+    value_range: (-1, 1) of images, None of samples without a range (points, latents).
 
     Raises ValueError where the lengths or shapes differ, labels are no integers of at least 0, values are no finite floats, or
-    those of images (rank 4) are of another range than [-1, 1], such as [0, 255]."""
+    those of images are of another range than [-1, 1], such as [0, 255]."""
 
     name = "tensors"
 
-    def __init__(self, x0: Tensor, z: Tensor | None = None, labels: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        x0: Tensor,
+        z: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        value_range: tuple[float, float] | None = (-1.0, 1.0),
+    ) -> None:
         for name, values in (("x0", x0), ("z", z), ("labels", labels)):
             if values is not None and not isinstance(values, Tensor):
                 raise ValueError(f"{name}: found {type(values).__name__}, expected a tensor")
@@ -41,11 +49,13 @@ class Tensors:
             )
         if labels is not None and int(labels.min()) < 0:
             raise ValueError(f"labels: expected classes of at least 0, found {int(labels.min())}")
-        if x0.ndim == 4:
+        if value_range not in (None, (-1.0, 1.0)):
+            raise ValueError(f"value_range: found {value_range}, expected (-1, 1) or None")
+        if value_range is not None:
             check_span("x0", x0)
-        if x0.ndim == 4 and z is None:  # what a teacher makes of noise is not clamped
+        if value_range is not None and z is None:  # what a teacher makes of noise is not clamped
             warn_of_span("x0", x0, stacklevel=2)
-        self.images, self.z, self.labels = x0, z, labels
+        self.images, self.z, self.labels, self.value_range = x0, z, labels, value_range
         self.sample_shape = tuple(x0.shape[1:])
         self.num_classes = 0 if labels is None else int(labels.max()) + 1
 

@@ -105,10 +105,12 @@ def save_png(image: Image.Image, path: Path | str, software: str | None = None) 
     write_atomic(Path(path), lambda temporary: image.save(temporary, format="PNG", pnginfo=info))
 
 
-def save_samples(samples: Tensor, columns: int, path: Path, software: str | None = None) -> None:
-    """PNG of images [N, C, H, W], `columns` in a row, or of points [N, D] in the plane; raises what `tile` and
+def save_samples(
+    samples: Tensor, columns: int, path: Path, software: str | None = None, *, images: bool = True
+) -> None:
+    """PNG of `images` [N, C, H, W], `columns` in a row, or else of points [N, D] in the plane; raises what `tile` and
     `trajectories.save_scatter` raise."""
-    if samples.ndim == 2:
+    if not images:
         from distill.evaluation.trajectories import save_scatter  # matplotlib is slow to import
 
         save_scatter(samples, path, software=software)

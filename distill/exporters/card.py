@@ -7,12 +7,12 @@ from typing import Any
 
 from distill.evaluation.protocol import Protocol
 from distill.evaluation.report import prose, table
-from distill.models.build import build_process
+from distill.models.generator import Generator
 
 
 def card(
     recipe: str,
-    description: Mapping[str, Any],
+    generator: Generator,
     rows: Sequence[Mapping[str, Any]],
     protocol: Protocol | None,
     *,
@@ -20,38 +20,35 @@ def card(
     note: str = "",
 ) -> str:
     """README.md of an export: what the model is, how it is sampled, what was measured. `rows` may be
-    empty; where they are not, `protocol` says how they were measured."""
-    sampler = description["sampler"]
-    valid = "any number of" if sampler["any_steps"] else " or ".join(sorted(sampler["times"], key=int))
-    classes = description["num_classes"]
-    shape = "x".join(str(n) for n in description["sample_shape"])
-    guided = sampler["guidance_scale"] != 1
-    points = description.get("value_range", [-1.0, 1.0]) is None
+    empty; otherwise `protocol` describes the measurement."""
+    spec, model = generator.spec, generator.denoiser
+    valid = "any number of" if spec.any_steps else " or ".join(str(n) for n in sorted(spec.times))
+    conditions = generator.conditions
+    shape = "x".join(str(n) for n in generator.shape)
+    guided = spec.guidance_scale != 1
+    images = generator.decoder.images
     what = (
-        f"points of {shape} numbers"
-        if points
-        else f"images of {shape} (channels x height x width) in [-1, 1]"
+        f"images of {shape} (channels x height x width) in [-1, 1]"
+        if images
+        else f"points of {shape} numbers"
     )
-    ode = sampler["mode"] == "ode"
-    alone = not sampler["any_steps"] and set(sampler["times"]) == {"1"}
+    alone = not spec.any_steps and set(spec.times) == {1}
     again = "predicts" if alone else "predicts, adds fresh noise, predicts again (sde)"
-    how = f"solver {sampler['solver']}, ode" if ode else again
+    how = f"solver {spec.solver}, ode" if spec.mode == "ode" else again
     facts = [
-        f"- makes {what}" + (f" for {classes} classes" if classes else ""),
-        f"- valid for {valid} step(s); default {sampler['steps']}; {how}",
-        f"- guidance scale {sampler['guidance_scale']:g}"
+        f"- makes {what}" + (f" for {conditions.words()}" if conditions.has_null else ""),
+        f"- valid for {valid} step(s); default {spec.steps}; {how}",
+        f"- guidance scale {spec.guidance_scale:g}"
         + (" (two network calls a step)" if guided else ": one network call a step"),
-        f"- predicts {description['kind']} under {description['process']['_target_'].rpartition('.')[2]}; "
-        "starts from "
-        f"{sampler['start_scale']:g} x the noise of its process's end, at t = "
-        f"{max((t for ts in sampler['times'].values() for t in ts), default=build_process(description['process']).t_max):g}",
+        f"- predicts {model.kind} under {type(model.process).__name__}; starts from "
+        f"{spec.start_scale:g} x the noise of its process's end, at t = {spec.start(model.process):g}",
     ]
-    if description["coupling"] == "endpoint":
+    if model.coupling == "endpoint":
         facts.append("- knows the noisiest time alone: not a start for further reflow or multi-step sampling")
-    if description["coupling"] == "few_step":
+    if model.coupling == "few_step":
         facts.append("- knows its sampler's times alone: not a start for reflow, no ODE for other solvers")
-    label = f", label={min(3, classes - 1)}" if classes else ""
-    samples = "points" if points else "images"
+    label = f", label={min(3, conditions.num_classes - 1)}" if conditions.num_classes else ""
+    samples = "images" if images else "points"
     use = (
         f'```python\nimport distill\n\n{samples} = distill.load("path/to/this/folder").sample(8{label})  # '
         f"[8, {shape.replace('x', ', ')}]\n```\n\n"
@@ -60,7 +57,7 @@ def card(
     parts = [
         f"# {prose(recipe)}: distilled student",
         f"**{prose(note)}**" if note else "",
-        f"![{'paths from noise to points' if points else 'one noise a column'}](grid.png)" if grid else "",
+        f"![{'one noise a column' if images else 'paths from noise to points'}](grid.png)" if grid else "",
         "\n".join(facts),
         use,
     ]

@@ -37,7 +37,7 @@ from distill.methods.families.options import (
 from distill.methods.families.suits import refuse_idle
 from distill.methods.losses.backtrack import Backtrack
 from distill.models.denoiser import Denoiser
-from distill.models.description import read_description
+from distill.models.description import Description
 from distill.models.native import read_weights
 from distill.typed import filled
 
@@ -181,7 +181,7 @@ def _check_guidable(scale: float, nodes: Sequence[Path]) -> None:
     """Raise ValueError for guidance of nodes without a null condition."""
     if scale == 1:
         return
-    without = [folder for folder in nodes if not read_description(Path(folder)).get("guidable")]
+    without = [folder for folder in nodes if not Description.read(Path(folder)).model.get("guidable")]
     if without:
         raise ValueError(
             f"guidance.teacher: found {scale}, but the node {without[0]} was recorded without a null condition; expected 1, or "

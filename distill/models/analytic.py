@@ -11,19 +11,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distill.data.arguments import check_range
 from distill.data.cond import Cond
 from distill.data.points import mixture_sample, ring_means
 from distill.models.denoiser import Denoiser
+from distill.nets.net import Net
 from distill.process.base import Process, at_least_float32
 
 
-class GaussianMixture(nn.Module):
+class GaussianMixture(Net):
     """The posterior mean of an even mixture as a net: (x_t [B,*S], t [B], Cond) -> E[x0 | x_t] [B,*S], computed in float64.
 
     Args:
@@ -59,18 +59,6 @@ class GaussianMixture(nn.Module):
                 f"shape: {list(self.shape)} does not hold the {points.shape[1]} numbers of a mean"
             )
         self.num_classes = len(points) if labelled else 0
-
-    def config(self) -> dict[str, Any]:
-        """What `models.native.build` makes the same net from."""
-        kind = type(self)
-        return {
-            "_target_": f"{kind.__module__}.{kind.__qualname__}",
-            "means": self.means.tolist(),
-            "std": self.std,
-            "process": self.process.config(),
-            "shape": list(self.shape),
-            "labelled": self.num_classes > 0,
-        }
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """E[x0 | x_t] in the dtype of x_t (float32 at least)."""

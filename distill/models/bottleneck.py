@@ -12,7 +12,7 @@ from distill.models.denoiser import Denoiser
 
 
 class BottleneckFeatures:
-    """Runs a denoiser and returns what its net's bottleneck put out; gradients flow to the input and to the weights.
+    """Runs a denoiser and returns the output of its net's bottleneck; gradients flow to the input and to the weights.
 
     A net names its bottleneck in an attribute `bottleneck` (UNet: the last block of the middle; MLP: its last layer). The
     forward call is the whole net's, and the features are what it returns: sharding gathers a net's weights for a backward
@@ -27,7 +27,8 @@ class BottleneckFeatures:
         ]
         if not named:
             raise ValueError(
-                f"gan: the net {type(denoiser.net).__name__} names no `bottleneck` whose features a discriminator could take"
+                f"gan: the net {type(denoiser.net).__name__} has no attribute `bottleneck`, the name of the module whose "
+                "output the discriminator reads"
             )
         self.denoiser, self.module = denoiser, named[0].get_submodule(str(named[0].bottleneck))
 

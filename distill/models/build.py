@@ -1,4 +1,4 @@
-"""Nets and processes made from the configs that model files and recipes hold. A config is data: it names a net or a process of
+"""Models, nets and processes made from the configs that model files and recipes hold. A config is data: it names classes of
 this package, its arguments have the declared types, and it cannot make a build without end."""
 
 from __future__ import annotations
@@ -9,26 +9,41 @@ import re
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from distill.models.conditions import Conditions
+from distill.models.decoder import Decoder
+from distill.models.model import Model
+from distill.nets.autoencoder import AutoencoderNet
 from distill.process.base import Process
-from distill.typed import check_keys, name_of, parse
+from distill.typed import check_keys, join, name_of, parse
 
-Base = TypeVar("Base", nn.Module, Process)
+Base = TypeVar("Base", bound=object)
 TARGET = "_target_"
-PLACES: dict[type, str] = {
-    nn.Module: r"distill\.(nets\.\w+|models\.analytic)",
-    Process: r"distill\.process\.\w+",
+# What a config may name: base class -> (where its classes are, how messages call them).
+PLACES: dict[type, tuple[str, str]] = {
+    Model: (r"distill\.models\.denoiser", "a model under distill.models"),
+    AutoencoderNet: (r"distill\.nets\.\w+", "an autoencoder under distill.nets"),
+    nn.Module: (
+        r"distill\.(nets\.\w+|models\.analytic)",
+        "a net under distill.nets or distill.models.analytic",
+    ),
+    Process: (r"distill\.process\.\w+", "a process under distill.process"),
+    Conditions: (r"distill\.models\.conditions", "conditions under distill.models.conditions"),
+    Decoder: (r"distill\.models\.decoder", "a decoder under distill.models.decoder"),
 }
-WORDS: dict[type, str] = {
-    nn.Module: "a net under distill.nets or distill.models.analytic",
-    Process: "a process under distill.process",
-}
-# What constructors of nets and processes raise for arguments that make none.
+# What constructors raise for arguments that make nothing.
 REFUSALS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+def build_model(config: Any, where: str = "model") -> Model:
+    """The model of `Model.config()`, with fresh weights; every argument must be there.
+
+    Raises ValueError naming the entry behind `where`."""
+    return _build(config, Model, where)  # type: ignore[type-abstract]
 
 
 def build_net(config: Any, where: str = "net") -> nn.Module:
@@ -43,10 +58,20 @@ def build_process(config: Any, where: str = "process") -> Process:
     return _build(config, Process, where)  # type: ignore[type-abstract]
 
 
+def build_decoder(config: Any, where: str = "decoder") -> Decoder:
+    """The decoder that `config` describes, with fresh weights; raises like `build_net`."""
+    return _build(config, Decoder, where)
+
+
+def build_conditions(config: Any, where: str = "conditions") -> Conditions:
+    """The conditions that `config` describes; raises like `build_net`."""
+    return _build(config, Conditions, where)  # type: ignore[type-abstract]
+
+
 @contextmanager
 def at_most(count: int) -> Iterator[None]:
-    """Inside, a module that registers more than `count` parameters in all raises ValueError: a config that asks for millions
-    of layers ends at once."""
+    """Inside, a module that registers more than `count` parameters in all raises ValueError: so a config with millions
+    of layers fails at once."""
     seen, thread = 0, threading.get_ident()
 
     def register(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
@@ -66,28 +91,32 @@ def at_most(count: int) -> Iterator[None]:
 
 def _build(config: Any, base: type[Base], where: str) -> Base:
     if not isinstance(config, Mapping):
-        raise ValueError(f"{where}: found {config!r}, expected a mapping with {TARGET}, {WORDS[base]}")
-    cls = _class(config.get(TARGET), base, f"{where}.{TARGET}")
+        raise ValueError(
+            f"{where.removesuffix(': ')}: found {config!r}, expected a mapping with {TARGET}, {PLACES[base][1]}"
+        )
+    cls = _class(config.get(TARGET), base, join(where, TARGET))
     given = {key: value for key, value in config.items() if key != TARGET}
     hints = get_type_hints(cls.__init__)
-    parameters = inspect.signature(cls).parameters
-    check_keys(given, parameters, where)
+    _, *parameters = inspect.signature(cls.__init__).parameters.values()
+    parameters = [] if cls.__init__ is object.__init__ else parameters
+    check_keys(given, [parameter.name for parameter in parameters], where)
     arguments = {}
-    for name, parameter in parameters.items():
+    for parameter in parameters:
+        name = parameter.name
         if name in given:
-            arguments[name] = _argument(hints[name], given[name], f"{where}.{name}")
-        elif parameter.default is parameter.empty:
-            raise ValueError(f"{where}.{name}: missing; expected {name_of(hints[name])}")
+            arguments[name] = _argument(hints[name], given[name], join(where, name))
+        elif parameter.default is parameter.empty or base is Model:
+            raise ValueError(f"{join(where, name)}: missing; expected {name_of(hints[name])}")
     try:
         return cls(**arguments)
     except REFUSALS as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise ValueError(f"{where}{'' if where.endswith(': ') else ': '}{error}") from error
 
 
 def _argument(hint: Any, value: Any, where: str) -> Any:
-    for base in PLACES:
-        if hint is base:
-            return value if isinstance(value, base) else _build(value, base, where)
+    base = next((option for option in get_args(hint) or (hint,) if option in PLACES), None)
+    if base is not None:
+        return value if isinstance(value, base) else _build(value, base, where)
     if hint is Tensor:
         raise ValueError(f"{where}: found a value for a tensor, expected a class whose arguments are plain")
     return parse(hint, value, where)
@@ -95,8 +124,9 @@ def _argument(hint: Any, value: Any, where: str) -> Any:
 
 def _class(target: Any, base: type[Base], where: str) -> type[Base]:
     """The class of this package that `target` names. Nothing outside of the rooms that hold such classes is imported."""
-    wrong = ValueError(f"{where}: found {target!r}, expected {WORDS[base]}")
-    if not isinstance(target, str) or not re.fullmatch(PLACES[base] + r"\.[A-Za-z]\w*", target):
+    place, words = PLACES[base]
+    wrong = ValueError(f"{where}: found {target!r}, expected {words}")
+    if not isinstance(target, str) or not re.fullmatch(place + r"\.[A-Za-z]\w*", target):
         raise wrong
     module, _, name = target.rpartition(".")
     try:

@@ -1,5 +1,5 @@
-"""What a model can be asked for: nothing, or class labels. One class a kind; methods, caches, stages and exporters use this
-interface alone, so that a further kind is a class here and the net that reads its `Cond`."""
+"""The conditions of a model: none, or class labels. Methods, caches, stages and exporters use this interface alone: a further
+kind is a class here, and a net that reads its `Cond`."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Conditions(Configured, ABC):
 
     @abstractmethod
     def ask(self, *, count: int, label: Label | None = None, prompt: Prompt | None = None) -> Cond:
-        """The conditions of `count` samples that a user asks for, on the CPU; without a wish, those of ids 0 .. count - 1.
+        """The conditions of `count` samples by a user's options, on the CPU; without options, those of ids 0 .. count - 1.
 
         Raises:
             ValueError: names `label` or `prompt`: the model does not take it, or not this one.
@@ -156,13 +156,13 @@ def classes(count: int) -> Conditions:
 
 
 def of_net(net: nn.Module) -> Conditions | None:
-    """What a net reads, where it says so: `num_classes`, its class labels (0 for none); else None."""
+    """The conditions of a net with an attribute `num_classes` (0: none); None for a net without it."""
     count = getattr(net, "num_classes", None)
     return None if count is None else classes(count)
 
 
 def of_source(source: Any) -> Conditions:
-    """What the samples of a source are conditioned on: its `conditions`, or class labels by its `num_classes`."""
+    """The conditions of a source: its `conditions`, or class labels by its `num_classes`."""
     given: Conditions | None = getattr(source, "conditions", None)
     return classes(source.num_classes) if given is None else given
 

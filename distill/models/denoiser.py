@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from distill.data.cond import Cond
 from distill.models.boundary import Boundary
 from distill.models.conditions import Conditions, Nothing, of_net
+from distill.models.decoder import Decoder, Points
 from distill.models.guidance import guide
-from distill.models.spec import SamplerSpec
+from distill.models.model import Model
 from distill.nets.layers import GuidanceEmbedding
+from distill.nets.net import Net
 from distill.process.base import Process, at_least_float32
 from distill.process.times import default_grid
 from distill.samplers.adaptive import rk45
@@ -23,30 +25,25 @@ from distill.samplers.ode import ddim, euler, heun
 from distill.samplers.solvers import CALLS, network_calls
 
 SOLVERS = tuple(CALLS)
-COUPLINGS = ("independent", "paired", "endpoint", "few_step")
 
 
-class Denoiser(nn.Module):
-    """`net(x_t, t, cond)` read as a prediction of `kind` under `process`.
+class Denoiser(Model):
+    """`net(x_t, t, cond)` read as a prediction of `kind` under `process`; further attributes as of `Model`.
 
     Args:
         net: [B,*S], times [B], Cond -> [B,*S].
         process: the noise process that the net was trained under.
         kind: "x0", "eps", "v" or "velocity": what the net's output is.
         sample_shape: S.
-        conditions: what the net is conditioned on; None: what it says itself (`models.conditions.of_net`), else nothing.
-        guidable: trained with dropped conditions, so guidance scales other than 1 make sense.
-        coupling: which pairs of noise and data it was trained on: "independent" (the velocity is a score in
-            disguise), "paired" (reflow; no score can be read off), "endpoint" (a one-step student, valid at t_max
-            alone) or "few_step" (valid at its sampler's times alone).
+        conditions: what the net is conditioned on; None: those of `models.conditions.of_net`, else nothing.
+        guidable: trained with dropped conditions.
+        coupling: one of `models.model.COUPLINGS`; a score can be read off "independent" alone.
         boundary: turns the predicted x0 into a consistency function; None: none is needed.
+        decoder: what samples are to a user.
 
     `sigma_data` is the standard deviation of the data that the net's preconditioning or the process assumes, None where
-    neither does; a boundary of another is refused. `sampler` is how the model is meant to be sampled, where that is known
-    (models that were loaded).
+    neither does; a boundary of another is refused.
     """
-
-    sampler: SamplerSpec | None = None
 
     def __init__(
         self,
@@ -59,44 +56,69 @@ class Denoiser(nn.Module):
         guidable: bool = False,
         coupling: str = "independent",
         boundary: Boundary | None = None,
+        decoder: Decoder = Points(),  # noqa: B008 (immutable)
     ) -> None:
-        super().__init__()
-        process.check_kind(kind)
-        if kind == "eps" and float(process.alpha(torch.tensor([process.t_max], dtype=torch.float64))) == 0:
+        try:
+            process.check_kind(kind)
+        except ValueError as error:
+            raise ValueError(f"kind: {error}") from None
+        end = torch.tensor([process.t_max], dtype=torch.float64, device="cpu")
+        if kind == "eps" and float(process.alpha(end)) == 0:
             raise ValueError(
-                f"kind: found 'eps', but under {process!r} nothing of the data is left at t_max, where predicted noise "
-                "says nothing about it; expected 'x0', 'v' or 'velocity'"
+                f"kind: found 'eps', but under {process!r} alpha is 0 at t_max, where predicted noise holds no "
+                "information about the data; expected 'x0', 'v' or 'velocity'"
             )
-        if coupling not in COUPLINGS:
-            raise ValueError(f"coupling: found {coupling!r}, expected one of {list(COUPLINGS)}")
         known = of_net(net)
         if conditions is not None and known is not None and conditions != known:
             raise ValueError(f"conditions: found {conditions.words()}, but the net takes {known.words()}")
-        self.conditions = conditions or known or Nothing()
-        self.net, self.process, self.kind = net, process, kind
-        self.sample_shape, self.guidable, self.coupling = tuple(sample_shape), guidable, coupling
+        super().__init__(process, sample_shape, conditions or known or Nothing(), decoder, coupling, guidable)
+        self.net, self.kind = net, kind
         self.sigma_data = sigma_data_of(net, process)
+        if boundary is not None and boundary.form == "cm":
+            check_sigma_data(self, boundary.sigma_data, "boundary.sigma_data")
         self.boundary = boundary
+
+    def net_config(self) -> dict[str, Any]:
+        """What `models.build.build_net` makes the net from. Raises ValueError for a net that keeps no config."""
+        if not isinstance(self.net, Net):
+            raise ValueError(
+                f"net: {type(self.net).__name__} keeps no config; expected a subclass of distill.nets.net.Net"
+            )
+        return self.net.config()
+
+    def config(self) -> dict[str, Any]:
+        """See `Model`; raises like `net_config`."""
+        return {
+            "_target_": f"{Denoiser.__module__}.{Denoiser.__qualname__}",
+            "net": self.net_config(),
+            "process": self.process.config(),
+            "kind": self.kind,
+            "sample_shape": list(self.sample_shape),
+            "conditions": self.conditions.config(),
+            "decoder": self.decoder.config(),
+            "guidable": self.guidable,
+            "coupling": self.coupling,
+            "boundary": None if self.boundary is None else self.boundary.to_dict(),
+        }
 
     def with_(self, **meaning: Any) -> Denoiser:
         """The same net, shared and not copied, with another meaning; `self` stays as it is.
 
-        meaning: `coupling`, `guidable`, `boundary`: constructor arguments to change."""
-        kept = {name: getattr(self, name) for name in ("conditions", "guidable", "coupling", "boundary")}
-        other = Denoiser(self.net, self.process, self.kind, self.sample_shape, **(kept | meaning))
+        meaning: constructor arguments to change."""
+        names = (
+            "net",
+            "process",
+            "kind",
+            "sample_shape",
+            "conditions",
+            "guidable",
+            "coupling",
+            "boundary",
+            "decoder",
+        )
+        other = Denoiser(**({name: getattr(self, name) for name in names} | meaning))
         other.sampler, other.training = self.sampler, self.training
         return other
-
-    @property
-    def boundary(self) -> Boundary | None:
-        """What turns the predicted x0 into a consistency function."""
-        return self._boundary
-
-    @boundary.setter
-    def boundary(self, boundary: Boundary | None) -> None:
-        if boundary is not None and boundary.form == "cm":
-            check_sigma_data(self, boundary.sigma_data, "boundary.sigma_data")
-        self._boundary = boundary
 
     @property
     def embeds_guidance(self) -> bool:
@@ -179,7 +201,7 @@ class Denoiser(nn.Module):
         without `times`.
 
         `solver` is one of `SOLVERS`. "rk45" takes steps by its tolerance (1e-5) over the whole batch: `steps` and `grid` only
-        say where states are wanted. Where the velocity cannot be had at t_min, "heun" ends with an Euler step.
+        set where states are returned. Where the velocity cannot be had at t_min, "heun" ends with an Euler step.
         """
         cond = Cond.nothing(len(z)) if cond is None else cond
         if grid is None:
@@ -190,8 +212,14 @@ class Denoiser(nn.Module):
         states = _solve(solver, self, cond, guidance_scale)(self.process.prior(z), grid, index is not None)
         return states[None] if index is None else torch.stack([states[i] for i in index])
 
-    def network_calls(self, solver: str, steps: int, guidance_scale: float = 1.0) -> int | None:
-        """Network calls that `transport` makes for a sample; guidance counts twice. None: "rk45" chooses its own."""
+    def check_transport(self, guidance_scale: float = 1.0) -> None:
+        """See `Model`; a net that takes the guidance as an input is no teacher."""
+        super().check_transport(guidance_scale)
+        if self.embeds_guidance:
+            raise ValueError("guidance_w: the net takes the guidance as an input; expected a model without")
+
+    def calls(self, solver: str, steps: int, guidance_scale: float = 1.0) -> int | None:
+        """See `Model`; guidance counts twice, and "rk45" chooses its own."""
         return network_calls(solver, steps, guided=guidance_scale != 1, last_euler=not velocity_at_end(self))
 
 
@@ -207,8 +235,8 @@ def sigma_data_of(net: nn.Module, process: Process) -> float | None:
         if isinstance(value := getattr(part, "sigma_data", None), float | int)
     }
     if len(set(found.values())) > 1:
-        told = " and ".join(f"{value} of {name}" for name, value in found.items())
-        raise ValueError(f"sigma_data: found {told}, expected one standard deviation of the data")
+        values = " and ".join(f"{value} of {name}" for name, value in found.items())
+        raise ValueError(f"sigma_data: found {values}, expected one standard deviation of the data")
     return next(iter(found.values()), None)
 
 
@@ -255,7 +283,7 @@ def check_same(role: str, model: Denoiser, other_role: str, other: Denoiser) -> 
 
 
 def _places(times: Sequence[float], grid: Tensor) -> list[int]:
-    """Where the times stand on a grid (on the CPU)."""
+    """Indices of the times on a grid (on the CPU)."""
     points = grid.tolist()
     places = [min(range(len(points)), key=lambda i: abs(points[i] - time)) for time in times]
     if any(abs(points[i] - time) > 1e-6 for i, time in zip(places, times, strict=True)):

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from distill.files import read_json
-from distill.models.boundary import Boundary
-from distill.models.generator import value_range
+from distill.models.conditions import classes
+from distill.models.decoder import Decoder, Pixels, Points
 from distill.models.spec import SamplerSpec
 from distill.typed import parse
 
-SCHEMA = 1
+SCHEMA = 2
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
-LARGEST_SAMPLE = 2**26  # numbers; an image of 8 megapixels has 2**25
+DENOISER = "distill.models.denoiser.Denoiser"
 
 
 @dataclass(frozen=True)
@@ -34,67 +33,57 @@ class Weights:
 
 @dataclass(frozen=True)
 class Description:
-    """The entries of `model.json`, see docs/formats.md. `net` and `process` are configs for `models.build`."""
+    """The entries of `model.json`, see docs/formats.md.
+
+    Attributes:
+        model: `Model.config()`, which `models.build.build_model` makes the model from.
+    """
 
     schema: int
-    net: dict[str, Any]
-    process: dict[str, Any]
-    kind: str
-    sample_shape: tuple[int, ...]
-    guidable: bool
-    coupling: Literal["independent", "paired", "endpoint", "few_step"]
-    num_classes: int
     sampler: SamplerSpec
     weights: Weights
-    boundary: Boundary | None = None
-    value_range: tuple[float, float] | None = None
-
-    def __post_init__(self) -> None:
-        shape = self.sample_shape
-        if not shape or min(shape) < 1 or math.prod(shape) > LARGEST_SAMPLE:
-            raise ValueError(
-                f"sample_shape: found {list(shape)}, expected positive sizes of at most {LARGEST_SAMPLE} numbers in all"
-            )
-        if self.num_classes < 0:
-            raise ValueError(f"num_classes: found {self.num_classes}, expected at least 0")
-        if self.sampler.guidance_scale != 1 and not self.guidable:
-            raise ValueError(
-                f"sampler.guidance_scale: found {self.sampler.guidance_scale}, but the model is not guidable; expected 1"
-            )
+    model: dict[str, Any]
 
     @classmethod
     def read(cls, folder: Path) -> Description:
-        """That of a model folder.
+        """That of a model folder, of this schema or an older one.
 
-        Raises FileNotFoundError, or ValueError naming the file and the entry."""
-        return cls.of(_contents(folder), folder / DESCRIPTION)
-
-    @classmethod
-    def of(cls, value: Any, path: Path) -> Description:
-        """The contents `value` of the file `path`; raises ValueError naming it and the entry."""
+        Raises FileNotFoundError, or ValueError naming the file and the entry; the entries of `model` are checked
+        by `models.build.build_model`."""
+        path, value = folder / DESCRIPTION, _contents(folder)
         found = value.get("schema") if isinstance(value, Mapping) else type(value).__name__
-        if found != SCHEMA or isinstance(found, bool):
+        if found not in (1, SCHEMA) or isinstance(found, bool):
             raise ValueError(f"{path}: schema: found {found!r}, this version reads {SCHEMA}")
-        given = dict(value)
-        if "sampler" in given:
-            kind = given.get("kind")
-            given["sampler"] = SamplerSpec.from_dict(given["sampler"], f"{path}: sampler", kind=kind)
-        read = parse(cls, given, f"{path}: ")
-        if "value_range" in given and given["value_range"] != (wanted := value_range(read.sample_shape)):
-            raise ValueError(
-                f"{path}: value_range: found {given['value_range']}, expected {wanted} of samples {list(read.sample_shape)}"
-            )
-        return read
+        own = {key: value[key] for key in ("schema", "sampler", "weights") if key in value}
+        model = {key: entry for key, entry in value.items() if key not in own}
+        if "sampler" in own:
+            kind = model.get("kind")
+            own["sampler"] = SamplerSpec.from_dict(own["sampler"], f"{path}: sampler", kind=kind)
+        model = _of_schema_1(model, f"{path}: ") if found == 1 else model
+        return parse(cls, own | {"model": model}, f"{path}: ")
 
 
-def read_description(folder: Path) -> dict[str, Any]:
-    """`model.json` of a model folder as plain containers, checked in every entry.
+def decoder_of_schema_1(sample_shape: Any) -> Decoder:
+    """What the samples of files of schema 1 are: pixels where they have three dimensions, else points."""
+    return Pixels() if isinstance(sample_shape, list | tuple) and len(sample_shape) == 3 else Points()
 
-    Raises FileNotFoundError, or ValueError naming the file and the entry."""
-    value = _contents(folder)
-    Description.of(value, folder / DESCRIPTION)
-    assert isinstance(value, dict)
-    return value
+
+def _of_schema_1(model: dict[str, Any], where: str) -> dict[str, Any]:
+    """The model's config from a file of schema 1: it had `num_classes`, and `value_range`, which followed from the shape."""
+    if "num_classes" not in model:
+        raise ValueError(f"{where}num_classes: missing; expected int")
+    count = parse(int, model.pop("num_classes"), f"{where}num_classes")
+    if count < 0:
+        raise ValueError(f"{where}num_classes: found {count}, expected at least 0")
+    shape = parse(list[int], model.get("sample_shape"), f"{where}sample_shape")
+    decoder = decoder_of_schema_1(shape)
+    wanted = None if decoder.range is None else list(decoder.range)
+    if (found := model.pop("value_range", wanted)) != wanted:
+        raise ValueError(f"{where}value_range: found {found}, expected {wanted} of samples {shape}")
+    if unknown := {"conditions", "decoder", "_target_"} & set(model):
+        raise ValueError(f"{where}{min(unknown)}: found in a file of schema 1, expected none")
+    new = {"_target_": DENOISER, "conditions": classes(count).config(), "decoder": decoder.config()}
+    return {"boundary": None} | model | new
 
 
 def _contents(folder: Path) -> Any:

@@ -1,6 +1,6 @@
 """Frozen feature extractors: losses compare images through them, evaluation measures with them.
 
-A number measured in one feature space says nothing about another, so an extractor carries the name and the
+Numbers of different feature spaces cannot be compared, so an extractor carries the name and the
 sha256 that are printed beside every such number.
 """
 
@@ -27,7 +27,7 @@ class AssetError(RuntimeError):
 
 
 class FeatureExtractor(Protocol):
-    """What losses and evaluation ask of a feature space; gradients flow to the images, never to weights.
+    """The interface of a feature space for losses and evaluation; gradients flow to the images, never to weights.
 
     `name` goes into the name of every number measured with it, `dim` is D, `sha256` identifies the weights
     (None for an extractor that has no file, such as a test double).

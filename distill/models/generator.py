@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import chain
 
 import torch
@@ -14,32 +14,38 @@ from distill.data.cond import Cond
 from distill.data.plain import plain_torch
 from distill.data.rng import sample_noise
 from distill.models.conditions import Conditions, Label, Prompt
+from distill.models.decoder import Decoder
 from distill.models.denoiser import Denoiser
 from distill.models.spec import SamplerSpec
 from distill.samplers.fewstep import few_step
 from distill.samplers.integrate import Noise
 
 
-def value_range(sample_shape: Sequence[int]) -> list[float] | None:
-    """[lowest, highest] of a sample: images [C,H,W] lie in [-1, 1], anything else (points) has no range."""
-    return [-1.0, 1.0] if len(sample_shape) == 3 else None
-
-
 class Generator:
-    """z ~ N(0, I) -> samples, in the few steps that `spec` names; images are clamped to their `range`, [-1, 1]."""
+    """z ~ N(0, I) -> data, in the few steps that `spec` names. `generate` returns the model's own samples [B,*S]; `sample`
+    returns data: samples decoded and clamped by the model's decoder."""
 
     def __init__(self, denoiser: Denoiser, spec: SamplerSpec) -> None:
         self.denoiser, self.spec = denoiser, spec
-        self.range = value_range(denoiser.sample_shape)
 
     def __repr__(self) -> str:
-        shape, valid = self.denoiser.sample_shape, sorted(self.spec.times) or "any"
+        shape, valid = self.shape, sorted(self.spec.times) or "any"
         return f"Generator(shape={shape}, {self.conditions.words()}, steps={self.spec.steps}, valid steps={valid})"
 
     @property
     def conditions(self) -> Conditions:
-        """What the model can be asked for."""
+        """The conditions of the model."""
         return self.denoiser.conditions
+
+    @property
+    def decoder(self) -> Decoder:
+        """What the model's samples are."""
+        return self.denoiser.decoder
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one sample as `sample` returns it: [C,H,W] of images."""
+        return self.decoder.shape(self.denoiser.sample_shape)
 
     @property
     def device(self) -> torch.device:
@@ -80,7 +86,7 @@ class Generator:
         scale = spec.guidance_scale if guidance_scale is None else guidance_scale
         if spec.mode == "sde":
             return steps * (1 if scale == 1 else 2)
-        return self.denoiser.network_calls(spec.solver, steps, scale)
+        return self.denoiser.calls(spec.solver, steps, scale)
 
     def generate(
         self,
@@ -149,7 +155,7 @@ class Generator:
         noise_scale: float | None = None,
         batch_size: int = 500,
     ) -> Tensor:
-        """`count` samples [count,*S] on the CPU, images clamped to [-1, 1]; sample i is a function of (seed, stream, i) and
+        """`count` decoded samples [count, ...] on the CPU, images in [-1, 1]; sample i is a function of (seed, stream, i) and
         its condition alone.
 
         label: one class for all, one a sample, or None: classes 0, 1, 2, ... in turn. prompt: the same, of models that take
@@ -187,8 +193,8 @@ class Generator:
         guidance_w: float | None = None,
         noise_scale: float | None = None,
     ) -> Tensor:
-        """The samples `ids` [n] of `sample`, in one batch. `cond` holds the conditions of all samples, 0 and up; None: those
-        that the model gives to these ids. Raises FloatingPointError for samples that are not finite."""
+        """The decoded samples `ids` [n] of `sample`, in one batch. `cond` holds the conditions of all samples, 0 and up;
+        None: the defaults of these ids. Raises FloatingPointError for samples that are not finite."""
         seed, force = integer("seed", seed), flag("force", force)
         limit = None if cond is None else len(cond)
         if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.ndim != 1:
@@ -200,23 +206,24 @@ class Generator:
             )
         z, fresh = self.noises(seed, stream, ids)
         cond = (self.conditions.of(ids) if cond is None else cond.rows(ids)).to(self.device)
-        samples = self.generate(
-            z,
-            cond,
-            steps,
-            force=force,
-            guidance_scale=guidance_scale,
-            guidance_w=guidance_w,
-            noise_scale=noise_scale,
-            noise=fresh,
+        samples = self.decoder.decode(
+            self.generate(
+                z,
+                cond,
+                steps,
+                force=force,
+                guidance_scale=guidance_scale,
+                guidance_w=guidance_w,
+                noise_scale=noise_scale,
+                noise=fresh,
+            )
         )
-        if bad := int(
-            (~samples.isfinite()).flatten(1).any(1).sum()
-        ):  # before clamping makes a number of an infinity
+        # Before clamping makes a number of an infinity.
+        if bad := int((~samples.isfinite()).flatten(1).any(1).sum()):
             raise FloatingPointError(
                 f"samples: found {bad} of {len(samples)} with numbers that are not finite: the model or its sampler diverges"
             )
-        return (samples if self.range is None else samples.clamp(*self.range)).cpu()
+        return self.decoder.clamp(samples).cpu()
 
     def noises(self, seed: int, stream: str, ids: Tensor) -> tuple[Tensor, Callable[[int], Tensor]]:
         """(the initial noise [n,*S] of samples `ids` [n], step -> the fresh noise that is added after it): functions of

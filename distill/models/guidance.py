@@ -28,7 +28,7 @@ def guide(uncond: Tensor, cond: Tensor, scale: float | Tensor) -> Tensor:
 
 
 def check_guidance_scale(guidable: bool, scale: float) -> None:
-    """Refuse to guide a teacher that has no null condition.
+    """Require a null condition of a guided teacher.
 
     Raises:
         ValueError: names `guidance_scale`.
@@ -42,8 +42,8 @@ def check_guidance_scale(guidable: bool, scale: float) -> None:
 def check_guidance_range(
     embeds: bool, w_min: float | None, w_max: float | None, who: str = "student"
 ) -> None:
-    """Refuse a range of the guidance w that is none, and a range and a net that do not agree on whether w is an input; warn
-    about w above 20, which is hardly one.
+    """Reject an invalid range of the guidance w, and a range where the net takes no w (or none where it does); warn about w
+    above 20, which is probably a guidance scale.
 
     Raises:
         ValueError: names `w_min`, `w_max`.

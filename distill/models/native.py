@@ -1,55 +1,48 @@
-"""Models as folders: `model.safetensors` (the net's weights) and `model.json` (what they mean), nothing else needed."""
+"""Models as folders: `model.safetensors` (the weights of the net, and of a decoder that has some) and `model.json` (what they
+mean), nothing else needed."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from distill.data.plain import plain_torch
 from distill.files import canonical_json, sha256_file, write_json, write_safetensors
-from distill.models.build import REFUSALS, at_most, build_net, build_process
-from distill.models.conditions import Nothing, classes, of_net
-from distill.models.denoiser import Denoiser, embeds_guidance
+from distill.models.build import REFUSALS, at_most, build_model
+from distill.models.denoiser import Denoiser
 from distill.models.description import DESCRIPTION, SCHEMA, WEIGHTS, Description
-from distill.models.generator import Generator, value_range
+from distill.models.generator import Generator
 from distill.models.spec import SamplerSpec
+from distill.models.weights import check_tensors, read_header, read_tensors
 from distill.names import inside
-from distill.process.base import Process
 
-# Stored types of weights, and what they are called; others are no weights of a net.
-FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+DECODER = "decoder/"  # starts the names of the decoder's tensors
 
 
-def describe(denoiser: Denoiser, net: Mapping[str, Any], spec: SamplerSpec) -> dict[str, Any]:
-    """The contents of `model.json` except the weights' digest; `net` is the config that `build_net` makes the net
-    from."""
-    return {
-        "schema": SCHEMA,
-        "net": dict(net),
-        "process": denoiser.process.config(),
-        "kind": denoiser.kind,
-        "sample_shape": list(denoiser.sample_shape),
-        "guidable": denoiser.guidable,
-        "coupling": denoiser.coupling,
-        "boundary": None if denoiser.boundary is None else denoiser.boundary.to_dict(),
-        "num_classes": denoiser.conditions.num_classes,
-        "value_range": value_range(denoiser.sample_shape),
-        "sampler": spec.to_dict(),
-    }
+def describe(model: Denoiser, spec: SamplerSpec) -> dict[str, Any]:
+    """The contents of `model.json` except the weights' digest."""
+    return {"schema": SCHEMA, **model.config(), "sampler": spec.to_dict()}
 
 
-def save_model(folder: Path, state: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
-    """Write weights (the net's state dict), then their description; both atomically."""
-    write_safetensors(folder / WEIGHTS, state)
-    weights = {"file": WEIGHTS, "sha256": sha256_file(folder / WEIGHTS)}
-    write_json(folder / DESCRIPTION, dict(description) | {"weights": weights})
+def save_model(
+    folder: Path, model: Denoiser, spec: SamplerSpec, weights: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write a model folder: the weights, then their description; both atomically.
+
+    weights: the net's state dict, where it is not that of `model` (a sharded net's whole tensors)."""
+    write_safetensors(folder / WEIGHTS, _tensors(model, weights))
+    digest = {"file": WEIGHTS, "sha256": sha256_file(folder / WEIGHTS)}
+    write_json(folder / DESCRIPTION, describe(model, spec) | {"weights": digest})
+
+
+def _tensors(model: Denoiser, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The contents of a weights file."""
+    decoder = {f"{DECODER}{name}": tensor for name, tensor in model.decoder.weights().items()}
+    return {**(model.net.state_dict() if weights is None else weights), **decoder}
 
 
 def read_weights(folder: Path | str) -> dict[str, Tensor]:
@@ -59,34 +52,29 @@ def read_weights(folder: Path | str) -> dict[str, Tensor]:
     Raises FileNotFoundError or ValueError; the message names the file and the tensor."""
     folder = Path(folder)
     path = _weights_file(folder, Description.read(folder))
-    _header(path)
-    return _load(path)
+    read_header(path)
+    return {name: tensor for name, tensor in read_tensors(path).items() if not name.startswith(DECODER)}
 
 
 @plain_torch()
 def load_model(folder: Path | str, *, device: torch.device | str = "cpu") -> Generator:
     """Read a model folder into a `Generator` in eval mode.
 
-    What the description asks for is compared with the names and shapes in the weights file before memory is taken for it;
+    The description is compared with the names and shapes in the weights file before memory is allocated;
     weights have the sha256 of the description, and are finite. Weights of another float type than the net's are converted,
     with a warning. The model is the same whatever torch's default device and type are.
 
     Raises FileNotFoundError or ValueError; the message names the file and the entry."""
     folder = Path(folder)
     description = Description.read(folder)
-    where = f"{folder / DESCRIPTION}: "
     path = _weights_file(folder, description)
-    process = build_process(description.process, f"{where}process")
-    _check_process(description, process, where)
-    _check_net(description, path, where)
-    net = build_net(description.net, f"{where}net")
-    net.load_state_dict(_load(path))
-    try:
-        denoiser = _denoiser(description, net, process)
-    except ValueError as error:
-        raise ValueError(f"{where}{error}") from error
-    generator = Generator(denoiser.eval(), description.sampler)
-    return generator.to(device)
+    _sketch(folder, description, path)
+    model = _built(folder, description)
+    weights = read_tensors(path)
+    of_decoder = {name: weights.pop(name) for name in list(weights) if name.startswith(DECODER)}
+    model.net.load_state_dict(weights)
+    model.decoder.load_weights({name.removeprefix(DECODER): tensor for name, tensor in of_decoder.items()})
+    return Generator(model.eval(), description.sampler).to(device)
 
 
 def sketch_model(folder: Path | str) -> Generator:
@@ -96,27 +84,27 @@ def sketch_model(folder: Path | str) -> Generator:
     Raises FileNotFoundError or ValueError; the message names the file and the entry."""
     folder = Path(folder)
     description = Description.read(folder)
-    where = f"{folder / DESCRIPTION}: "
     path = inside(folder, description.weights.file, f"{folder / DESCRIPTION}: weights.file")
-    process = build_process(description.process, f"{where}process")
-    _check_process(description, process, where)
-    net = _check_net(description, path, where)
-    return Generator(_denoiser(description, net, process).eval(), description.sampler)
+    return Generator(_sketch(folder, description, path).eval(), description.sampler)
 
 
-def _denoiser(description: Description, net: nn.Module, process: Process) -> Denoiser:
-    denoiser = Denoiser(
-        net,
-        process,
-        description.kind,
-        description.sample_shape,
-        conditions=classes(description.num_classes),
-        guidable=description.guidable,
-        coupling=description.coupling,
-        boundary=description.boundary,
-    )
-    denoiser.sampler = description.sampler
-    return denoiser
+def _built(folder: Path, description: Description) -> Denoiser:
+    model = build_model(description.model, f"{folder / DESCRIPTION}: ")
+    assert isinstance(model, Denoiser)
+    model.sampler = description.sampler
+    return model
+
+
+def _sketch(folder: Path, description: Description, path: Path) -> Denoiser:
+    """The described model on the meta device, where nothing is allocated, after all checks: exactly the tensors of the weights
+    file, a valid process and sampler, and a forward call on samples of the described shape."""
+    where, stored = f"{folder / DESCRIPTION}: ", read_header(path)
+    with torch.device("meta"), at_most(len(stored)):
+        model = _built(folder, description).to("meta")
+    _check_sampler(model, description.sampler, where)
+    check_tensors(_tensors(model), stored, path, DESCRIPTION)
+    _check_samples(model, description, where)
+    return model
 
 
 def _weights_file(folder: Path, description: Description) -> Path:
@@ -130,34 +118,9 @@ def _weights_file(folder: Path, description: Description) -> Path:
     return path
 
 
-def _header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """name -> (shape, type) of the tensors of a weights file, without reading them."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
-    for name, (_, dtype) in found.items():
-        if dtype not in FLOATS:
-            raise ValueError(f"{path}: {name}: found the type {dtype}, expected one of {list(FLOATS)}")
-    return found
-
-
-def _load(path: Path) -> dict[str, Tensor]:
-    """The tensors of a weights file, all of them finite."""
-    weights = safetensors.torch.load_file(path, device="cpu")
-    for name, tensor in weights.items():
-        if not bool(tensor.isfinite().all()):
-            count = int((~tensor.isfinite()).sum())
-            raise ValueError(
-                f"{path}: {name}: found {count} of {tensor.numel()} numbers that are not finite, expected finite weights"
-            )
-    return weights
-
-
-def _check_process(description: Description, process: Process, where: str) -> None:
-    """The process is one from data to noise, and the kind and the sampler's times are its own."""
+def _check_sampler(model: Denoiser, spec: SamplerSpec, where: str) -> None:
+    """The process is one from data to noise, and the sampler's times, guidance and inputs are the model's."""
+    process = model.process
     ends = torch.tensor([process.t_min, process.t_max], dtype=torch.float64)
     weights = torch.stack([process.alpha(ends), process.sigma(ends)])
     clean, noisy = process.log_ratio(ends).tolist()
@@ -167,69 +130,35 @@ def _check_process(description: Description, process: Process, where: str) -> No
             "expected finite ones, from clean to noisy"
         )
     try:
-        process.check_kind(description.kind)
-    except ValueError as error:
-        raise ValueError(f"{where}kind: {error}") from error
-    try:
-        description.sampler.check_process(process)
+        spec.check_process(process)
     except ValueError as error:
         raise ValueError(f"{where}{error}") from error
-
-
-def _check_net(description: Description, path: Path, where: str) -> nn.Module:
-    """The net that the description asks for, on the meta device, where nothing is allocated: it has exactly the tensors of
-    the weights file, and takes the samples."""
-    stored = _header(path)
-    with torch.device("meta"), at_most(len(stored)):
-        net = build_net(description.net, f"{where}net").to("meta")
-    wanted = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
-    wrong = [f"{name}: missing, expected {list(wanted[name])}" for name in wanted.keys() - stored.keys()]
-    wrong += [f"{name}: unexpected" for name in stored.keys() - wanted.keys()]
-    for name in wanted.keys() & stored.keys():
-        if (found := stored[name][0]) != wanted[name]:
-            wrong.append(f"{name}: found shape {list(found)}, expected {list(wanted[name])}")
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    if spec.guidance_scale != 1 and not model.guidable:
         raise ValueError(
-            f"{path}: does not fit the net that {DESCRIPTION} describes: {'; '.join(sorted(wrong)[:3])}{more}"
+            f"{where}sampler.guidance_scale: found {spec.guidance_scale}, but the model is not guidable; expected 1"
         )
-    types = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in net.state_dict().items()}
-    if cast := [name for name, (_, dtype) in stored.items() if FLOATS[dtype] != types[name]]:
-        warnings.warn(
-            f"{path}: {len(cast)} tensors are {FLOATS[stored[cast[0]][1]]} and are converted to {types[cast[0]]}",
-            stacklevel=3,
+    if model.embeds_guidance != (spec.guidance_w is not None):
+        found = "takes" if model.embeds_guidance else "does not take"
+        raise ValueError(
+            f"{where}sampler.guidance_w: found {spec.guidance_w}, but the net {found} the guidance as an input"
         )
-    _check_samples(description, net, where)
-    return net
 
 
 _calls: set[str] = set()  # of nets that take their samples: a run loads the same ones again and again
 
 
-def _check_samples(description: Description, net: nn.Module, where: str) -> None:
-    """A net on the meta device takes samples, classes and guidance as the description says."""
-    conditions = of_net(net) or Nothing()
-    if conditions.num_classes != description.num_classes:
-        raise ValueError(
-            f"{where}num_classes: found {description.num_classes}, but the net takes {conditions.num_classes}"
-        )
-    embeds, given = embeds_guidance(net), description.sampler.guidance_w
-    if embeds != (given is not None):
-        found = "takes" if embeds else "does not take"
-        raise ValueError(
-            f"{where}sampler.guidance_w: found {given}, but the net {found} the guidance as an input"
-        )
-    shape = description.sample_shape
-    x, t = torch.empty(1, *shape, device="meta"), torch.empty(1, device="meta")
-    call = canonical_json(
-        {"net": description.net, "shape": shape, "conditions": conditions.config(), "w": embeds}
-    )
+def _check_samples(model: Denoiser, description: Description, where: str) -> None:
+    """Require that the net, on the meta device, maps samples of the described shape to the same shape."""
+    shape, embeds = model.sample_shape, model.embeds_guidance
+    call = canonical_json({"model": description.model, "w": embeds})
     if call in _calls:
         return
-    cond = conditions.of(torch.zeros(1, dtype=torch.int64)).with_guidance(0.0 if embeds else None).to("meta")
+    ids = torch.zeros(1, dtype=torch.int64)
+    cond = model.conditions.of(ids).with_guidance(0.0 if embeds else None).to("meta")
+    x, t = torch.empty(1, *shape, device="meta"), torch.empty(1, device="meta")
     try:
         with torch.no_grad():
-            made = tuple(net(x, t, cond).shape)
+            made = tuple(model.net(x, t, cond).shape)
     except REFUSALS as error:
         raise ValueError(f"{where}sample_shape: the net does not take {list(shape)}: {error}") from error
     if made != (1, *shape):

@@ -1,11 +1,11 @@
-"""What a student is once it is trained: the one value in which a method says so."""
+"""The description of a trained student that a method returns."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from distill.models.boundary import Boundary
-from distill.models.denoiser import COUPLINGS
+from distill.models.model import COUPLINGS
 from distill.models.spec import SamplerSpec
 
 
@@ -15,10 +15,10 @@ class Result:
 
     Attributes:
         sampler: how the student is sampled.
-        coupling: which pairs of noise and data it was trained on, see `models.denoiser.Denoiser`. There is no default: it
+        coupling: which pairs of noise and data it was trained on, see `models.model.Model`. There is no default: it
             depends on the loss.
-        guidable: whether the method trained the null condition, so that guidance scales other than 1 make sense. What the
-            teacher knew of the null condition is forgotten where conditions are never dropped.
+        guidable: whether the method trained the null condition, so that guidance scales other than 1 make sense. A student
+            forgets the teacher's null condition where conditions are never dropped.
         boundary: what turns the predicted x0 into the function that the loss trained; None: nothing.
 
     Raises:

@@ -1,4 +1,4 @@
-"""How a model is to be sampled. Saved with every model, so nobody has to guess steps, times or guidance."""
+"""The sampler of a model (steps, times, guidance), saved with every model."""
 
 from __future__ import annotations
 

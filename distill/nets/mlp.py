@@ -10,9 +10,10 @@ from torch.nn import functional as F
 
 from distill.data.cond import Cond
 from distill.nets.layers import ClassEmbedding, GuidanceEmbedding, TimeEmbedding, add_guidance
+from distill.nets.net import Net
 
 
-class MLP(nn.Module):
+class MLP(Net):
     """[B,*shape] at times t [B] -> [B,*shape]: `depth` residual SiLU layers of `width`, each seeing the time and the class.
 
     Args:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from distill.data.cond import Cond
+from distill.nets.net import Net
 from distill.process.base import at_least_float32, combine, expand
 from distill.process.scalings import edm_scalings
 
 
-class EDMPrecond(nn.Module):
+class EDMPrecond(Net):
     """D(x_t; sigma) = c_skip x_t + c_out F(c_in x_t, c_noise, cond) (arXiv 2206.00364, eq. 7 and table 1).
 
     [B,*S] at noise levels sigma [B] (the time of the ``EDM`` process, above 0) -> predicted data x0 [B,*S]: a net for

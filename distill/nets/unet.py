@@ -19,6 +19,7 @@ from distill.nets.layers import (
     TimeEmbedding,
     add_guidance,
 )
+from distill.nets.net import Net
 
 
 class ResBlock(nn.Module):
@@ -55,7 +56,7 @@ def _check_sizes(sizes: Mapping[str, int], multipliers: Sequence[int], num_class
         raise ValueError(f"num_classes: found {num_classes}, expected at least 0")
 
 
-class UNet(nn.Module):
+class UNet(Net):
     """U-Net for [B,C,H,W] with H and W divisible by 2^(levels - 1).
 
     Args:

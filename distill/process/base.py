@@ -43,17 +43,18 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def expand(t: Tensor, x: Tensor) -> Tensor:
-    """View per-sample numbers [B] as [B, 1, ..., 1] with the rank of ``x`` [B, *S]; done nowhere else.
+    """View numbers [B] (or [B, leading sizes of S], one a position) as [B, ..., 1] with the rank of ``x`` [B, *S]; done
+    nowhere else.
 
     Raises:
-        ValueError: ``t`` is not one-dimensional, or its length is not the batch size of ``x``.
+        ValueError: ``t`` is a scalar, or its shape is not that of the leading dimensions of ``x``.
     """
-    if t.dim() != 1 or x.dim() < 1 or t.shape[0] != x.shape[0]:
+    if t.dim() < 1 or t.shape != x.shape[: t.dim()]:
         raise ValueError(
-            f"per-sample values must be [B] for a tensor [B, *S]: got rank {t.dim()}, shape {tuple(t.shape)} "
-            f"for rank {x.dim()}, shape {tuple(x.shape)}"
+            f"per-sample values must be [B] for a tensor [B, *S], or [B, leading sizes of S]: got rank {t.dim()}, shape "
+            f"{tuple(t.shape)} for rank {x.dim()}, shape {tuple(x.shape)}"
         )
-    return t.reshape(-1, *(1,) * (x.dim() - 1))
+    return t.reshape(*t.shape, *(1,) * (x.dim() - t.dim()))
 
 
 def combine(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:

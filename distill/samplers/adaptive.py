@@ -16,7 +16,7 @@ from distill.process.base import Process, at_least_float32, expand
 from distill.process.flow import Flow
 from distill.samplers.integrate import Field, OnState, check_times
 
-# The pair's tableau: stage i of 1 .. 6 stands at NODES[i - 1] and starts from the slopes before it with STAGES[i - 1]. The last
+# The pair's tableau: stage i of 1 .. 6 is at NODES[i - 1] and starts from the slopes before it with STAGES[i - 1]. The last
 # stage is the step itself, and its slope the first of the next step.
 NODES = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
 STAGES = (
@@ -60,12 +60,12 @@ def rk45(
 
     It integrates dy/dtau = eps_hat - x0_hat in the coordinates of the straight flow, y = x / (alpha + sigma) at tau = sigma /
     (alpha + sigma), where every process is regular and of unit scale; for ``Flow`` these are x and t. ``times`` (either
-    direction) only says where states are wanted: steps are chosen by the tolerance |error| <= atol + rtol |y|, in ONE root mean
-    square over the whole batch. So the samples of a batch depend on each other, within the tolerance, and so do the calls.
+    direction) only sets where states are returned: steps are chosen by the tolerance |error| <= atol + rtol |y|, in ONE root
+    mean square over the whole batch. So the samples of a batch depend on each other, within the tolerance, and so do the calls.
     States between steps come from the continuous extension of order 4.
 
-    A prediction of the data alone says nothing of the noise where none is left: with ``kind`` "x0" (or "score") the network is
-    not asked below tau = 1e-4, and the rest is one Euler step, which is exact up to tau^2.
+    Predicted data give no noise where sigma is 0: with ``kind`` "x0" (or "score") the network is
+    not called below tau = 1e-4, and the rest is one Euler step, which is exact up to tau^2.
 
     Every step waits for the device, for its error decides the next. The gradient is that of the steps taken: the dependence of
     their sizes on x is left out, which is below the tolerance.

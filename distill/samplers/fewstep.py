@@ -134,7 +134,7 @@ def lcm_boundary(
 
 
 def lcm_predictor(predict: Field, process: Process, kind: str, timestep_scaling: float = 10.0) -> Field:
-    """A network ``predict(x, t)`` of ``kind`` as the x0 that ``few_step`` asks for: ``lcm_boundary`` of its prediction."""
+    """A network ``predict(x, t)`` of ``kind`` as the x0 that ``few_step`` takes: ``lcm_boundary`` of its prediction."""
     process.check_kind(kind)
 
     def consistency(x: Tensor, t: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What samplers share: the walk along a grid of times with its bookkeeping, the dtype rule and how noise is given."""
+"""What samplers share: integration along a grid of times, the dtype rule, and the forms of noise."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def integrate(
 def check_times(times: Tensor, *, descending: bool = False) -> int:
     """The number N of steps of a grid [N + 1].
 
-    ``descending`` asks for times that fall strictly; it is checked where that costs no wait for the device, that is for times
-    on the CPU, where grids are made.
+    ``descending`` requires times that fall strictly; it is checked for times on the CPU alone, so that nothing waits for a
+    device.
 
     Raises:
         ValueError: ``times`` is not 1-D, has fewer than two entries, or does not fall where it must.

@@ -157,7 +157,7 @@ def _advance(
 
 
 def _nodes(levels: _Levels, i: int, order: int) -> list[Tensor]:
-    """r_m = (lambda_{i-m} - lambda_i) / h_i for m = 1 .. order - 1: where earlier predictions stand, in steps."""
+    """r_m = (lambda_{i-m} - lambda_i) / h_i for m = 1 .. order - 1: the positions of earlier predictions, in steps."""
     at = levels.log_ratio
     return [(at[i - m] - at[i]) / levels.h[i] for m in range(1, order)]
 

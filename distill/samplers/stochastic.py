@@ -1,4 +1,4 @@
-"""A sampler that adds noise on the way: DDIM with eta.
+"""A sampler that adds noise at each step: DDIM with eta.
 
 It draws nothing: ``noise`` gives the standard normal numbers of each step (``Noise``), so a sample is a function of its own
 noises, whatever the batch. With fixed noises it is differentiable in the initial noise. Other arguments are those of
@@ -39,7 +39,7 @@ def stochastic_ddim(
     x_s = alpha_s x0_hat + sqrt(sigma_s^2 - c^2) eps_hat + c n with c = eta sigma_s sqrt(1 - SNR_t / SNR_s): eq. 16 for any
     process, since c / eta is the standard deviation of q(x_s | x_t, x0) (SNR = alpha^2 / sigma^2). Finite at both ends: from
     pure noise c = eta sigma_s, into clean data 0. ``final`` as in ``ddim``; the noise of a last step that returns x0_hat is
-    not asked for. One call a step, order 1.
+    not drawn. One call a step, order 1.
 
     Raises:
         ValueError: ``eta`` outside [0, 1], ``noise`` of another shape, ``times`` does not fall strictly, ``final`` is

@@ -1,4 +1,4 @@
-"""What a few-step student visits and makes while it is sampled: the inputs and outputs to train it on.
+"""States and predictions of a few-step student during sampling: the inputs and outputs that it is trained on.
 
 The student alternates between predicting the data and noising it again: from the state s_0 at times[0],
 
@@ -75,7 +75,7 @@ def mixture_output(
     """x_k with a k of its own for each sample ([B] integers in 0..N-1), without a graph: the fake score's data.
 
     One k a batch would make the fake score run after one component of the mixture at a time. All N steps are
-    run on the whole batch; a k outside the range gives NaN, since looking at it would wait for the device.
+    run on the whole batch; a k outside the range gives NaN: checking it would wait for the device.
 
     Raises:
         ValueError: times, fewer than N - 1 noises, or k is not [B].

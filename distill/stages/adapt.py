@@ -29,10 +29,8 @@ class Adapt:
             raise ValueError(f"kind: found {self.kind!r}, expected one of {list(KINDS)}")
 
 
-def adapted(
-    student: Denoiser, net: Mapping[str, Any], changes: Mapping[str, Any]
-) -> tuple[Denoiser, dict[str, Any]]:
-    """Return the model with changed net options or prediction kind, and the config of its net.
+def adapted(student: Denoiser, changes: Mapping[str, Any]) -> Denoiser:
+    """Return the model with changed net options or prediction kind.
 
     All weights are kept; new parameters have their initial values. The output of the net is not converted to the new kind:
     its predictions are wrong until the method has trained it.
@@ -40,7 +38,7 @@ def adapted(
     Raises:
         ValueError: if the weights do not fit the changed net.
     """
-    config = merged(copy.deepcopy(dict(net)), changes.get("net") or {})
+    config = merged(student.net_config(), changes.get("net") or {})
     built, state = build_net(config, "adapt.net"), student.net.state_dict()
     try:
         missing, unexpected = built.load_state_dict(state, strict=False)
@@ -48,17 +46,7 @@ def adapted(
         raise ValueError(f"adapt.net: the weights do not fit the changed net: {error}") from error
     if unexpected or not set(missing) <= set(built.state_dict()) - set(state):
         raise ValueError(f"adapt.net: {config} has no parameters for the weights {list(unexpected)[:4]}")
-    other = Denoiser(
-        built,
-        student.process,
-        changes.get("kind") or student.kind,
-        student.sample_shape,
-        conditions=student.conditions,
-        guidable=student.guidable,
-        coupling=student.coupling,
-        boundary=student.boundary,
-    )
-    return other, config
+    return student.with_(net=built, kind=changes.get("kind") or student.kind, conditions=None)
 
 
 def merged(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

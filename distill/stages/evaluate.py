@@ -108,11 +108,11 @@ class Evaluate(Stage):
             made = before[row.stage].model
             assert made is not None
             try:
-                generators[label] = row.sampled(made.generator)
+                generators[label] = row.sampled(made)
             except ValueError as error:
                 raise ValueError(f"models.{label}.{error}") from error
         check_follows(generators, self.models, self.follows)
-        shapes = {label: generator.denoiser.sample_shape for label, generator in generators.items()}
+        shapes = {label: generator.shape for label, generator in generators.items()}
         if len(set(shapes.values())) > 1:
             raise ValueError(f"models: make samples of different shapes, which no table compares: {shapes}")
         evaluation = self._evaluation()
@@ -122,7 +122,7 @@ class Evaluate(Stage):
             )
         first = next(iter(generators.values()))
         try:
-            values, real = evaluation.meter.trial(first.denoiser.sample_shape, labels_of(first, self.count))
+            values, real = evaluation.meter.trial(first.shape, labels_of(first, self.count))
         except ValueError as error:
             raise ValueError(f"meter.{error}") from error
         rows = []

@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from distill.data.points import mixture_means
-from distill.models.analytic import GaussianMixture, exact_denoiser
+from distill.models.analytic import exact_denoiser
 from distill.models.build import build_process
 from distill.models.denoiser import Denoiser
-from distill.models.native import describe, save_model
+from distill.models.generator import Generator
+from distill.models.native import save_model
 from distill.models.spec import SamplerSpec
 from distill.stages.base import ModelStage, StageContext, check_types
-from distill.stages.made import Made, Part
+from distill.stages.made import Made
 
-STEPS = 100  # default number of Euler steps
+SPEC = SamplerSpec(steps=100, any_steps=True, solver="euler")  # Euler over the default grid
 
 
 @dataclass
@@ -42,25 +43,13 @@ class Exact(ModelStage):
 
     def dry_run(self, before: Mapping[str, Made]) -> Made:
         """Build the model."""
-        denoiser = self._denoiser()
-        net = denoiser.net
-        assert isinstance(net, GaussianMixture)
-        return Made(model=Part(denoiser, net.config(), self._spec(denoiser)))
+        return Made(model=Generator(self._denoiser(), SPEC))
 
     def run(self, context: StageContext) -> dict[str, Any]:
         """Save the model folder."""
-        denoiser = self._denoiser()
-        net = denoiser.net
-        assert isinstance(net, GaussianMixture)
-        spec = self._spec(denoiser)
         if context.world.main:
-            save_model(context.folder, net.state_dict(), describe(denoiser, net.config(), spec))
+            save_model(context.folder, self._denoiser(), SPEC)
         return {"train_seconds": None, "peak_memory_bytes": None}
-
-    @staticmethod
-    def _spec(denoiser: Denoiser) -> SamplerSpec:
-        """Return the Euler sampler on the default grid."""
-        return SamplerSpec(steps=STEPS, any_steps=True, solver="euler")
 
     def _denoiser(self) -> Denoiser:
         """Build the model on the CPU."""

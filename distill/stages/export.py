@@ -11,8 +11,8 @@ import torch
 from distill.evaluation.protocol import Protocol
 from distill.exporters.card import card
 from distill.files import copy, read_json, write_json, write_text
-from distill.models.description import DESCRIPTION, WEIGHTS, read_description
-from distill.models.native import describe, load_model, save_model
+from distill.models.description import DESCRIPTION, WEIGHTS
+from distill.models.native import load_model, save_model
 from distill.stages.base import MODEL_FILES, ModelStage, Stage, StageContext, check_types, check_which
 from distill.stages.evaluate import Evaluate
 from distill.stages.monitor import model_folder
@@ -64,8 +64,7 @@ class Export(Stage):
             return {}
         source = model_folder(context.inputs["student"], self.which)
         original = load_model(source)
-        description = describe(original.denoiser, read_description(source)["net"], original.spec)
-        save_model(context.folder, original.denoiser.net.state_dict(), description)
+        save_model(context.folder, original.denoiser, original.spec)
         rows, picture, note = [], False, ""
         protocol: Protocol | None = None
         if "evaluate" in context.inputs:
@@ -79,7 +78,7 @@ class Export(Stage):
                 copy(grid, context.folder / "grid.png")
         write_text(
             context.folder / "README.md",
-            card(context.recipe, description, rows, protocol, grid=picture, note=note),
+            card(context.recipe, original, rows, protocol, grid=picture, note=note),
         )
         with context.display.bar(1, unit="check") as bar:
             again = load_model(context.folder)

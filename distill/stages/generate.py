@@ -7,13 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from distill.cache.pairs import HEADER, MANIFEST, Header, Pairs, read_manifest
+from distill.cache.pairs import HEADER, MANIFEST, Header, Pairs, differing, read_manifest
 from distill.cache.writer import WRITTEN, write_pairs
 from distill.data.rng import noise_checksum
 from distill.files import copy, sha256_file
-from distill.models.denoiser import SOLVERS, Denoiser
+from distill.models.autoencoder import WEIGHTS as DECODER_WEIGHTS
+from distill.models.autoencoder import entry_of
+from distill.models.denoiser import SOLVERS
 from distill.models.description import WEIGHTS
 from distill.models.generator import Generator
+from distill.models.model import Model
 from distill.models.native import load_model
 from distill.models.time_grid import TimeGrid
 from distill.process.times import MAX_STEPS
@@ -39,7 +42,10 @@ class Generate(Stage):
     """
 
     REFERENCES: ClassVar[tuple[str, ...]] = ("teacher",)
-    FILES: ClassVar[tuple[str, ...]] = (r"pairs-\d{5,}\.safetensors", *patterns(MANIFEST, HEADER, WRITTEN))
+    FILES: ClassVar[tuple[str, ...]] = (
+        r"pairs-\d{5,}\.safetensors",
+        *patterns(MANIFEST, HEADER, WRITTEN, DECODER_WEIGHTS),
+    )
     NEEDED: ClassVar[tuple[str, ...]] = (MANIFEST,)
 
     teacher: str
@@ -85,15 +91,15 @@ class Generate(Stage):
         """Check that the teacher is an ODE that accepts guidance and grid, and that the cache at `path` matches."""
         teacher = before[self.teacher].model
         assert teacher is not None
-        denoiser = teacher.denoiser
-        self._check_teacher(denoiser)
+        model = teacher.denoiser
+        self._check_teacher(model)
         if self.path is not None:
             manifest = Path(self.path) / MANIFEST
             found, _ = read_manifest(needed(manifest, "a finished pair cache"))
             # The weights are compared in `run`, when the teacher exists.
-            self._check_header(found, self._header(teacher.generator, found.seed, found.teacher))
+            self._check_header(found, self._header(teacher, found.seed, found.teacher))
         guidance = teacher.spec.guidance_baked * self.guidance_scale
-        return Made(pairs=PairsMade(denoiser.sample_shape, denoiser.conditions, guidance))
+        return Made(pairs=PairsMade(model.sample_shape, model.conditions, model.decoder, guidance))
 
     def begun(self, folder: Path) -> bool:
         """Return whether a header or a shard exists."""
@@ -121,30 +127,17 @@ class Generate(Stage):
                     tell=context.display.line,
                 )
         Pairs(context.folder)
-        nfe = denoiser.network_calls(self.sampler["solver"], self.sampler["steps"], self.guidance_scale)
+        nfe = denoiser.calls(self.sampler["solver"], self.sampler["steps"], self.guidance_scale)
         return {"count": self.count, "nfe_per_pair": nfe}
 
-    def _check_teacher(self, denoiser: Denoiser) -> None:
+    def _check_teacher(self, model: Model) -> None:
         """Raise ValueError unless the model is an ODE from noise to data that accepts the guidance scale."""
-        if denoiser.coupling == "endpoint":
-            raise ValueError(
-                f"teacher: {self.teacher!r} is a one-step student, valid only at t_max; expected an ODE model"
-            )
-        if denoiser.coupling == "few_step":
-            raise ValueError(
-                f"teacher: {self.teacher!r} is a few-step student, valid only at its sampler's times; expected an ODE model"
-            )
-        if denoiser.embeds_guidance:
-            raise ValueError(
-                f"teacher: {self.teacher!r} takes the guidance as an input; expected a teacher without this input"
-            )
-        if self.guidance_scale != 1 and not denoiser.guidable:
-            raise ValueError(
-                f"guidance_scale: found {self.guidance_scale}, but {self.teacher!r} was trained without a null "
-                "condition; expected 1"
-            )
+        try:
+            model.check_transport(self.guidance_scale)
+        except ValueError as error:
+            raise ValueError(f"teacher: {self.teacher!r}: {error}") from error
         if (grid := self._grid()) is not None:
-            grid.make(denoiser.process, self.sampler["steps"])
+            grid.make(model.process, self.sampler["steps"])
 
     def _header(self, generator: Generator, seed: int, teacher_sha256: str) -> Header:
         """Return the header that the cache must have."""
@@ -159,19 +152,24 @@ class Generate(Stage):
             solver=self.sampler["solver"],
             steps=self.sampler["steps"],
             guidance_scale=float(self.guidance_scale),
-            num_classes=teacher.conditions.num_classes,
+            conditions=teacher.conditions.config(),
+            decoder=entry_of(teacher.decoder),
             guidance_learned=generator.spec.guidance_baked,
             grid=None if (grid := self._grid()) is None else grid.to_dict(),
         )
 
     def _check_header(self, header: Header, wanted: Header) -> None:
         """Raise ValueError unless the cache at `path` equals the one that this stage would make."""
-        found, expected = header.to_dict(), {"grid": None} | wanted.to_dict()
-        # Checked by the reader as far as necessary.
-        free = {"seed", "stream", "noise_checksum", "torch", "noise", "labels"}
-        if changed := [key for key, value in expected.items() if key not in free and found.get(key) != value]:
+        free = (
+            "seed",
+            "stream",
+            "noise_checksum",
+            "torch",
+            "noise",
+        )  # checked by the reader as far as necessary
+        if changed := differing(header, wanted, free):
             what = ", ".join(
-                f"{key}: found {found.get(key)!r}, expected {expected[key]!r}" for key in changed
+                f"{key}: found {getattr(header, key)!r}, expected {getattr(wanted, key)!r}" for key in changed
             )
             raise ValueError(
                 f"path: {Path(str(self.path)) / MANIFEST}: does not match the options of this stage: {what}"
@@ -186,6 +184,8 @@ class Generate(Stage):
         if context.world.main:
             for shard in pairs.shards:
                 copy(source / shard.file, context.folder / shard.file)
+            if (source / DECODER_WEIGHTS).is_file():
+                copy(source / DECODER_WEIGHTS, context.folder / DECODER_WEIGHTS)
             copy(source / MANIFEST, context.folder / MANIFEST)
             if self._found not in (None, sha256_file(context.folder / MANIFEST)):
                 raise ValueError(f"{source / MANIFEST}: changed during the run; start the run again")

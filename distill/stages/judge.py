@@ -25,7 +25,7 @@ from distill.evaluation.meters.meter import Shown
 from distill.evaluation.protocol import Protocol
 from distill.evaluation.report import table
 from distill.files import copy, make_folder, read_json, sha256_file, write_json
-from distill.models.description import WEIGHTS, read_description
+from distill.models.description import WEIGHTS
 from distill.models.generator import Generator
 from distill.models.native import load_model
 from distill.models.spec import SamplerSpec
@@ -190,17 +190,17 @@ def measure(request: Request, job: Job, label: str, digest: str, folder: Path, d
 
 def plan_model(request: Request, path: Path, reference: Mapping[str, Any], real: Any) -> Job:
     """The job of a model folder."""
-    description = read_description(path)
     generator = load_model(path)
-    if len(generator.denoiser.sample_shape) != 3:
-        shape = list(generator.denoiser.sample_shape)
-        raise ValueError(f"model: {path} makes samples of shape {shape}, expected images [C,H,W]")
+    if not generator.decoder.images:
+        raise ValueError(
+            f"model: {path} makes samples of shape {list(generator.shape)}, expected images [C,H,W]"
+        )
     if request.resolution is not None and not isinstance(real, ImageFolder):
         raise ValueError(
             f"resolution: found {request.resolution}, but {request.reference} is no folder of images"
         )
-    real = fitted(reference, real, generator.denoiser.sample_shape[0])
-    check_reference(real, generator.denoiser.sample_shape, str(request.reference), request.resolution)
+    real = fitted(reference, real, generator.shape[0])
+    check_reference(real, generator.shape, str(request.reference), request.resolution)
     steps = request.step_list or valid_steps(generator.spec)
     spec = sampler(generator, steps, request.guidance_scale, request.noise_scale, force=request.force)
     forced = [n for n in steps if not generator.spec.valid(n)]
@@ -226,7 +226,7 @@ def plan_model(request: Request, path: Path, reference: Mapping[str, Any], real:
         {
             "model": utf8_path(str(request.model)),
             "sha256": sha256_file(path / WEIGHTS),
-            "sampler": description["sampler"],
+            "sampler": generator.spec.to_dict(),
         },
         " ".join([*notes, *remarks(real, None)]),
         by_class,
@@ -241,7 +241,7 @@ def plan_images(request: Request, path: Path, reference: Mapping[str, Any], real
         if (found := getattr(request, key)) is not None:
             raise ValueError(f"{key}: found {found}, but {path} is a folder of images, sampled before")
     samples = ImageFolder(path, request.resolution)
-    if len(real.sample_shape) == 3:
+    if real.value_range is not None:
         config = {"_target_": FOLDER, "path": str(path), "resolution": request.resolution}
         for channels in sorted({samples.sample_shape[0], real.sample_shape[0]}):  # grey where both can be
             if samples.sample_shape[0] != real.sample_shape[0]:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from distill.files import copy, sha256_file
-from distill.models.description import DESCRIPTION, WEIGHTS, read_description
+from distill.models.description import DESCRIPTION, WEIGHTS, Description
 from distill.models.native import load_model
 from distill.stages.base import ModelStage, StageContext
-from distill.stages.made import Made, try_part
+from distill.stages.made import Made, try_model
 from distill.stages.ownership import needed
 
 
@@ -33,7 +33,7 @@ class Load(ModelStage):
 
     def dry_run(self, before: Mapping[str, Made]) -> Made:
         """Load the model; large ones without weights."""
-        return Made(model=try_part(Path(self.path)))
+        return Made(model=try_model(Path(self.path)))
 
     def run(self, context: StageContext) -> dict[str, Any]:
         """Copy the model into the run, and check the copy."""
@@ -48,6 +48,6 @@ class Load(ModelStage):
 
     @staticmethod
     def _digest(folder: Path) -> str:
-        read_description(folder)
+        Description.read(folder)
         files = [needed(folder / name, "a model folder") for name in (WEIGHTS, DESCRIPTION)]
         return "".join(sha256_file(file) for file in files)

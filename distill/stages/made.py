@@ -13,8 +13,9 @@ from torch import nn
 
 from distill.models.build import build_net, build_process
 from distill.models.conditions import Conditions
+from distill.models.decoder import Decoder, of_source
 from distill.models.denoiser import Denoiser
-from distill.models.description import WEIGHTS, read_description
+from distill.models.description import WEIGHTS
 from distill.models.generator import Generator
 from distill.models.native import load_model, sketch_model
 from distill.models.spec import SamplerSpec
@@ -24,25 +25,12 @@ LARGE_PARAMETERS = 5_000_000
 
 
 @dataclass(frozen=True)
-class Part:
-    """A model, the config of its net, and its sampler."""
-
-    denoiser: Denoiser
-    net: Mapping[str, Any]
-    spec: SamplerSpec
-
-    @property
-    def generator(self) -> Generator:
-        """The model with its sampler."""
-        return Generator(self.denoiser, self.spec)
-
-
-@dataclass(frozen=True)
 class PairsMade:
     """The properties of pairs that a training stage checks."""
 
     sample_shape: tuple[int, ...]
     conditions: Conditions
+    decoder: Decoder
     guidance: float
 
 
@@ -55,30 +43,22 @@ class Made:
         nodes: training steps of stored nodes. trained: whether the stage trains the model.
     """
 
-    model: Part | None = None
+    model: Generator | None = None
     pairs: PairsMade | None = None
     nodes: tuple[int, ...] = ()
     trained: bool = False
 
 
-def read_part(folder: Path) -> Part:
-    """Load the model of a folder."""
-    generator = load_model(folder)
-    return Part(generator.denoiser, read_description(folder)["net"], generator.spec)
-
-
-def try_part(folder: Path) -> Part:
+def try_model(folder: Path) -> Generator:
     """Load the model of a folder; above `LARGE_PARAMETERS` without its weights, on the meta device."""
-    if (folder / WEIGHTS).is_file() and (folder / WEIGHTS).stat().st_size < 4 * LARGE_PARAMETERS:
-        return read_part(folder)
-    generator = sketch_model(folder)
-    return Part(generator.denoiser, read_description(folder)["net"], generator.spec)
+    small = (folder / WEIGHTS).is_file() and (folder / WEIGHTS).stat().st_size < 4 * LARGE_PARAMETERS
+    return load_model(folder) if small else sketch_model(folder)
 
 
-def copied(part: Part | None) -> Part:
+def copied(generator: Generator | None) -> Generator:
     """Return a copy that a method in a dry run may modify."""
-    assert part is not None  # checked by `Stage.check`
-    return Part(copy.deepcopy(part.denoiser), dict(part.net), part.spec)
+    assert generator is not None  # checked by `Stage.check`
+    return Generator(copy.deepcopy(generator.denoiser), generator.spec)
 
 
 def try_build(config: Mapping[str, Any]) -> nn.Module:
@@ -94,17 +74,17 @@ def device_of(net: nn.Module) -> torch.device:
     return next((p.device for p in net.parameters()), torch.device("cpu"))
 
 
-def fresh_part(
+def fresh_model(
     net: Mapping[str, Any],
     process: Mapping[str, Any],
     kind: str,
-    sample_shape: Sequence[int],
+    source: Any,
     make: Callable[[Mapping[str, Any]], Any] = build_net,
-) -> Part:
-    """Return an untrained model. `make` builds the net."""
-    built = make(net)
-    denoiser = Denoiser(built, build_process(process), kind, sample_shape)
-    return Part(denoiser, net, SamplerSpec(steps=1, any_steps=True))
+) -> Generator:
+    """Return an untrained model of the samples of a source (or of `PairsMade`). `make` builds the net."""
+    decoder = of_source(source)
+    model = Denoiser(make(net), build_process(process), kind, source.sample_shape, decoder=decoder)
+    return Generator(model, SamplerSpec(steps=1, any_steps=True))
 
 
 def check_student(student: Denoiser, sample_shape: Sequence[int], conditions: Conditions) -> None:

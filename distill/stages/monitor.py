@@ -183,7 +183,11 @@ class Monitor:
         for network, mode in zip(networks, training, strict=True):
             network.train(mode)
         if found.rows and self.context.world.main:
-            shown = [(label, images[: self.options.columns].clamp(-1, 1)) for label, images in found.rows]
+            decoder = module.student.decoder
+            shown = [
+                (label, decoder.clamp(decoder.decode(samples[: self.options.columns])))
+                for label, samples in found.rows
+            ]
             save_png(image_grid(shown), self._picture("diagnostics", module.progress.step))
         return {f"diagnostics/{name}": float(value) for name, value in found.scalars.items()}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.files import read_json, sha256_file, write_json
-from distill.models.description import DESCRIPTION, WEIGHTS, read_description
+from distill.models.description import DESCRIPTION, WEIGHTS, Description
 from distill.stages.ownership import ARTIFACT, read_object
 from distill.stages.renamed import MOVED, former_names
 from distill.typed import parse
@@ -16,7 +16,7 @@ from distill.typed import parse
 SCHEMA = 1
 FOLDER, MANIFEST, STORED = "nodes", "nodes.json", "stored.json"
 # What a node's weights mean: without all of it in common with the start, they are another model's.
-MEANING = ("net", "process", "kind", "sample_shape", "num_classes")
+MEANING = ("net", "process", "kind", "sample_shape", "conditions")
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def read_nodes(stage: Path, start: Path) -> list[Path]:
             f"{path}: missing; expected a stage that stores nodes (method `degrade`), finished"
         )
     manifest = _manifest(path)
-    teacher = read_description(start)
+    teacher = Description.read(start).model
     if manifest.start != (found := sha256_file(start / WEIGHTS)):
         raise ValueError(
             f"{path}: start: the way began with weights {manifest.start[:12]}, the teacher's are {found[:12]}"
@@ -120,7 +120,7 @@ def read_nodes(stage: Path, start: Path) -> list[Path]:
             raise ValueError(
                 f"{folder / WEIGHTS}: sha256: found {found[:12]}, {path} expects {node.sha256[:12]}"
             )
-        told = read_description(folder)
+        told = Description.read(folder).model
         for key in MEANING:
             if told.get(key) != teacher.get(key):
                 raise ValueError(

@@ -23,7 +23,8 @@ from distill.files import make_folder
 from distill.models.build import build_net, build_process
 from distill.models.conditions import of_source
 from distill.models.denoiser import Denoiser
-from distill.models.native import describe, save_model
+from distill.models.generator import Generator
+from distill.models.native import load_model, save_model
 from distill.stages.adapt import Adapt, adapted
 from distill.stages.artifact import digest_of, lasting_identity
 from distill.stages.base import TRAINED_FILES, ModelStage, Stage, StageContext, check_types
@@ -32,12 +33,10 @@ from distill.stages.generate import Generate
 from distill.stages.made import (
     Made,
     PairsMade,
-    Part,
     check_student,
     copied,
     device_of,
-    fresh_part,
-    read_part,
+    fresh_model,
     try_build,
 )
 from distill.stages.monitor import Monitor, Options
@@ -208,14 +207,12 @@ class Train(ModelStage):
         if pairs is not None and self.teacher is None:
             spec = replace(spec, guidance_baked=pairs.guidance)
         if (monitor := self._monitor) is not None:
-            shape = generator.denoiser.sample_shape
             labels = generator.conditions.ask(count=monitor.count).get("label")
             try:
-                try_images(monitor.data, monitor.features, shape, labels, monitor.k)
+                try_images(monitor.data, monitor.features, generator.shape, labels, monitor.k)
             except ValueError as error:
                 raise ValueError(f"monitor.{error}") from error
-        part = Part(generator.denoiser, start.net, spec)
-        return Made(model=part, nodes=tuple(method.snapshots()), trained=True)
+        return Made(model=Generator(generator.denoiser, spec), nodes=tuple(method.snapshots()), trained=True)
 
     def fingerprint(self) -> str:
         """The data's fingerprint, where it does not come from a stage, and what a monitor measures with."""
@@ -251,9 +248,9 @@ class Train(ModelStage):
         source: Source = (
             Pairs(context.inputs["data"]) if isinstance(self.data, str) else instantiate(self.data)
         )
-        models = {role: read_part(context.inputs[role]) for role in self._models()}
+        models = {role: load_model(context.inputs[role]) for role in self._models()}
         start = self._start(models.get("init"), context.seed, source)
-        student, net = start.denoiser, start.net
+        student = start.denoiser
         threads = use_threads(context, sum(p.numel() for p in student.parameters()))
         nodes: Sequence[Path] = ()
         if self.nodes is not None:
@@ -270,10 +267,10 @@ class Train(ModelStage):
             if isinstance(source, Pairs) and self.teacher is None:  # else the data are not what is learned
                 spec = replace(spec, guidance_baked=source.header.guidance)
             if context.world.main:
-                save_model(folder, weights, describe(made.denoiser, net, spec))
+                save_model(folder, made.denoiser, spec, weights)
 
         monitor = None if self._monitor is None else Monitor(self._monitor, context, save, source)
-        settings = {"method": self.method, "net": net, "steps": self.steps}
+        settings = {"method": self.method, "net": student.net_config(), "steps": self.steps}
         settings |= {"batch_size": self.batch_size, "threads": threads}
         keep = node_saver(context.folder, method.snapshots(), save, context.world.main)
         self._fit(context, method, source, settings, monitor, keep)
@@ -357,23 +354,27 @@ class Train(ModelStage):
         named = {"init": self.init, "teacher": self.teacher, **(self.networks or {})}
         return {role: name for role, name in named.items() if name is not None}
 
-    def _start(self, init: Part | None, seed: int, source: Source | PairsMade, make: Any = build_net) -> Part:
+    def _start(
+        self, init: Generator | None, seed: int, source: Source | PairsMade, make: Any = build_net
+    ) -> Generator:
         """The student before training: that of `init`, perhaps adapted, or a fresh one whose net `make` builds."""
         if init is None or self.adapt is not None:
             torch.manual_seed(stream_key(seed, self.stream, "init") % 2**63)
         if init is None:
             assert self.net is not None
             assert self.process is not None
-            init = fresh_part(self.net, self.process, self.kind, source.sample_shape, make)
+            init = fresh_model(self.net, self.process, self.kind, source, make)
         elif self.adapt is not None:
             with device_of(init.denoiser.net):
-                init = Part(*adapted(init.denoiser, init.net, self.adapt), init.spec)
+                init = Generator(adapted(init.denoiser, self.adapt), init.spec)
         check_student(init.denoiser, source.sample_shape, of_source(source))
         return init
 
-    def _method(self, student: Denoiser, models: Mapping[str, Part], nodes: Sequence[Path]) -> DistillModule:
+    def _method(
+        self, student: Denoiser, models: Mapping[str, Generator], nodes: Sequence[Path]
+    ) -> DistillModule:
         """The method on its networks."""
-        given: dict[str, Any] = {role: part.denoiser for role, part in models.items() if role != "init"}
+        given: dict[str, Any] = {role: model.denoiser for role, model in models.items() if role != "init"}
         if "nodes" in self._takes:
             given["nodes"] = [str(folder) for folder in nodes]
         options = self._method_options(self.method, self.steps)

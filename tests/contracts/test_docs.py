@@ -23,8 +23,9 @@ from PIL import Image
 from distill.data.digits import Digits
 from distill.evaluation.gates import Gate
 from distill.methods.one_step import OneStep
+from distill.models.decoder import Pixels
 from distill.models.denoiser import SOLVERS, Denoiser
-from distill.models.native import describe, save_model
+from distill.models.native import save_model
 from distill.nets.unet import UNet
 from distill.process.flow import Flow
 from distill.recipe.arguments import arguments
@@ -77,11 +78,16 @@ def made() -> dict[str, str]:
 
 def leave_an_export(folder: Path) -> None:
     """A one-step student of the digits as `recipe=instaflow` exports it, untrained."""
-    options = {"_target_": "distill.nets.unet.UNet", "width": 8, "embedding": 16, "groups": 4}
-    net = UNet(**{key: value for key, value in options.items() if key != "_target_"})
-    student = Denoiser(net, Flow(), "velocity", (1, 8, 8))
-    spec = replace(OneStep(student).result().sampler, guidance_baked=1.0)
-    save_model(folder, net.state_dict(), describe(student, options, spec) | {"coupling": "endpoint"})
+    student = Denoiser(
+        UNet(width=8, embedding=16, groups=4),
+        Flow(),
+        "velocity",
+        (1, 8, 8),
+        coupling="endpoint",
+        decoder=Pixels(),
+    )
+    spec = replace(OneStep(student.with_(coupling="independent")).result().sampler, guidance_baked=1.0)
+    save_model(folder, student, spec)
 
 
 def leave_images(folder: Path) -> None:

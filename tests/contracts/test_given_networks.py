@@ -21,7 +21,7 @@ from distill.engine.schedule import Constant
 from distill.engine.update import Optim
 from distill.models.build import build_net
 from distill.models.denoiser import Denoiser
-from distill.models.native import describe, save_model
+from distill.models.native import save_model
 from distill.models.spec import SamplerSpec
 
 # By the loss: what each method trains. "of the teacher": as the teacher's.
@@ -178,7 +178,7 @@ def test_the_walk_back_leaves_the_teacher_s_weights(tmp_path: Path) -> None:
         torch.manual_seed(number)
         for parameter in node.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
-        save_model(tmp_path / str(number), node.net.state_dict(), describe(node, NET, node.sampler))
+        save_model(tmp_path / str(number), node, node.sampler)
         folders.append(tmp_path / str(number))
     before = record(given["teacher"])
     method = prepared(made(path, given, nodes=folders, gan={"features": "teacher"}))

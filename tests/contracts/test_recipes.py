@@ -26,7 +26,7 @@ from distill.engine.update import Optim
 from distill.evaluation.protocol import Protocol
 from distill.models.build import build_net
 from distill.models.denoiser import Denoiser
-from distill.models.native import describe, load_model, save_model
+from distill.models.native import load_model, save_model
 from distill.models.result import Result
 from distill.process.base import Process
 from distill.process.flow import Flow
@@ -171,8 +171,7 @@ def test_one_step_checkpoint_and_export(path, tmp_path):
     assert not set(state["networks"]) & set(method.frozen)
     assert state["progress"]["step"] == 1
     original = method.as_generator()
-    description = describe(original.denoiser, setting(path)[2], original.spec)
-    save_model(tmp_path / "model", original.denoiser.net.state_dict(), description)
+    save_model(tmp_path / "model", original.denoiser, original.spec)
     again, result = load_model(tmp_path / "model"), method.result()
     read = again.denoiser
     assert Result(again.spec, read.coupling, read.guidable, read.boundary) == result

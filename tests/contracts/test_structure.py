@@ -27,7 +27,7 @@ BELOW = {
     "launch": set(),
     "process": set(),
     "data": set(),
-    "nets": {"data", "process"},
+    "nets": {"data", "process", "typed"},
     "samplers": {"process"},
     "assets": set(),
     "models": {"process", "nets", "data", "samplers", "files", "typed", "names", "assets"},

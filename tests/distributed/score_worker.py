@@ -21,7 +21,7 @@ from distill.methods.disback import DisBack
 from distill.methods.dmd import DMD
 from distill.methods.sid import SiD
 from distill.models.denoiser import Denoiser
-from distill.models.native import describe, save_model
+from distill.models.native import save_model
 from distill.models.spec import SamplerSpec
 from distill.nets.mlp import MLP
 from distill.nets.unet import UNet
@@ -117,10 +117,10 @@ def write_nodes(folder: Path) -> None:
     """Model folders of the teacher and of ever more degraded ones."""
     torch.manual_seed(1)
     teacher = small()
-    config = {"_target_": "distill.nets.mlp.MLP", **SMALL}
-    description = describe(teacher, config, SamplerSpec(steps=50, any_steps=True))
     for number in range(NODES + 1):
-        save_model(folder / f"{number:03d}", full_state(teacher.net), description)
+        save_model(
+            folder / f"{number:03d}", teacher, SamplerSpec(steps=50, any_steps=True), full_state(teacher.net)
+        )
         for parameter in teacher.parameters():
             parameter.data += 0.02 * torch.randn(parameter.shape)
 

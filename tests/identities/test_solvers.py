@@ -371,7 +371,7 @@ def test_transport_knows_every_solver(process: Process) -> None:
         assert sample.shape == (1, 6, 2)
         tolerance = 0.2 if solver in ("euler", "ddim") else 0.06
         torch.testing.assert_close(sample[0], expected, atol=tolerance, rtol=0, msg=f"{solver}")
-        if (calls := model.network_calls(solver, steps)) is not None:
+        if (calls := model.calls(solver, steps)) is not None:
             assert len(asked) == calls
         single = model.transport(z.float(), cond, solver=solver, steps=steps)[0]
         assert single.dtype == torch.float32

@@ -33,7 +33,7 @@ SMOKE = ("recipe=instaflow", "profile=smoke", "name=run")
         # wrong group values
         (
             "data=digit",
-            "data: found 'digit', did you mean digits?; expected digits, folder, ring",
+            "data: found 'digit', did you mean digits?; expected digits, folder, latents, ring",
         ),
         ("profile=smok", "did you mean smoke?"),
         ("data=mine", "to add an option, write FOLDER/data/NAME.yaml and pass --config-dir FOLDER"),
@@ -156,7 +156,7 @@ def test_teachers_that_do_not_fit_are_refused(run, tmp_path, refuse):
 
 
 def test_a_one_step_student_is_no_teacher_and_no_start_for_reflow(run, refuse):
-    assert "is a one-step student, valid only at t_max" in refuse(*SMOKE, f"teacher.path={run / 'distill'}")
+    assert "a one-step student, valid only at t_max" in refuse(*SMOKE, f"teacher.path={run / 'distill'}")
 
 
 def test_shapes_and_classes_that_do_not_fit_are_refused(refuse):

@@ -120,10 +120,13 @@ def test_pairs_on_a_named_grid(tmp_path: Path) -> None:
     from distill.cache.pairs import Header
     from distill.cache.writer import write_pairs
     from distill.data.rng import noise_checksum
+    from distill.models.conditions import Nothing
+    from distill.models.decoder import Points as PointDecoder
 
     made = {
         "sample_shape": (2,), "count": 6, "seed": 0, "stream": "pairs", "noise_checksum": noise_checksum(0, "pairs", (2,)),
-        "teacher": "t", "solver": "euler", "steps": 4, "guidance_scale": 1.0, "num_classes": 0,
+        "teacher": "t", "solver": "euler", "steps": 4, "guidance_scale": 1.0,
+        "conditions": Nothing().config(), "decoder": PointDecoder().config(),
     }  # fmt: skip
     teacher = exact_denoiser(Flow(), [[0.7, -0.4]], 0.3)
     write_pairs(tmp_path / "named", teacher, Header(**made, grid={"name": "karras", "rho": 3.0}))

@@ -17,7 +17,7 @@ from distill.data.rng import sample_noise
 from distill.evaluation.metrics.energy import energy_distance
 from distill.evaluation.metrics.sliced import sliced_wasserstein
 from distill.models.analytic import exact_denoiser, ring_means
-from distill.models.description import read_description
+from distill.models.description import Description
 from distill.models.native import load_model
 from distill.process.flow import Flow
 from distill.process.times import uniform_grid
@@ -73,7 +73,7 @@ class TestExact:
             "euler",
             "x0",
         )
-        assert read_description(folder)["value_range"] is None
+        assert Description.read(folder).model["decoder"] == {"_target_": "distill.models.decoder.Points"}
         same = made(Exact(process=FLOW, means=ring_means(), std=0.2), tmp_path / "same")
         for name in ("model.json", "model.safetensors"):
             assert (folder / name).read_bytes() == (same / name).read_bytes()

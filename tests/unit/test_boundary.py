@@ -15,7 +15,7 @@ from distill.methods.families.trajectory import boundary_at, level_grid, noise_l
 from distill.models.boundary import Boundary
 from distill.models.build import build_net
 from distill.models.denoiser import Denoiser
-from distill.models.native import describe, load_model, save_model
+from distill.models.native import load_model, save_model
 from distill.models.spec import SamplerSpec
 from distill.process.base import Process, expand
 from distill.process.edm import EDM
@@ -164,7 +164,7 @@ def test_it_survives_model_json(boundary: Boundary | None, tmp_path: Path) -> No
     torch.manual_seed(0)
     model = Denoiser(build_net(net), VPScaledLinear(), "v", (2,), coupling="few_step", boundary=boundary)
     spec = SamplerSpec(steps=1, times={1: (999.0, 0.0)}, mode="sde")
-    save_model(tmp_path, model.net.state_dict(), describe(model, net, spec))
+    save_model(tmp_path, model, spec)
     told = json.loads((tmp_path / "model.json").read_text())["boundary"]
     again = load_model(tmp_path).denoiser
     assert again.boundary == boundary

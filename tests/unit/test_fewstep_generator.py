@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from method_support import GaussianMap, mlp, noise
-from torch import Tensor, nn
+from torch import Tensor
 
 from distill import sample as sample_verb
 from distill.data.cond import Cond
@@ -26,7 +26,7 @@ from distill.methods.reflow import Reflow
 from distill.models.boundary import Boundary
 from distill.models.denoiser import Denoiser
 from distill.models.generator import Generator
-from distill.models.native import describe, save_model
+from distill.models.native import save_model
 from distill.models.spec import SamplerSpec
 from distill.nets.layers import GuidanceEmbedding
 from distill.process.base import Process
@@ -341,14 +341,14 @@ def test_reflow_and_pairs_need_an_ode(tmp_path: Path) -> None:
     for generator, message in (
         (
             consistency(Flow(), "velocity"),
-            "teacher: 'student' is a few-step student, valid only at its sampler's times",
+            "teacher: 'student': coupling: found 'few_step', a few-step student",
         ),
         (
             Generator(
                 mlp(Flow(), w=8),
                 SamplerSpec(steps=5, any_steps=True, guidance_w=0.0, guidance_w_range=(0.0, 1.0)),
             ),
-            "teacher: 'student' takes the guidance",
+            "teacher: 'student': guidance_w: the net takes the guidance",
         ),
     ):
         folder = saved(generator, tmp_path / message[:31])
@@ -359,18 +359,8 @@ def test_reflow_and_pairs_need_an_ode(tmp_path: Path) -> None:
 def saved(generator: Generator, folder: Path) -> Path:
     """The model as a stage would leave it."""
     denoiser = generator.denoiser
-    assert isinstance(denoiser.net, nn.Module)
-    net = {
-        "_target_": "distill.nets.mlp.MLP",
-        "width": 16,
-        "depth": 2,
-        "features": 8,
-        "num_classes": denoiser.conditions.num_classes,
-        "time_scale": denoiser.net.time_scale,
-        "guidance_embedding": 8 if denoiser.embeds_guidance else 0,
-    }
     folder.mkdir()
-    save_model(folder, denoiser.net.state_dict(), describe(denoiser, net, generator.spec))
+    save_model(folder, denoiser, generator.spec)
     return folder
 
 
@@ -437,11 +427,10 @@ def test_the_sample_verb_takes_w(
 
 def test_the_card_says_what_it_is_not() -> None:
     generator = consistency(EDM(), "x0")
-    net = {"_target_": "distill.nets.mlp.MLP"}
-    text = card("toy", describe(generator.denoiser, net, generator.spec), [], None, grid=False)
+    text = card("toy", generator, [], None, grid=False)
     assert (
         "valid for 1 or 2 or 4 step(s); default 1; predicts, adds fresh noise, predicts again (sde)" in text
     )
     assert "knows its sampler's times alone" in text
     generator.denoiser.coupling = "independent"
-    assert "alone" not in card("toy", describe(generator.denoiser, net, generator.spec), [], None, grid=False)
+    assert "alone" not in card("toy", generator, [], None, grid=False)

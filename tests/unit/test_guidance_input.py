@@ -179,7 +179,8 @@ def test_adapt_keeps_the_function_exactly(name: str) -> None:
     told = with_w(NETS[name])
     changes = {"net": {"net": {"guidance_embedding": 12}} if name == "edm" else {"guidance_embedding": 12}}
     kept = copy.deepcopy(NETS[name])
-    other, config = adapted(model, NETS[name], changes)
+    other = adapted(model, changes)
+    config = other.net_config()
     assert config == told
     assert NETS[name] == kept
     assert torch.equal(other.x0(x, t, cond.with_guidance(W)), model.x0(x, t, cond))
@@ -193,15 +194,15 @@ def test_adapt_keeps_the_function_exactly(name: str) -> None:
     assert build_net(config).load_state_dict(other.net.state_dict())
     # Adapting it once more changes nothing.
     nn.init.normal_(next(m for m in other.net.modules() if isinstance(m, GuidanceEmbedding)).out.weight)
-    again, _ = adapted(other, config, changes)
+    again = adapted(other, changes)
     assert torch.equal(again.x0(x, t, cond.with_guidance(W)), other.x0(x, t, cond.with_guidance(W)))
 
 
 def test_adapt_reads_a_net_as_another_kind() -> None:
     model = Denoiser(filled(POINTS), VPCosine(), "eps", (1, 8, 8))
-    other, config = adapted(model, POINTS, {"kind": "v"})
+    other = adapted(model, {"kind": "v"})
     x, t, cond = inputs()
-    assert (other.kind, config) == ("v", POINTS)
+    assert (other.kind, other.net_config()) == ("v", POINTS)
     assert torch.equal(other(x, t, cond), model(x, t, cond))
 
 
@@ -219,7 +220,7 @@ def test_adapt_reads_a_net_as_another_kind() -> None:
 def test_wrong_changes(changes: dict[str, Any], message: str) -> None:
     model = Denoiser(filled(POINTS), Flow(), "velocity", (1, 8, 8))
     with pytest.raises(ValueError, match=message):
-        adapted(model, POINTS, changes)
+        adapted(model, changes)
 
 
 # ---- ranges and scales ----

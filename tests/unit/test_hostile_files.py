@@ -22,8 +22,10 @@ from distill.data.rng import noise_checksum
 from distill.files import sha256_file, write_json, write_safetensors
 from distill.models.boundary import Boundary
 from distill.models.build import build_net, build_process
+from distill.models.conditions import Labels
+from distill.models.decoder import Points
 from distill.models.denoiser import Denoiser
-from distill.models.native import describe, load_model, read_weights, save_model
+from distill.models.native import load_model, read_weights, save_model
 from distill.models.spec import SamplerSpec
 from distill.process.edm import EDM
 from distill.process.flow import Flow
@@ -81,7 +83,7 @@ def made(folder: Path, case: str) -> Path:
     for parameter in built.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     model = Denoiser(built, process, kind, shape, **options)
-    save_model(folder, built.state_dict(), describe(model, net, spec))
+    save_model(folder, model, spec)
     return folder
 
 
@@ -176,7 +178,8 @@ def cache(folder: Path, noise: str = "seed") -> Path:
     model = load_model(OLD / "export").denoiser
     header = Header(
         sample_shape=(2,), count=10, seed=3, stream="pairs", noise_checksum=noise_checksum(3, "pairs", (2,)),
-        teacher="t", solver="euler", steps=2, guidance_scale=1.0, num_classes=3,
+        teacher="t", solver="euler", steps=2, guidance_scale=1.0, conditions=Labels(3).config(),
+        decoder=Points().config(),
     )  # fmt: skip
     write_pairs(folder, model, header, shard_bytes=5 * 20)
     if noise == "stored":
@@ -216,11 +219,13 @@ def edit(folder: Path, *place: Any, value: Any, file: str = "model.json") -> Non
         ("few_step", ("sample_shape",), [3], r"sample_shape: the net does not take \[3\]"),
         ("edm", ("sample_shape",), [1, 3, 3], r"sample_shape: the net does not take \[1, 3, 3\]"),
         ("edm", ("sample_shape",), [1, 10**6, 10**6], "sample_shape: found .* of at most 67108864 numbers"),
-        ("few_step", ("num_classes",), 10**9, "num_classes: found 1000000000, but the net takes 3"),
-        ("few_step", ("num_classes",), True, "num_classes: found True, expected int"),
+        ("few_step", ("conditions", "num_classes"), 10**9, "conditions: found 1000000000 classes, but the net takes 3"),
+        ("few_step", ("conditions", "num_classes"), True, "conditions.num_classes: found True, expected int"),
         ("few_step", ("kind",), "v", "kind: kind 'v' needs"),
-        ("few_step", ("value_range",), [-1.0, 1.0], r"value_range: found \[-1.0, 1.0\], expected None"),
-        ("edm", ("value_range",), [0.0, 1.0], r"value_range: found \[0.0, 1.0\], expected \[-1.0, 1.0\]"),
+        ("few_step", ("value_range",), None, "value_range: no such key"),
+        ("few_step", ("decoder", "_target_"), "os.system", "decoder._target_: found 'os.system', expected a decoder"),
+        ("few_step", ("conditions",), None, "conditions: found None, expected a mapping"),
+        ("few_step", ("_target_",), "distill.models.model.Model", "_target_: found .*, expected a model under"),
         ("edm", ("boundary",), {"form": "zzz"}, "boundary.form: found 'zzz', expected one of"),
         ("edm", ("boundary", "sigma_data"), 0.25, r"boundary.sigma_data: found 0.25, .*sigma_data is 0.5"),
         ("edm", ("net", "net", "blocks"), 10_000_000, "net.net: asks for more than the"),

@@ -20,6 +20,7 @@ from distill.methods.flow_matching import FlowMatching
 from distill.methods.one_step import OneStep
 from distill.methods.reflow import Reflow
 from distill.models.conditions import Labels
+from distill.models.decoder import Points
 from distill.models.denoiser import Denoiser
 from distill.process.flow import Flow
 from distill.process.vp import VPCosine
@@ -198,7 +199,8 @@ def test_guidance_of_pairs_is_the_teachers(tmp_path):
         solver="euler",
         steps=1,
         guidance_scale=3.0,
-        num_classes=10,
+        conditions=Labels(10).config(),
+        decoder=Points().config(),
     )
     write_pairs(tmp_path, student(), header)
     pairs = Pairs(tmp_path).fetch(torch.arange(20), torch.arange(20))

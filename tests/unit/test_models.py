@@ -10,9 +10,10 @@ import torch
 import distill
 from distill.data.cond import Cond
 from distill.models.conditions import Labels, Nothing
+from distill.models.decoder import Pixels
 from distill.models.denoiser import Denoiser
 from distill.models.generator import Generator
-from distill.models.native import describe, load_model, save_model
+from distill.models.native import load_model, save_model
 from distill.models.spec import SamplerSpec
 from distill.nets.unet import UNet
 from distill.process.flow import Flow
@@ -44,8 +45,8 @@ def make(folder, spec: SamplerSpec = ONE) -> Generator:
     net = UNet(**{k: v for k, v in NET.items() if k != "_target_"})
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    model = Denoiser(net, Flow(), "velocity", (1, 8, 8), coupling="endpoint")
-    save_model(folder, model.net.state_dict(), describe(model, NET, spec))
+    model = Denoiser(net, Flow(), "velocity", (1, 8, 8), coupling="endpoint", decoder=Pixels())
+    save_model(folder, model, spec)
     return Generator(model.eval(), spec)
 
 
@@ -132,10 +133,10 @@ def test_broken_model_folders_are_named(tmp_path):
     weights = tmp_path / "model.safetensors"
     with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
         load_model(tmp_path / "nowhere")
-    edit(tmp_path, schema=2)
-    with pytest.raises(ValueError, match=r"model.json: schema: found 2, this version reads 1"):
+    edit(tmp_path, schema=3)
+    with pytest.raises(ValueError, match=r"model.json: schema: found 3, this version reads 2"):
         load_model(tmp_path)
-    edit(tmp_path, schema=1, net={"_target_": "os.system", "command": "true"})
+    edit(tmp_path, schema=2, net={"_target_": "os.system", "command": "true"})
     with pytest.raises(ValueError, match=r"_target_: found 'os.system', expected a net under distill.nets"):
         load_model(tmp_path)
     edit(tmp_path, net=NET | {"width": 16})

@@ -25,7 +25,7 @@ from distill.models.build import build_net
 from distill.models.conditions import Labels
 from distill.models.denoiser import SOLVERS, Denoiser
 from distill.models.generator import Generator
-from distill.models.native import describe, load_model, save_model
+from distill.models.native import load_model, save_model
 from distill.models.spec import SamplerSpec
 from distill.models.time_grid import TimeGrid
 from distill.nets.mlp import MLP
@@ -83,7 +83,7 @@ def test_network_calls_are_those_that_are_made(process: Process, kind: str, solv
             spec = SamplerSpec(steps=steps, any_steps=True, solver=solver, guidance_scale=scale)
             generator = Generator(model, spec)
             told = generator.network_calls()
-            assert told == model.network_calls(solver, steps, scale)
+            assert told == model.calls(solver, steps, scale)
             if solver == "rk45":
                 assert told is None  # the tolerance decides
                 continue
@@ -94,9 +94,9 @@ def test_network_calls_are_those_that_are_made(process: Process, kind: str, solv
 def test_the_calls_of_heun_under_edm() -> None:
     """EDM's 18 steps are its published 35 calls."""
     model = counted(EDM())
-    assert [model.network_calls("heun", steps) for steps in (18, 4, 1)] == [35, 7, 1]
-    assert [model.network_calls("heun", steps, 2.0) for steps in (18, 4, 1)] == [70, 14, 2]
-    assert counted(Flow(), "velocity").network_calls("heun", 4) == 8
+    assert [model.calls("heun", steps) for steps in (18, 4, 1)] == [35, 7, 1]
+    assert [model.calls("heun", steps, 2.0) for steps in (18, 4, 1)] == [70, 14, 2]
+    assert counted(Flow(), "velocity").calls("heun", 4) == 8
 
 
 def test_network_calls_of_few_steps() -> None:
@@ -171,7 +171,7 @@ def test_sid_at_2_5_has_the_size_of_its_data(tmp_path: Path) -> None:
     torch.manual_seed(0)
     teacher = exact_denoiser(EDM(), MEANS, 0.3)
     sampler = SiD(exact_denoiser(EDM(), MEANS, 0.3), teacher, sampling={"levels": [2.5]}).result().sampler
-    save_model(tmp_path, teacher.net.state_dict(), describe(teacher, teacher.net.config(), sampler))
+    save_model(tmp_path, teacher, sampler)
     generator = load_model(tmp_path)
     noise = torch.randn(500, 2, generator=torch.Generator().manual_seed(1))
     spread = float(generator.one_step(noise, Cond.nothing(500)).std())
@@ -214,7 +214,7 @@ def test_a_named_grid_samples_on_its_times(process: Process, named: dict[str, An
     times = grid(named["name"], process, 4, **options)
     assert torch.equal(spec.grid(process, 4), times)
     wanted = model.transport(z(), None, solver="ddim", grid=times)[0]
-    save_model(tmp_path, model.net.state_dict(), describe(model, model.net.config(), spec))
+    save_model(tmp_path, model, spec)
     again = load_model(tmp_path)
     assert again.spec == spec
     assert torch.equal(again.generate(z(), Cond.nothing(4)), wanted)
@@ -273,7 +273,7 @@ def test_places_that_assume_another_sigma_data_are_refused() -> None:
         preconditioned(boundary=Boundary("cm", sigma_data=0.5))
     model = preconditioned(boundary=Boundary("cm", sigma_data=0.25))
     with pytest.raises(ValueError, match=message):
-        model.boundary = Boundary("cm")
+        model.with_(boundary=Boundary("cm"))
     assert model.boundary == Boundary("cm", sigma_data=0.25)
     assert (model.sigma_data, exact_denoiser(Flow()).sigma_data) == (0.25, None)
     with pytest.raises(ValueError, match=r"sigma_data: found 0.25 of EDMPrecond and 0.5 of TrigFlow"):

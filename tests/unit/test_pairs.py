@@ -13,6 +13,8 @@ from distill.cache.pairs import HEADER, MANIFEST, Header, Pairs
 from distill.cache.writer import WRITTEN, shard_rows, write_pairs
 from distill.data.rng import noise_checksum, sample_noise
 from distill.files import sha256_file, write_json, write_safetensors
+from distill.models.conditions import Labels
+from distill.models.decoder import Pixels
 from distill.models.denoiser import Denoiser
 from distill.nets.unet import UNet
 from distill.process.flow import Flow
@@ -40,7 +42,8 @@ def header(**changes) -> Header:
             "solver": "euler",
             "steps": 3,
             "guidance_scale": 1.0,
-            "num_classes": 10,
+            "conditions": Labels(10).config(),
+            "decoder": Pixels().config(),
         }
         | changes
     )
@@ -122,11 +125,11 @@ def break_manifest(folder: Path, **changes) -> None:
     [
         ({"orientation": "z=data, x0=noise"}, "orientation: found 'z=data, x0=noise', expected"),
         ({"noise_checksum": "0" * 64}, "noise_checksum: this torch .* draws another noise stream"),
-        ({"schema": 99}, "schema: found 99, this version reads 1"),
+        ({"schema": 99}, "schema: found 99, this version reads 2"),
         ({"count": 11}, "count: the shards hold 10 pairs, the header expects 11"),
         ({"dtype": "float16"}, "dtype: found 'float16', expected one of 'float32'"),
         ({"noise": "lost"}, "noise: found 'lost', expected one of 'seed', 'stored'"),
-        ({"num_classes": 5}, r"label: expected classes 0 .. 4, found 0 .. 9"),
+        ({"conditions": Labels(5).config()}, r"label: expected classes 0 .. 4, found 0 .. 9"),
         ({"colour": "blue"}, "header.colour: no such key"),
     ],
 )
@@ -209,7 +212,7 @@ def test_stored_noise_is_read_as_it_stands(tmp_path):
         ({"z": torch.randn(9, *SHAPE)}, r"z: found \(9, 1, 8, 8\), expected \(10, 1, 8, 8\)"),
         ({"x0": torch.zeros(10, 3, 8, 8)}, r"x0: found \(10, 3, 8, 8\), expected \(10, 1, 8, 8\)"),
         ({"z": None}, "z: found nothing, expected"),
-        ({"ids": torch.zeros(10, dtype=torch.int64)}, "ids: some stand twice"),
+        ({"ids": torch.zeros(10, dtype=torch.int64)}, "ids: found some twice"),
     ],
 )
 def test_values_that_no_pairs_have_are_refused(tmp_path, columns, message):

@@ -27,7 +27,7 @@ from distill.methods.dmd import DMD
 from distill.methods.losses.score_times import times_of
 from distill.methods.sid import SiD
 from distill.models.denoiser import Denoiser
-from distill.models.native import describe, save_model
+from distill.models.native import save_model
 from distill.models.spec import SamplerSpec
 from distill.nets.unet import UNet
 from distill.process.base import Process
@@ -379,7 +379,7 @@ def test_a_net_without_features() -> None:
             return self.layer(x)
 
     nets = [Denoiser(Flat(), Flow(), "velocity", (2,)) for _ in range(2)]
-    with pytest.raises(ValueError, match="gan: the net Flat names no `bottleneck`"):
+    with pytest.raises(ValueError, match="gan: the net Flat has no attribute `bottleneck`"):
         DMD(*nets, gan={})
 
 
@@ -411,8 +411,7 @@ MLP = {"_target_": "distill.nets.mlp.MLP", "width": 16, "depth": 2, "features": 
 def saved(folder: Path, seed: int, kind: str = "velocity", **net: Any) -> Path:
     torch.manual_seed(seed)
     model = mlp(Flow(), kind, seed=seed, **net)
-    described = describe(model, MLP | net, SamplerSpec(steps=50, any_steps=True))
-    save_model(folder, model.net.state_dict(), described)
+    save_model(folder, model, SamplerSpec(steps=50, any_steps=True))
     return folder
 
 
@@ -486,7 +485,7 @@ def test_weights_of_another_net_are_not_loaded(tmp_path: Path) -> None:
     narrow, deep = (saved(tmp_path / name, 1, classes=classes) for name, classes in (("a", 3), ("b", 0)))
     state = mlp(Flow(), seed=1).net.state_dict()
     state.pop("out.bias")
-    save_model(deep, state, read_json(deep / "model.json"))
+    save_model(deep, mlp(Flow(), seed=1), SamplerSpec(steps=50, any_steps=True), state)
     for node in (narrow, deep):
         with pytest.raises((ValueError, RuntimeError), match=r"label\.table|out\.bias"):
             DisBack(mlp(Flow(), seed=1), mlp(Flow()), [teacher, node])

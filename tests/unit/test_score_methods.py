@@ -44,7 +44,7 @@ from distill.methods.families.score import ScoreDistillation
 from distill.methods.sid import SiD
 from distill.models.denoiser import Denoiser
 from distill.models.generator import Generator
-from distill.models.native import describe, save_model
+from distill.models.native import save_model
 from distill.models.spec import SamplerSpec
 from distill.nets.unet import UNet
 from distill.process.base import Process
@@ -672,11 +672,9 @@ def test_scaling_data_noise_and_predictions_together(make: Method, power: int) -
 
 def write_nodes(folder: Path, count: int) -> list[Path]:
     """Model folders of a teacher (seed 0) and `count` degraded ones."""
-    config = {"_target_": "distill.nets.mlp.MLP", "width": 16, "depth": 2, "features": 8}
     for number in range(count + 1):
         node = mlp(Flow(), seed=0 if number == 0 else 10 + number)
-        described = describe(node, config, SamplerSpec(steps=50, any_steps=True))
-        save_model(folder / f"{number}", node.net.state_dict(), described)
+        save_model(folder / f"{number}", node, SamplerSpec(steps=50, any_steps=True))
     return [folder / f"{number}" for number in range(count + 1)]
 
 

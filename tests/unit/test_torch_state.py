@@ -30,10 +30,12 @@ from distill.evaluation.metrics.kid import kid
 from distill.evaluation.metrics.precision import manifold
 from distill.evaluation.metrics.sliced import sliced_wasserstein
 from distill.evaluation.samples import stratified_split
+from distill.models.conditions import Labels
+from distill.models.decoder import Pixels
 from distill.models.denoiser import Denoiser
 from distill.models.features import load_digits64
 from distill.models.generator import Generator
-from distill.models.native import describe, save_model
+from distill.models.native import save_model
 from distill.models.spec import SamplerSpec
 from distill.nets.unet import UNet
 from distill.process.flow import Flow
@@ -133,7 +135,7 @@ def exported(folder: Path, mode: str) -> Path:
     denoiser = Denoiser(net, process, kind, (1, 8, 8), guidable=True)
     spec = SamplerSpec(steps=3, any_steps=True, mode=mode, guidance_scale=1.5)
     folder.mkdir()
-    save_model(folder, net.state_dict(), describe(denoiser, NET, spec))
+    save_model(folder, denoiser, spec)
     return folder
 
 
@@ -168,7 +170,9 @@ def pairs(folder: Path, teacher: Denoiser) -> tuple[bytes, Tensor]:
     """(the shard, its noise) of a small cache."""
     folder.mkdir()
     checksum = noise_checksum(0, "pairs", (1, 8, 8))
-    header = Header((1, 8, 8), 5, 0, "pairs", checksum, "teacher", "euler", 2, 1.0, 10)
+    header = Header(
+        (1, 8, 8), 5, 0, "pairs", checksum, "teacher", "euler", 2, 1.0, Labels(10).config(), Pixels().config()
+    )
     write_pairs(folder, teacher, header)
     z = Pairs(folder).fetch(torch.arange(5, device="cpu"), torch.arange(5, device="cpu")).z
     assert z is not None

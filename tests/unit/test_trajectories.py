@@ -68,7 +68,7 @@ def test_panels_share_their_axes(tmp_path):
 
 def test_points_are_scattered_and_images_tiled(tmp_path):
     points = torch.tensor([[0.0, 0.0, 9.0], [4.0, 2.0, 9.0]])
-    save_samples(points, 4, tmp_path / "points.png")
+    save_samples(points, 4, tmp_path / "points.png", images=False)
     save_scatter(points[:, :2], tmp_path / "plane.png")
     assert (tmp_path / "points.png").read_bytes() == (tmp_path / "plane.png").read_bytes()
     save_samples(torch.zeros(3, 1, 8, 8), 3, tmp_path / "images.png")

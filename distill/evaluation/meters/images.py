@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from distill.data.source import decoded
 from distill.evaluation.grid import image_grid, save_png
 from distill.evaluation.measure import Reference, measure
 from distill.evaluation.meters.meter import Meter, Shown, at_least
@@ -24,7 +25,7 @@ PICTURE_WIDTH = 2560  # pixels that the picture of samples may have
 @dataclass
 class ImageMeter(Meter):
     """Attributes:
-    data: the real images, a source with `images` [n,C,H,W] in [-1, 1], `labels` and `name`.
+    data: the real images, a source with `images` [n,C,H,W] in [-1, 1], `labels` and `name`; or latents of one.
     features: the feature extractor.
     k: neighbours of precision, recall, density and coverage.
     grid_columns: samples a row of the picture. real_row: a last row of real images of the same classes.
@@ -41,6 +42,7 @@ class ImageMeter(Meter):
 
     def __post_init__(self) -> None:
         at_least(self, "k", "grid_columns")
+        self.data = decoded(self.data)
         self.least, self.shown = self.k + 2, self.grid_columns
 
     def fingerprint(self) -> str:
@@ -57,7 +59,7 @@ class ImageMeter(Meter):
             raise ValueError(
                 f"data: the real samples have the shape {list(real.sample_shape)}, but the models make {list(sample_shape)}"
             )
-        if len(sample_shape) != 3:
+        if getattr(real, "value_range", ()) is None:
             raise ValueError(
                 f"features: images [C,H,W] are expected, but the models make samples of shape {list(sample_shape)}; "
                 "use eval=points and monitor=null for points"

@@ -1,0 +1,146 @@
+"""Decoders turn a model's samples into data: images, points, or images from latents. Everything that depends on the kind of
+samples uses the decoder; nothing depends on the rank of a tensor."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Sequence
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from distill.nets.autoencoder import AutoencoderNet
+from distill.typed import Configured
+
+
+class Decoder(Configured, ABC):
+    """Between a model's samples [B,*S] and data [B,*D]. Never changed once it is made, so copies of a model share it.
+
+    Attributes:
+        images: whether the data are images [C,H,W].
+        range: (lowest, highest) value of data, which `clamp` enforces; None: no range.
+    """
+
+    images: ClassVar[bool] = True
+    range: ClassVar[tuple[float, float] | None] = (-1.0, 1.0)
+
+    def shape(self, sample_shape: Sequence[int]) -> tuple[int, ...]:
+        """D, the shape of one decoded sample. Raises ValueError for samples that it does not decode."""
+        return tuple(sample_shape)
+
+    def decode(self, samples: Tensor) -> Tensor:
+        """[B,*S] -> [B,*D], differentiable, not clamped."""
+        return samples
+
+    def encode(self, data: Tensor) -> Tensor:
+        """[B,*D] -> [B,*S]."""
+        return data
+
+    def clamp(self, data: Tensor) -> Tensor:
+        """Data within `range`."""
+        return data if self.range is None else data.clamp(*self.range)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Its tensors by name; empty for decoders without a net."""
+        return {}
+
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        """Inverse of `weights`."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+
+class Pixels(Decoder):
+    """Samples are pixels in [-1, 1]: images [C,H,W]."""
+
+
+class Points(Decoder):
+    """Samples are points or other vectors without a range, used as they are."""
+
+    images, range = False, None
+
+
+class Autoencoder(Decoder):
+    """Samples are latents of an autoencoder: x = (net.encode(images) - shift) scale, images = net.decode(x / scale + shift).
+
+    Args:
+        net: the autoencoder; its weights are frozen.
+        scale, shift: numbers for all channels (`scaling_factor` and `shift_factor` of diffusers), or
+        mean, std: one of each for every channel (`latents_mean` and `latents_std`): shift = mean, scale = 1 / std.
+
+    Raises:
+        ValueError: names the argument: both forms given, a scale or std that is not positive, other lengths.
+    """
+
+    def __init__(
+        self,
+        net: AutoencoderNet,
+        scale: float = 1.0,
+        shift: float = 0.0,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> None:
+        if (mean is None) != (std is None) or (mean is not None and (scale, shift) != (1.0, 0.0)):
+            raise ValueError("scale, shift, mean, std: expected scale and shift, or mean and std")
+        if mean is not None and std is not None and (len(mean) != len(std) or not std or min(std) <= 0):
+            raise ValueError(
+                f"mean, std: found {list(mean)}, {list(std)}, expected one of each a channel, std > 0"
+            )
+        if not scale > 0:
+            raise ValueError(f"scale: found {scale}, expected a positive number")
+        self.net = net.requires_grad_(False).eval()
+        shifts, scales = ([shift], [scale]) if mean is None or std is None else (mean, [1 / s for s in std])
+        self._shift, self._scale = (
+            torch.tensor(list(numbers), dtype=torch.float64, device="cpu") for numbers in (shifts, scales)
+        )
+
+    def shape(self, sample_shape: Sequence[int]) -> tuple[int, ...]:
+        found = self.net.image_shape(sample_shape)
+        if len(self._shift) not in (1, sample_shape[0]):
+            raise ValueError(
+                f"mean: found {len(self._shift)} numbers, expected {sample_shape[0]}, one a channel"
+            )
+        return found
+
+    def decode(self, samples: Tensor) -> Tensor:
+        scale, shift = self._numbers(samples)
+        return self._net(samples).decode(samples / scale + shift)
+
+    def encode(self, data: Tensor) -> Tensor:
+        latents = self._net(data).encode(data)
+        scale, shift = self._numbers(latents)
+        return (latents - shift) * scale
+
+    def weights(self) -> dict[str, Tensor]:
+        return self.net.state_dict()
+
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        self.net.load_state_dict(weights)
+
+    def _net(self, x: Tensor) -> AutoencoderNet:
+        """The net on the device of x: the models that share it may lie on several."""
+        return self.net.to(x.device)
+
+    def _numbers(self, x: Tensor) -> list[Tensor]:
+        """(scale, shift), each [1 or C, 1, ...] as x [B,C,...]."""
+        return [
+            n.to(x.device, x.dtype).reshape(-1, *(1,) * (x.dim() - 2)) for n in (self._scale, self._shift)
+        ]
+
+
+def of_source(source: Any) -> Decoder:
+    """What the samples of a source are: its `decoder`, or pixels or points by its `value_range`.
+
+    Raises:
+        ValueError: the source has neither.
+    """
+    if (given := getattr(source, "decoder", None)) is not None:
+        return given
+    if not hasattr(source, "value_range"):
+        raise ValueError(
+            f"data: {type(source).__name__} has neither `value_range` nor `decoder`; expected `value_range`, "
+            "(-1, 1) for images and None for other samples, or a `decoder`"
+        )
+    return Points() if source.value_range is None else Pixels()

@@ -1,0 +1,108 @@
+"""The interface of every model: all that caches, stages, evaluation, exporters and the engine use of one."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from distill.data.cond import Cond
+from distill.models.conditions import Conditions
+from distill.models.decoder import Decoder
+from distill.models.guidance import check_guidance_scale
+from distill.models.spec import SamplerSpec
+from distill.process.base import Process
+
+COUPLINGS = ("independent", "paired", "endpoint", "few_step")
+LARGEST_SAMPLE = 2**26  # numbers; an image of 8 megapixels has 2**25
+
+
+class Model(nn.Module, ABC):
+    """A deterministic transport from Gaussian noise to data, and a prediction of the data at every noise level.
+
+    Attributes:
+        sample_shape: S of noise, data and every state between them.
+        process: the noise process of its states.
+        conditions: what it is conditioned on.
+        decoder: turns samples into data: images, points, or images from latents. No submodule: its weights are
+            never trained, averaged or sharded with the model's.
+        coupling: which pairs of noise and data it was trained on: "independent" (its velocity is a score in other
+            coordinates), "paired" (reflow; it has no score), "endpoint" (a one-step student, valid at t_max alone) or
+            "few_step" (valid at its sampler's times alone).
+        guidable: trained with dropped conditions, so guidance scales other than 1 make sense.
+        sampler: the sampler of its model file; None for models that were not loaded.
+
+    Raises:
+        ValueError: names `sample_shape` or `coupling`.
+    """
+
+    sampler: SamplerSpec | None = None
+
+    def __init__(
+        self,
+        process: Process,
+        sample_shape: Sequence[int],
+        conditions: Conditions,
+        decoder: Decoder,
+        coupling: str,
+        guidable: bool,
+    ) -> None:
+        super().__init__()
+        shape = tuple(sample_shape)
+        if not shape or min(shape) < 1 or math.prod(shape) > LARGEST_SAMPLE:
+            raise ValueError(
+                f"sample_shape: found {list(shape)}, expected positive sizes of at most {LARGEST_SAMPLE} numbers in all"
+            )
+        if coupling not in COUPLINGS:
+            raise ValueError(f"coupling: found {coupling!r}, expected one of {list(COUPLINGS)}")
+        decoder.shape(shape)  # raises for samples that it does not decode
+        self.process, self.sample_shape, self.conditions, self.decoder = process, shape, conditions, decoder
+        self.coupling, self.guidable = coupling, guidable
+
+    @abstractmethod
+    def transport(
+        self,
+        z: Tensor,
+        cond: Cond | None = None,
+        *,
+        solver: str = "euler",
+        steps: int | None = None,
+        guidance_scale: float = 1.0,
+        grid: Tensor | None = None,
+        times: Sequence[float] | None = None,
+    ) -> Tensor:
+        """Noise z [B,*S] -> [K,B,*S]: the states at `times`, or with K = 1 the data alone."""
+
+    @abstractmethod
+    def x0(self, x_t: Tensor, t: Tensor, cond: Cond, guidance_scale: float | Tensor = 1.0) -> Tensor:
+        """Predicted data [B,*S] of states x_t [B,*S] at times t."""
+
+    @abstractmethod
+    def calls(self, solver: str, steps: int, guidance_scale: float = 1.0) -> int | None:
+        """Network calls that `transport` makes for a sample; None where the solver chooses."""
+
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """What `models.build.build_model` makes the same model from, without its weights, in plain containers."""
+
+    def check_transport(self, guidance_scale: float = 1.0) -> None:
+        """Raise ValueError where `transport` has no ODE to solve, or not with this guidance."""
+        if self.coupling in ("endpoint", "few_step"):
+            student = (
+                "one-step student, valid only at t_max"
+                if self.coupling == "endpoint"
+                else "few-step student, valid only at its sampler's times"
+            )
+            raise ValueError(f"coupling: found {self.coupling!r}, a {student}; expected an ODE model")
+        check_guidance_scale(self.guidable, guidance_scale)
+
+    def columns(self, x0: Tensor) -> dict[str, Tensor]:
+        """What a pair cache stores of data x0 [n,*S]: name -> [n, ...]."""
+        return {"x0": x0}
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that training changes, by name."""
+        return dict(self.named_parameters())
