@@ -62,7 +62,7 @@ class StepLoader:
     ) -> None:
         if batch_size % (accumulate * world):
             raise ValueError(
-                f"batch_size: {batch_size} samples a step cannot be split into accumulate={accumulate} "
+                f"batch_size: found {batch_size}, which cannot be split into accumulate={accumulate} "
                 "micro batches "
                 f"on {world} processes; expected a multiple of {accumulate * world}"
             )

@@ -301,7 +301,7 @@ def check_split(planned: Sequence[Planned], processes: int) -> None:
         batch, parts = entry.config.get("batch_size"), processes * entry.config.get("accumulate", 1)
         if "accumulate" in entry.config and entry.state != "finished" and batch % parts:
             raise ValueError(
-                f"stages.{entry.name}.batch_size: {batch} samples a step cannot be split into accumulate="
+                f"stages.{entry.name}.batch_size: found {batch}, which cannot be split into accumulate="
                 f"{entry.config['accumulate']} micro batches on {processes} processes; expected a multiple of {parts}"
             )
 

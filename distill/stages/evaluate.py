@@ -97,7 +97,9 @@ class Evaluate(Stage):
         super().check(stages)
         for label, row in self.models.items():
             if not isinstance(stages[row.stage], ModelStage):
-                raise ValueError(f"models.{label}.stage: {row.stage!r} makes no model")
+                raise ValueError(
+                    f"models.{label}.stage: {row.stage!r} makes no model; expected a stage with a model"
+                )
             check_which(row.which, row.stage, stages)
 
     def dry_run(self, before: Mapping[str, Made]) -> Made:

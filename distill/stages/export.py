@@ -44,13 +44,13 @@ class Export(Stage):
         """Raise ValueError unless student and evaluation are stages of the right kind and of the same model."""
         super().check(stages)
         if not isinstance(stages[self.student], ModelStage):
-            raise ValueError(f"student: {self.student!r} makes no model")
+            raise ValueError(f"student: {self.student!r} makes no model; expected a stage with a model")
         check_which(self.which, self.student, stages)
         if self.evaluate is None:
             return
         evaluated = stages[self.evaluate]
         if not isinstance(evaluated, Evaluate):
-            raise ValueError(f"evaluate: {self.evaluate!r} is not an Evaluate stage")
+            raise ValueError(f"evaluate: {self.evaluate!r} is not an Evaluate stage; expected one, or null")
         for label, row in evaluated.models.items():
             if row.stage == self.student and row.which != self.which:
                 raise ValueError(

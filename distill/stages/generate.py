@@ -78,7 +78,7 @@ class Generate(Stage):
         """Raise ValueError unless the teacher is a stage that makes a model."""
         super().check(stages)
         if not isinstance(stages[self.teacher], ModelStage):
-            raise ValueError(f"teacher: {self.teacher!r} makes no model")
+            raise ValueError(f"teacher: {self.teacher!r} makes no model; expected a stage with a model")
 
     def fingerprint(self) -> str:
         """Return the sha256 of the manifest of the cache at `path`."""

@@ -53,7 +53,7 @@ def lock(run_folder: Path) -> Iterator[Held]:
     further writes raise `Lost` (`files.guarded`).
 
     Raises:
-        ValueError: if another process holds the lock, or the folder is not a run's.
+        ValueError: if another process holds the lock, or as `take_run_folder`.
     """
     there, fresh = run_folder.exists(), not is_run(run_folder)
     take_run_folder(run_folder)

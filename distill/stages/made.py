@@ -91,7 +91,7 @@ def check_student(student: Denoiser, sample_shape: Sequence[int], conditions: Co
     """Raise ValueError unless the student takes the data's samples and conditions; one forward call shows it."""
     if student.sample_shape != tuple(sample_shape):
         raise ValueError(
-            f"data: samples of shape {tuple(sample_shape)}, but the student makes {student.sample_shape}"
+            f"data: found samples of shape {tuple(sample_shape)}, expected the student's {student.sample_shape}"
         )
     student.conditions.accepts(conditions)
     device = device_of(student.net)

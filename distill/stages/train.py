@@ -144,7 +144,7 @@ class Train(ModelStage):
             )
         for role, name in {"init": self.init, "teacher": self.teacher, **further}.items():
             if name is not None and not isinstance(stages[name], ModelStage):
-                raise ValueError(f"{role}: {name!r} makes no model")
+                raise ValueError(f"{role}: {name!r} makes no model; expected a stage with a model")
         self._check_method()
         if self.nodes is not None and "nodes" not in self._takes:
             raise ValueError(

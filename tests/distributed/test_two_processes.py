@@ -200,4 +200,4 @@ def test_two_processes_killed_and_continued_are_bit_equal(tmp_path):
 
 def test_a_batch_that_cannot_be_split_is_refused_before_there_are_two(tmp_path):
     options = ("recipe=instaflow", "profile=smoke", "trainer.devices=2", "teacher.batch_size=15")
-    assert "batch_size: 15 samples a step cannot be split" in refusal(tmp_path, "train", *options)
+    assert "batch_size: found 15, which cannot be split" in refusal(tmp_path, "train", *options)

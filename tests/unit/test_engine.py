@@ -235,7 +235,7 @@ def test_errors_name_the_field(tmp_path):
         method.prepare({"student": settings()}, seed=0)
     with pytest.raises(ValueError, match=r"optim.studnt: no such key, did you mean optim.student\?"):
         method.prepare({"studnt": settings(), "fake": settings()}, seed=0)
-    with pytest.raises(ValueError, match="batch_size: 8 samples a step cannot be split into accumulate=3"):
+    with pytest.raises(ValueError, match="batch_size: found 8, which cannot be split into accumulate=3"):
         fit(make(), tmp_path, steps=1, accumulate=3)
     with pytest.raises(ValueError, match="trains no network"):
         Update("student", {}, method.student_loss)
