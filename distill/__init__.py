@@ -1,4 +1,4 @@
-"""distill: one-step and few-step generators from diffusion, flow and autoregressive image models."""
+"""distill: distils diffusion and flow models into one-step and few-step image generators."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ if "MPLBACKEND" in os.environ:
 
 
 def load(path: str | Path, *, device: str = "cpu") -> Generator:
-    """Read an exported student (or any model folder of a run):
+    """Load an exported student, or any model folder of a run:
     `distill.load("runs/instaflow/export").sample(8, label=3)`."""
-    from distill.models.native import load_model  # torch is imported only when a model is wanted
+    from distill.models.native import load_model  # imports torch
 
     return load_model(path, device=device)

@@ -1,5 +1,4 @@
-"""`python -m distill.sample model=runs/instaflow/export count=64 out=grid.png`: a picture of samples, from an
-export alone."""
+"""`python -m distill.sample model=runs/instaflow/export count=64 out=grid.png`: draws a picture of samples of a model."""
 
 from __future__ import annotations
 
@@ -19,11 +18,20 @@ PASSED_ON = ("seed", "steps", "force", "guidance_scale", "guidance_w", "noise_sc
 
 @dataclass
 class Options:
-    """model: an export (or any model folder); count, label, seed: what to draw; steps: null is the model's
-    own; force: allow step counts that the model is not valid for; guidance_scale: null is the model's own; guidance_w: the
-    guidance less 1 as an input, of models that take it so; noise_scale: of the fresh noise that few-step students add between
-    steps, null is the model's own; out: the PNG, of images in `columns` or of points in the plane;
-    null is grid.png, where that is new or a picture of this verb."""
+    """Options:
+
+    model: an export, or any model folder
+    out: a PNG; null: grid.png, if it does not exist or was drawn by this command
+    count: number of samples
+    label: class; null: all classes in turn
+    seed: of the noise
+    steps: null: the model's own
+    force: allow step counts for which the model is not valid
+    columns: images per row; null: the number of classes, or 10; at most 16
+    guidance_scale: null: the model's own
+    guidance_w: guidance - 1, for models that take it as an input
+    noise_scale: scale of the noise that few-step students add between steps; null: the model's own
+    device: cpu, cuda, cuda:N or mps"""
 
     model: str = ""
     out: str | None = None
@@ -40,7 +48,7 @@ class Options:
 
 
 def parse(arguments: list[str]) -> Options:
-    """key=value arguments -> Options; errors name the key and the nearest valid one."""
+    """Parse `key=value` arguments. Raises ValueError naming the key."""
     options = terminal.read_options(Options, arguments)
     if not options.model:
         raise ValueError("model: missing; expected a model folder, such as model=runs/instaflow/export")
@@ -52,7 +60,7 @@ def parse(arguments: list[str]) -> Options:
 
 
 def check_device(name: str) -> None:
-    """Raise ValueError unless torch can compute on the device here."""
+    """Raise ValueError unless the device is available."""
     try:
         device = torch.device(name)
         there = getattr(torch, device.type).device_count() if device.type in ("cuda", "mps") else 1
@@ -65,7 +73,7 @@ def check_device(name: str) -> None:
 
 
 def main() -> None:
-    """Draw and save."""
+    """Draw samples and save the picture."""
     with terminal.report_errors():
         if {"-h", "--help"} & set(sys.argv[1:]):
             print(f"{__doc__}\n\n{Options.__doc__}")
