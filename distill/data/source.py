@@ -15,8 +15,8 @@ from distill.data.order import Order
 class Source(Protocol):
     """Samples that can be fetched by row number in any order.
 
-    A fresh model of the samples needs one of two attributes more: `value_range`, (-1, 1) of images and None of samples without
-    a range, or `decoder` (`models.decoder`). Conditions other than labels are an attribute `conditions`
+    To build a fresh model of the samples, a source also needs `value_range`, (-1, 1) for images or None for samples without a
+    range, or a `decoder` (`models.decoder`). Conditions other than labels are in the attribute `conditions`
     (`models.conditions`)."""
 
     sample_shape: tuple[int, ...]
@@ -32,8 +32,7 @@ class Source(Protocol):
 
 
 def decoded(source: Any) -> Any:
-    """The data that a model's decoded samples are compared with: of latents the images that they were encoded from, an
-    attribute `decoded`; else the source itself."""
+    """Return the data to compare decoded samples with: for latents the encoded images (attribute `decoded`), else `source`."""
     return getattr(source, "decoded", source)
 
 

@@ -13,12 +13,18 @@ from distill.data.cond import Cond
 
 
 class Tensors:
-    """Samples x0 [n,*S], with the noise z [n,*S] that a teacher mapped to them and class labels [n], where there are any.
+    """Samples with optional noise and labels.
 
-    value_range: (-1, 1) of images, None of samples without a range (points, latents).
+    Args:
+        x0: samples [n,*S].
+        z: noise [n,*S] that a teacher mapped to `x0`.
+        labels: classes [n], integers of at least 0.
+        value_range: (-1, 1) for images, None for samples without a range (points, latents).
 
-    Raises ValueError where the lengths or shapes differ, labels are no integers of at least 0, values are no finite floats, or
-    those of images are of another range than [-1, 1], such as [0, 255]."""
+    Raises:
+        ValueError: if lengths or shapes differ, labels are not integers of at least 0, values are not finite floats, or images
+            are in another range than [-1, 1], such as [0, 255].
+    """
 
     name = "tensors"
 
@@ -53,7 +59,7 @@ class Tensors:
             raise ValueError(f"value_range: found {value_range}, expected (-1, 1) or None")
         if value_range is not None:
             check_span("x0", x0)
-        if value_range is not None and z is None:  # what a teacher makes of noise is not clamped
+        if value_range is not None and z is None:  # samples of a teacher are not clamped
             warn_of_span("x0", x0, stacklevel=2)
         self.images, self.z, self.labels, self.value_range = x0, z, labels, value_range
         self.sample_shape = tuple(x0.shape[1:])

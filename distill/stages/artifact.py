@@ -38,7 +38,7 @@ FIRST_NAMES = {
 }
 
 
-# Meters that were stages of their own at first, with their options beside those of the stage.
+# Meters that were stages in earlier versions, whose configs had the options of both.
 FIRST_METERS = {
     "distill.evaluation.meters.images.ImageMeter": "distill.pipeline.evaluate.Evaluate",
     "distill.evaluation.meters.points.PointMeter": "distill.pipeline.points.EvaluatePoints",
@@ -55,7 +55,7 @@ def hashed_config(config: Mapping[str, Any], references: tuple[str, ...]) -> dic
         kept["method"] = former_names(method)
     kept |= {"_target_": FIRST_NAMES.get(kept["_target_"], kept["_target_"])}
     if isinstance(kept.get("gates"), list):
-        kept["gates"] = [gate for gate in kept["gates"] if gate is not None]  # left out by a recipe
+        kept["gates"] = [gate for gate in kept["gates"] if gate is not None]  # null: removed by the recipe
     meter = kept.get("meter")
     if isinstance(meter, Mapping) and meter.get("_target_") in FIRST_METERS:
         kept |= {**kept.pop("meter"), "_target_": FIRST_METERS[meter["_target_"]]}
