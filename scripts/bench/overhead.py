@@ -30,6 +30,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,7 @@ from distill.data.rng import Draws
 from distill.engine.ema import decay_at
 from distill.engine.fit import Fit, train
 from distill.engine.logging import Jsonl
+from distill.engine.module import DistillModule
 from distill.engine.schedule import Constant
 from distill.engine.update import Optim, Step
 from distill.methods.flow_matching import FlowMatching
@@ -205,7 +207,21 @@ class Clock:
         self.stop(keep)
 
 
-def measure(case: Case, data: Digits, loops: Mapping[str, Bare], blocks: int, clock: Clock) -> None:
+class Loop(Protocol):
+    """What takes turns with the engine."""
+
+    def steps(self, count: int) -> None:
+        """Train for `count` steps."""
+
+
+def measure(
+    case: Case,
+    data: Digits,
+    loops: Mapping[str, Loop],
+    blocks: int,
+    clock: Clock,
+    make: Callable[[Case], DistillModule] = method,
+) -> None:
     """Run the engine once and, after each block of its steps, a block of every other loop."""
     last = case.block * (blocks + 1)
 
@@ -224,7 +240,7 @@ def measure(case: Case, data: Digits, loops: Mapping[str, Bare], blocks: int, cl
         folder = Path(scratch)
         fit = Fit(steps=last, batch_size=case.batch_size, checkpoint_every=10**9, log_every=LOG_EVERY)
         clock.start("engine")
-        train(method(case), data, fit, folder=folder, config={}, loggers=[Jsonl(folder)], on_progress=after)
+        train(make(case), data, fit, folder=folder, config={}, loggers=[Jsonl(folder)], on_progress=after)
 
 
 def ratios(clock: Clock, one: str, other: str, which: int) -> list[float]:

@@ -32,7 +32,7 @@ from distill.process.flow import Flow
 def method(width: int, ema: float | None, fused: bool = True) -> DistillModule:
     """A prepared teacher training."""
     torch.manual_seed(0)
-    made = FlowMatching(Denoiser(UNet(width=width), Flow(), "velocity", (1, 8, 8), num_classes=10))
+    made = FlowMatching(Denoiser(UNet(width=width), Flow(), "velocity", (1, 8, 8)))
     optim = Optim(partial(torch.optim.AdamW, lr=1e-3, fused=fused), Constant(), ema=ema)
     made.prepare({"student": optim}, seed=0)
     return made

@@ -11,6 +11,7 @@ from conftest import Load
 from torch import Tensor
 from translate import KIND, close, mixture_field, numbers
 
+from distill.data.cond import Cond
 from distill.methods.losses.distances import l1, l2
 from distill.methods.losses.progressive import (
     StudentGrid,
@@ -146,7 +147,7 @@ def test_mixture_rollouts(load: Load) -> None:
     model = exact_denoiser(process, file["means"].tolist(), float(file["std"]))
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
-        return model.net(x, t, None)
+        return model.net(x, t, Cond.nothing(len(x)))
 
     velocity = mixture_field(file["means"], float(file["std"]))
     for n in numbers(file, r"ddim(\d+)"):

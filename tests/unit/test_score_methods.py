@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -298,20 +299,23 @@ def test_nothing_moves_while_the_fake_score_is_the_teacher(
 
 
 ORDERS = [
-    ("sid", 1, "FS FS FS"),
-    ("sid", 2, "F FS F FS F FS"),
-    ("sid", 5, "F F F F FS F F F F FS F F F F FS"),
-    ("dmd", 1, "SF SF SF"),
-    ("dmd", 2, "SF F SF F SF"),
-    ("dmd", 5, "SF F F F F SF F F F F SF"),
-    ("disback", 2, "SF F SF F SF"),
+    ("sid", 1, None, "FS FS FS"),
+    ("sid", 2, None, "F FS F FS F FS"),
+    ("sid", 5, None, "F F F F FS F F F F FS F F F F FS"),
+    ("sid", 2, "student", "SF F SF F SF"),
+    ("dmd", 1, None, "SF SF SF"),
+    ("dmd", 2, None, "SF F SF F SF"),
+    ("dmd", 5, None, "SF F F F F SF F F F F SF"),
+    ("dmd", 2, "fake", "F FS F FS F FS"),
+    ("disback", 2, None, "SF F SF F SF"),
 ]
 
 
-@pytest.mark.parametrize(("name", "ratio", "order"), ORDERS)
-def test_the_order_of_updates(name: str, ratio: int, order: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "ratio", "first", "order"), ORDERS)
+def test_the_order_of_updates(name: str, ratio: int, first: str | None, order: str, tmp_path: Path) -> None:
     """Three steps of the student, F a fake update, S a student's; a blank ends an iteration."""
-    method = made(METHODS[name], Flow(), "velocity", double=False, fake_updates_per_generator=ratio)
+    updates = {"fake_per_student": ratio, "first": first}
+    method = made(METHODS[name], Flow(), "velocity", double=False, updates=updates)
     found: dict[int, str] = {}
 
     def noted(letter: str, loss: Any) -> Any:
@@ -442,6 +446,31 @@ def test_dmd_s_fake_score_reuses_the_student_s_images_and_labels() -> None:
     assert len(calls) == 3, "the mixture takes all steps"
     assert torch.equal(learned[-1][1].get("label"), calls[0][2].get("label"))
     assert not any(torch.equal(learned[-1][0], x) for x, _ in learned[:-1])
+
+
+@pytest.mark.parametrize("first", ["student", "fake"])
+@pytest.mark.parametrize("make", [DMD, SiD])
+def test_fresh_samples_are_made_with_the_weights_of_now(make: Method, first: str, tmp_path: Path) -> None:
+    """In training by the engine: from the noise of the fake score's update, after or before the student's."""
+    method = made(
+        make, Flow(), "velocity", far=True, double=False, updates={"first": first, "samples": "fresh"}
+    )
+    learned, weights = fakes_of(method), []
+    method.fake.net.register_forward_pre_hook(
+        lambda *_: (
+            weights.append(copy.deepcopy(method.student.net.state_dict()))
+            if method.fake.net.training
+            else None
+        )
+    )
+    start = copy.deepcopy(method.student.net.state_dict())
+    trained(prepared(method), tmp_path, 1)
+    assert same(method.student.net, weights[0]) is (first == "student")
+    if first == "fake":
+        assert all(torch.equal(start[name], value) for name, value in weights[0].items())
+    method.student.net.load_state_dict(weights[0])
+    d = Draws(5, "train/fake", 0, torch.arange(len(learned[0][0])))
+    assert torch.equal(learned[0][0], method.input.mixture(method.student, learned[0][1], d))
 
 
 def test_sid_s_fake_score_gets_a_mixture_from_noise_of_its_own() -> None:
