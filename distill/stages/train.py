@@ -52,7 +52,6 @@ from distill.stages.optim import build_optim, check_optim
 from distill.stages.renamed import moved_option
 from distill.stages.targets import resolve
 from distill.stages.threads import PeakMemory, use_threads
-from distill.stages.trial import try_images
 from distill.typed import parse, unknown_key
 
 CHECKPOINTS = "checkpoints"
@@ -209,7 +208,7 @@ class Train(ModelStage):
         if (monitor := self._monitor) is not None:
             labels = generator.conditions.ask(count=monitor.count).get("label")
             try:
-                try_images(monitor.data, monitor.features, generator.shape, labels, monitor.k)
+                monitor.meter().trial(generator.shape, labels)
             except ValueError as error:
                 raise ValueError(f"monitor.{error}") from error
         return Made(model=Generator(generator.denoiser, spec), nodes=tuple(method.snapshots()), trained=True)

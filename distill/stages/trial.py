@@ -1,17 +1,15 @@
-"""Meters from their configs, and a trial of one before anything is trained."""
+"""Builds meters, and their data and features, from configs."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from torch import Tensor
 
-from distill.evaluation.meters.images import ImageMeter
 from distill.evaluation.meters.meter import Meter
 from distill.stages.targets import resolve
 
@@ -41,16 +39,3 @@ def build_meter(config: Mapping[str, Any], device: torch.device | str = "cpu") -
     except ValueError as error:
         raise ValueError(f"meter.{error}") from error
     return meter
-
-
-def try_images(
-    data: Mapping[str, Any],
-    features: Mapping[str, Any],
-    sample_shape: Sequence[int],
-    labels: Tensor | None,
-    k: int,
-) -> None:
-    """Raise what measuring images of `sample_shape` with `labels` [count] would raise, see `ImageMeter.trial`; the message
-    begins with "data" or "features"."""
-    meter = ImageMeter(build_part(data, "data"), build_part(features, "features"), k)
-    meter.trial(sample_shape, labels)
