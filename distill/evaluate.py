@@ -16,8 +16,9 @@ from distill.recipe import compose
 @hydra.main(version_base="1.3", config_path=str(compose.CONFIGS), config_name="evaluate")
 def main(cfg: DictConfig) -> None:
     """Compose, measure, print the table and the protocol. Wrong input ends in one message, not a traceback."""
-    from distill.stages.judge import judge, summary  # torch is imported only where something is measured
+    # Imports torch, which --help does not need.
     from distill.stages.request import Request, data_configs
+    from distill.stages.standalone import evaluate, summary
 
     try:
         with terminal.report_errors(compose.explain), interrupt.watch():
@@ -25,7 +26,9 @@ def main(cfg: DictConfig) -> None:
             assert isinstance(plain, dict)
             sources = HydraConfig.get().runtime.config_sources
             folders = [source.path for source in sources if source.schema == "file"]
-            out = judge(Request(**{str(key): value for key, value in plain.items()}), data_configs(folders))
+            out = evaluate(
+                Request(**{str(key): value for key, value in plain.items()}), data_configs(folders)
+            )
     except interrupt.Interrupted as stop:
         print(f"{stop}; nothing was written", file=sys.stderr)
         sys.exit(128 + stop.signum)

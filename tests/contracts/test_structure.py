@@ -153,7 +153,7 @@ def test_what_evaluating_imports():
     """`distill.evaluate --help` needs no torch, and measuring no Lightning: both would take most of its time."""
     code = (
         "import sys, distill.evaluate; assert 'torch' not in sys.modules;"
-        "import distill.stages.judge, distill.evaluation.meters.points;"
+        "import distill.stages.standalone, distill.evaluation.meters.points;"
         "found = {'lightning', 'wandb', 'torchmetrics', 'matplotlib', 'distill.engine.module'} & set(sys.modules);"
         "assert not found, found"
     )

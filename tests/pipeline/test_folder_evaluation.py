@@ -13,8 +13,8 @@ from distill.data.digits import Digits
 from distill.data.folder import ImageFolder
 from distill.evaluation.measure import Reference, measure
 from distill.models.features import load_digits64
-from distill.stages.judge import judge, summary
 from distill.stages.request import Request
+from distill.stages.standalone import evaluate, summary
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 FEATURES = {"_target_": "distill.models.features.load_digits64"}
@@ -36,7 +36,7 @@ def write(folder: Path, names: tuple[str, ...], *, colour: bool = False, first: 
 def evaluated(model: Path, reference: Path | str, out: Path) -> dict:
     """metrics.json of one evaluation."""
     request = Request(model=str(model), reference=str(reference), features=FEATURES, out=str(out))
-    return json.loads((judge(request, DIGITS) / "metrics.json").read_text())
+    return json.loads((evaluate(request, DIGITS) / "metrics.json").read_text())
 
 
 def numbers() -> tuple[str, ...]:

@@ -95,7 +95,7 @@ def valid_steps(spec: SamplerSpec) -> list[int]:
     return sorted({*spec.times, spec.steps, *usual}, reverse=True)
 
 
-def judge(request: Request, configs: Mapping[str, Path]) -> Path:
+def evaluate(request: Request, configs: Mapping[str, Path]) -> Path:
     """Measure what `request` names and write metrics.json, report.md and grid.png; returns their folder.
 
     configs: name -> file of the data sets that `reference` may name. Raises ValueError or OSError naming the option
