@@ -10,7 +10,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from distill.models.description import WEIGHTS
 from distill.models.generator import Generator
 from distill.models.native import load_model
 from distill.models.spec import SamplerSpec
-from distill.stages.artifact import digest_of
+from distill.stages.artifact import digest_of, read_artifact
 from distill.stages.display import Display
 from distill.stages.ownership import PUBLISHED, patterns, sweep
 from distill.stages.request import (
@@ -59,6 +59,7 @@ class Job:
     Attributes:
         real: the real images. count: samples a row. source: the entry of metrics.json.
         note: a sentence above the numbers. by_class: the samples' classes are those of the real images.
+        facts: what the stage that trained the model recorded.
     """
 
     real: Any
@@ -69,6 +70,7 @@ class Job:
     model: Generator | None = None
     steps: Sequence[int] = ()
     images: ImageFolder | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 def sampler(
@@ -109,7 +111,7 @@ def evaluate(request: Request, configs: Mapping[str, Path]) -> Path:
     for text in dict.fromkeys(str(warning.message) for warning in caught):
         print(f"warning: {text}", file=sys.stderr)
     if job.count < request.k + 2:
-        raise ValueError(f"count: found {job.count} samples, expected at least k + 2 = {request.k + 2}")
+        raise ValueError(f"count: expected at least k + 2 = {request.k + 2} samples, found {job.count}")
     label, digest = label_of(request, path), job_digest(request, job, label_of(request, path))
     check_out(
         out, digest, [Path(data.path) for data in (job.images, job.real) if isinstance(data, ImageFolder)]
@@ -170,7 +172,7 @@ def measure(request: Request, job: Job, label: str, digest: str, folder: Path, d
     )
     if job.model is not None:
         torch.set_num_threads(table_threads(sum(p.numel() for p in job.model.denoiser.parameters())))
-        models = {label: Model(job.model.to(device), job.steps)}
+        models = {label: Model(job.model.to(device), job.steps, facts=job.facts)}
         with display.bar(len(job.steps), unit="row") as bar:
             rows = evaluation.run(models, folder / "grid.png", bar)
         balanced = evaluation.balanced(models)
@@ -232,6 +234,7 @@ def plan_model(request: Request, path: Path, reference: Mapping[str, Any], real:
         by_class,
         Generator(generator.denoiser, spec),
         steps,
+        facts=(read_artifact(path) or {"facts": {}})["facts"],
     )
 
 
