@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from distill.models.build import build_net, build_process
-from distill.models.conditions import Conditions
-from distill.models.decoder import Decoder, of_source
+from distill.models.conditions import Conditions, of_net
+from distill.models.conditions import of_source as conditions_of
+from distill.models.decoder import Decoder
+from distill.models.decoder import of_source as decoder_of
 from distill.models.denoiser import Denoiser
 from distill.models.description import WEIGHTS
 from distill.models.generator import Generator
@@ -82,8 +84,15 @@ def fresh_model(
     make: Callable[[Mapping[str, Any]], Any] = build_net,
 ) -> Generator:
     """Return an untrained model of the samples of a source (or of `PairsMade`). `make` builds the net."""
-    decoder = of_source(source)
-    model = Denoiser(make(net), build_process(process), kind, source.sample_shape, decoder=decoder)
+    built = make(net)
+    model = Denoiser(
+        built,
+        build_process(process),
+        kind,
+        source.sample_shape,
+        conditions=of_net(built) or conditions_of(source),
+        decoder=decoder_of(source),
+    )
     return Generator(model, SamplerSpec(steps=1, any_steps=True))
 
 

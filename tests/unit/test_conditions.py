@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
+from distill.cache.pairs import Header, Pairs
+from distill.cache.writer import write_pairs
 from distill.data.cond import NULL_LABEL, Cond
-from distill.data.rng import Draws
-from distill.models.conditions import Labels, Nothing, classes, of_source
+from distill.data.rng import Draws, noise_checksum
+from distill.engine.fit import Fit, train
+from distill.engine.schedule import Linear
+from distill.engine.update import Optim
+from distill.exporters.card import card
+from distill.methods.reflow import Reflow
+from distill.models import conditions
+from distill.models.conditions import Conditions, Labels, Nothing, classes, of_source
+from distill.models.denoiser import Denoiser
+from distill.models.native import load_model, save_model
+from distill.nets import mlp
+from distill.nets.net import Net
+from distill.process.flow import Flow
 
 
 def sequences(count: int, length: int) -> Cond:
@@ -94,3 +114,92 @@ def test_a_source_may_bring_conditions_of_its_own():
     assert of_source(Source()) == Labels(2)
     Source.conditions = Nothing()  # type: ignore[attr-defined]
     assert of_source(Source()) == Nothing()
+
+
+# ---- a kind that the package does not have: a class beside the others, and the net that reads it ----
+
+
+class Sentences(Conditions):
+    """Sentences as sequences of letters, [L,4] each; the null is one empty letter."""
+
+    kind = "sentences"
+
+    def __init__(self, sentences: Sequence[str]) -> None:
+        self.sentences, self.period = list(sentences), len(sentences)
+
+    def encode(self, texts: Sequence[str]) -> Cond:
+        length = max(map(len, texts))
+        codes = torch.tensor([[ord(c) for c in text.ljust(length)] for text in texts], dtype=torch.float32)
+        context = torch.stack([(codes * k / 7).sin() for k in range(1, 5)], 2)
+        mask = torch.tensor([[i < len(text) for i in range(length)] for text in texts])
+        nulls = {"context": torch.zeros(1, 1, 4), "context_mask": torch.ones(1, 1, dtype=torch.bool)}
+        return Cond(len(texts), {"context": context, "context_mask": mask}, nulls)
+
+    def of(self, ids: torch.Tensor) -> Cond:
+        return self.encode([self.sentences[i % self.period] for i in ids.tolist()])
+
+    def ask(self, *, count: int, label: Any = None, prompt: Any = None) -> Cond:
+        assert label is None
+        return self.of(torch.arange(count)) if prompt is None else self.encode([prompt] * count)
+
+    def draw(self, draws: Draws) -> Cond:
+        return self.of(draws.integer("sentence", self.period))
+
+    def columns(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"sentence": (ids % self.period).to(torch.int32)}
+
+    def check(self, columns: Any) -> None:
+        assert int(columns["sentence"].max()) < self.period
+
+    def stored(self, columns: Any) -> Cond:
+        return self.of(columns["sentence"])
+
+    def words(self) -> str:
+        return f"{self.period} sentences"
+
+
+class Reader(Net):
+    """A net that adds the mean of a sentence's letters."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.x, self.context = torch.nn.Linear(size + 1, size), torch.nn.Linear(4, size)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, cond: Cond) -> torch.Tensor:
+        context, mask = cond.get("context"), cond.get("context_mask")[..., None]
+        mean = (context * mask).sum(1) / mask.sum(1)
+        return self.x(torch.cat([x, t[:, None].to(x.dtype)], 1)) + self.context(mean)
+
+
+def test_a_further_kind_is_one_class_and_the_net_that_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pairs, training with dropped conditions, guidance, model folders, sampling and cards use its interface alone."""
+    for cls, module in ((Sentences, conditions), (Reader, mlp)):
+        monkeypatch.setattr(cls, "__module__", module.__name__)
+        monkeypatch.setattr(module, cls.__name__, cls, raising=False)
+    torch.manual_seed(0)
+    asked = Sentences(["a", "three words here", "two words"])
+    teacher = Denoiser(Reader(6), Flow(), "velocity", (6,), conditions=asked, guidable=True)
+    header = Header(
+        (6,), 9, 0, "pairs", noise_checksum(0, "pairs", (6,)), "t", "euler", 2, 1.5,
+        asked.config(), teacher.decoder.config(),
+    )  # fmt: skip
+    write_pairs(tmp_path / "pairs", teacher, header)
+    pairs, rows = Pairs(tmp_path / "pairs"), torch.arange(9)
+    batch = pairs.fetch(rows, rows)
+    assert of_source(pairs) == asked
+    assert torch.equal(teacher.transport(batch.z, batch.cond, steps=2, guidance_scale=1.5)[0], batch.x0)
+    method = Reflow(copy.deepcopy(teacher), null_prob=0.5)
+    adam = Optim(partial(torch.optim.Adam, lr=1e-2), Linear(4))
+    method.prepare({"student": adam}, seed=0)
+    train(method, pairs, Fit(steps=4, batch_size=8), folder=tmp_path / "run", config={})
+    student = method.as_generator()
+    assert student.denoiser.guidable
+    save_model(tmp_path / "export", student.denoiser, replace(student.spec, guidance_scale=2.0))
+    again = load_model(tmp_path / "export")
+    assert again.conditions == asked
+    samples = again.sample(3, prompt="three words here", steps=2)
+    assert torch.equal(samples[1], again.sample(3, steps=2)[1]), "the sentence of sample 1"
+    assert not torch.allclose(samples[2], again.sample(3, steps=2)[2])
+    assert "for 3 sentences" in card("r", again, [], None, grid=False)
