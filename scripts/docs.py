@@ -26,6 +26,7 @@ WRITTEN = (
     "python.md",
     "reliability.md",
     "formats.md",
+    "architecture.md",
 )
 # Packages in the order of the reference, the lowest first; others follow.
 PACKAGES = (

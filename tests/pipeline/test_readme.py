@@ -10,9 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from PIL import Image
 from tests_support import ROOT, environment, run_verb
 
 README = (ROOT / "README.md").read_text()
+ARCHITECTURE = (ROOT / "docs/architecture.md").read_text()
 
 
 def marked_commands() -> list[list[str]]:
@@ -38,17 +40,19 @@ def test_marked_commands(tmp_path: Path):
     assert {p.name for p in (tmp_path / "runs").iterdir()} == {"instaflow", "straighter", "wide", "again"}
 
 
-def test_the_example_method_is_a_method(tmp_path: Path):
-    """The three files of "Writing a method", put where it says in a copy of the project, run."""
+def test_the_examples_of_new_parts_run(tmp_path: Path):
+    """The method of the README, the metric and the stage of docs/architecture.md run from a copy of the project."""
     blocks = re.findall(
         r"```(?:python|yaml)\n# ((?:distill|configs|recipes)/\S+\.(?:py|yaml)).*?\n(.*?)```",
-        README,
+        README + ARCHITECTURE,
         flags=re.DOTALL,
     )
     assert [name for name, _ in blocks] == [
         "distill/methods/regression.py",
         "configs/method/regression.yaml",
         "recipes/regression.yaml",
+        "distill/evaluation/metrics/brightness.py",
+        "distill/stages/montage.py",
     ]
     project = tmp_path / "project"
     for part in ("distill", "configs", "recipes"):
@@ -56,6 +60,8 @@ def test_the_example_method_is_a_method(tmp_path: Path):
     for name, text in blocks:
         (project / name).write_text(text)
     command = [sys.executable, "-m", "distill.train", "recipe=regression", "profile=smoke"]
+    command.append("+stages.pairs={_target_: distill.stages.generate.Generate, teacher: teacher, count: 20}")
+    command.append("+stages.montage={_target_: distill.stages.montage.Montage, pairs: pairs}")
     result = subprocess.run(
         command,
         cwd=tmp_path,
@@ -71,6 +77,9 @@ def test_the_example_method_is_a_method(tmp_path: Path):
     assert (told["guidable"], told["coupling"], told["boundary"]) == (False, "independent", None)
     log = (tmp_path / "runs/regression-smoke/guided/logs/metrics.jsonl").read_text()
     assert json.loads(log.splitlines()[-1])["student/loss"] > 0
+    rows = json.loads((tmp_path / "runs/regression-smoke/metrics.json").read_text())["rows"]
+    assert all(-1 < row["brightness"] < 1 for row in rows)
+    assert Image.open(tmp_path / "runs/regression-smoke/montage/montage.png").size[0] > 30
 
 
 def test_the_picture_is_there():
