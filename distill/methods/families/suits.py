@@ -156,7 +156,7 @@ def refuse_idle(options: Any, names: Sequence[str], where: str, because: str) ->
 
 
 def check_null_prob(method: object, null_prob: float, student: Denoiser) -> None:
-    """Refuse a share of dropped conditions that is none, or where there are no conditions to drop.
+    """Refuse a share of dropped conditions outside [0, 1), or one for a net without conditions.
 
     Raises:
         ValueError: names `null_prob`.

@@ -28,9 +28,9 @@ def node_steps(steps: int, every: int) -> list[int]:
         ValueError: steps < 0, or every < 1.
     """
     if steps < 0:
-        raise ValueError(f"degradation.steps: found {steps}, expected at least 0")
+        raise ValueError(f"steps: found {steps}, expected at least 0")
     if every < 1:
-        raise ValueError(f"degradation.node_every: found {every}, expected at least 1")
+        raise ValueError(f"node_every: found {every}, expected at least 1")
     regular = list(range(every, steps + 1, every))
     return regular if steps % every == 0 else [*regular, steps]
 
@@ -50,19 +50,19 @@ class Backtrack:
 
     def __post_init__(self) -> None:
         if self.nodes < 0:
-            raise ValueError(f"backtracking.nodes: found {self.nodes}, expected at least 0")
+            raise ValueError(f"nodes: found {self.nodes}, expected at least 0")
         stored, given = max(self.nodes - 1, 0), self.steps_per_node
         if isinstance(given, str) or not isinstance(given, int | Sequence):
             raise ValueError(
-                f"backtracking.steps_per_node: found {given!r}, expected a whole number, or one for each node"
+                f"backtrack.steps_per_node: found {given!r}, expected a whole number, or one for each node"
             )
         if not isinstance(given, int) and len(given) != stored:
             raise ValueError(
-                f"backtracking.steps_per_node: found {len(given)} numbers for the {stored} stored targets of a "
+                f"backtrack.steps_per_node: found {len(given)} numbers for the {stored} stored targets of a "
                 f"path of {self.nodes} nodes; expected one for each, or one number for all"
             )
         if any(steps < 1 for steps in self._stays()) or (isinstance(given, int) and given < 1):
-            raise ValueError(f"backtracking.steps_per_node: found {given}, expected at least 1 each")
+            raise ValueError(f"backtrack.steps_per_node: found {given}, expected at least 1 each")
 
     def switches(self) -> list[tuple[int, int]]:
         """(first generator step, target node) of every target, in order; the last is the teacher, node 0."""
