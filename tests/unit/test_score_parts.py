@@ -208,7 +208,7 @@ def test_node_steps() -> None:
     assert node_steps(0, 50) == []
     with pytest.raises(ValueError, match="node_every: found 0"):
         node_steps(100, 0)
-    with pytest.raises(ValueError, match=r"degradation\.steps: found -1"):
+    with pytest.raises(ValueError, match=r"steps: found -1"):
         node_steps(-1, 10)
 
 
