@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from distill import interrupt, launch, terminal, world
 from distill.recipe import compose, schema
 from distill.recipe.run import check, run, summary
+from distill.stages.base import FastDevRun
 
 compose.register_recipes()
 
@@ -35,12 +36,14 @@ def main(cfg: DictConfig) -> None:
                 return
             with interrupt.watch():
                 folder = run(plain, name=name, recipe_name=recipe_name)
+    except FastDevRun as tried:
+        print(terminal.printable(str(tried)), file=sys.stderr)
     except interrupt.Interrupted as stop:
         print(f"{stop}; the same command continues", file=sys.stderr)
         sys.exit(128 + stop.signum)
     finally:
         world.leave()
-    if not plain["plan"] and terminal.is_main():
+    if not plain["plan"] and not plain["trainer"].get("fast_dev_run") and terminal.is_main():
         print(terminal.printable(summary(folder)))
 
 

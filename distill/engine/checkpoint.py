@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from distill.engine.made import feed
@@ -32,10 +33,14 @@ class Refused(ValueError):
     """A checkpoint that training does not go on from."""
 
 
-def state_of(module: DistillModule, record: Mapping[str, Any]) -> dict[str, Any]:
+def state_of(
+    module: DistillModule, record: Mapping[str, Any], callbacks: Sequence[Callback] = ()
+) -> dict[str, Any]:
     """The declared keys: what is trained of networks and averages by role, optimizers by update, progress, counters, sampler,
-    the method's own state, the record of what is trained, versions. Collective: every process calls it."""
+    the method's own state, the record of what is trained, versions; and the state of callbacks that have one. Collective:
+    every process calls it."""
     names = module.parameter_names()
+    told = {callback.state_key: found for callback in callbacks if (found := callback.state_dict())}
     return {
         "schema": SCHEMA,
         "networks": {role: full_values(trained.state()) for role, trained in module.trained.items()},
@@ -48,13 +53,18 @@ def state_of(module: DistillModule, record: Mapping[str, Any]) -> dict[str, Any]
         "record": dict(record),
         "threads": torch.get_num_threads(),  # the last bits of sums depend on it
         "torch": str(torch.__version__),
-    }
+    } | ({"callbacks": told} if told else {})
 
 
-def save(path: Path, module: DistillModule, record: Mapping[str, Any]) -> None:
+def save(
+    path: Path, module: DistillModule, record: Mapping[str, Any], callbacks: Sequence[Callback] = ()
+) -> None:
     """Write a checkpoint atomically: a killed writer leaves the previous one. Collective; the main process
-    writes. Raises FloatingPointError, on every process, where a number in it is not finite."""
-    state = state_of(module, record)
+    writes. Raises FloatingPointError, on every process, where a number in it is not finite, and ValueError for a callback
+    whose state is not made of plain containers, numbers, strings and tensors."""
+    state = state_of(module, record, callbacks)
+    for key, found in state.get("callbacks", {}).items():
+        _check_plain(found, f"callbacks: {key}: state_dict")
     wrong = next(not_finite(state), None) if module.world.main else None
     if module.world.any(wrong is not None):
         kept = f"{path} stays as it was" if path.is_file() else "none was saved yet"
@@ -188,6 +198,31 @@ def checked_progress(state: Mapping[str, Any], module: DistillModule, where: Pat
         if steps and max(steps) != taken:
             raise Refused(f"{where}: optimizers.{name}: found {max(steps):g} steps, expected {taken}")
     return progress
+
+
+def _check_plain(value: Any, where: str) -> None:
+    """Refuse what `torch.load(weights_only=True)` would not read again."""
+    if isinstance(value, Mapping):
+        for key, entry in value.items():
+            _check_plain(entry, f"{where}[{key!r}]")
+    elif isinstance(value, list | tuple):
+        for number, entry in enumerate(value):
+            _check_plain(entry, f"{where}[{number}]")
+    elif not (value is None or type(value) in (bool, int, float, str) or isinstance(value, Tensor)):
+        raise ValueError(
+            f"{where}: found {type(value).__name__}, expected None, numbers, strings, tensors, lists and dicts of them"
+        )
+
+
+def restore_callbacks(state: Mapping[str, Any], callbacks: Sequence[Callback], *, where: Path) -> None:
+    """Give callbacks their state back. One that the checkpoint does not know begins anew; a state without its callback is
+    refused only where it cannot be read: callbacks may be added and taken away."""
+    found = state.get("callbacks", {})
+    if not isinstance(found, dict):
+        raise Refused(f"{where}: callbacks: found {type(found).__name__}, expected a mapping")
+    for callback in callbacks:
+        if callback.state_key in found:
+            callback.load_state_dict(found[callback.state_key])
 
 
 def restore_optimizers(state: dict[str, Any], module: DistillModule, *, where: Path) -> None:

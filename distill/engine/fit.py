@@ -1,31 +1,44 @@
-"""Runs a method with Lightning: devices and the loop are Lightning's, counting and checkpoints are ours."""
+"""Trains a method under `lightning.Trainer`, with callbacks, loggers and a profiler of Lightning's.
+
+Lightning runs the loop, moves batches, sets the precision and calls every hook of the user's callbacks. Four things stay
+ours. Draws have no state: they are functions of (seed, stream, step, sample), so they need no saved generators and do not
+depend on the number of processes. Resuming is bit-equal: a checkpoint of ours holds what is trained, every optimizer, the
+counters and the callbacks' states, is checked for changes, and a start from it seeks in the data instead of reading up to it;
+Lightning's restarts an epoch. Several optimizers step in one iteration, with clipping, averages and skipped non-finite steps
+each: hence manual optimization, and `global_step` set by `LoggingCallback`. Sharding works on parts of a module that may be
+shared between networks, where `ModelParallelStrategy` takes a module whole; to Lightning each process is therefore a world of
+its own, with its rank set.
+"""
 
 from __future__ import annotations
 
 import logging
 import signal
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import lightning as L
+import lightning.pytorch.utilities.rank_zero as rank_zero
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.pytorch.callbacks import Callback
-from torch import Tensor
+from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
+from lightning.pytorch.loggers.logger import DummyLogger, Logger
+from lightning.pytorch.profilers import Profiler
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from distill.data.arguments import integer
 from distill.data.source import Source, StepLoader
 from distill.engine import checkpoint
-from distill.engine.logging import Logger
+from distill.engine.callbacks import CheckpointCallback, Evaluation, EvaluationCallback, LoggingCallback
 from distill.engine.made import made_of
 from distill.engine.module import DistillModule
 from distill.engine.networks import modes_kept
-from distill.engine.nonfinite import WINDOW
 from distill.engine.record import Record, Seam, continued
-from distill.interrupt import Interrupted, deferred, reinstall, requested, taken
+from distill.interrupt import Interrupted, deferred, requested, taken
+from distill.world import World
 
 # What a first-time user would read as an error and cannot act on.
 for _name in (
@@ -59,6 +72,8 @@ class Fit:
             their last bits), else as torch is set. `train` leaves torch at that count.
         max_nonfinite: stop when this many steps of an update in a row had to be skipped.
         max_nonfinite_share: stop when more than this share of a thousand steps of an update had to be skipped.
+        fast_dev_run: train this many iterations as a trial (Lightning's option of that name): from the start, with the
+            user's callbacks, without loggers; nothing is read or saved. 0: train.
     """
 
     steps: int
@@ -72,6 +87,7 @@ class Fit:
     threads: int | None = None
     max_nonfinite: int = 10
     max_nonfinite_share: float = 0.05
+    fast_dev_run: int = 0
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -80,116 +96,16 @@ class Fit:
             integer("threads", self.threads, at_least=1)
 
 
-class Evaluation(Protocol):
-    """Measures the student while it is trained; every process calls it after the same steps."""
+@dataclass(frozen=True)
+class Attached:
+    """What is attached to a training: see `train`."""
 
-    def due(self, before: int, now: int) -> bool:
-        """Whether an evaluation falls between two counts of images."""
-        ...
-
-    def resume(self, step: int) -> None:
-        """Called once, before training goes on from `step`."""
-        ...
-
-    def __call__(self, module: DistillModule) -> Mapping[str, float]:
-        """Evaluate; returns what to log."""
-        ...
-
-
-class _Watch(Callback):
-    """Logs, evaluates, saves, stops and reports between iterations."""
-
-    def __init__(
-        self,
-        fit: Fit,
-        path: Path,
-        record: Record,
-        loggers: Sequence[Logger],
-        on_progress: Callable[[int, str], None],
-        resumed: dict[str, Any] | None,
-        evaluation: Evaluation | None,
-        snapshot: Callable[[int], None],
-    ) -> None:
-        self.fit, self.path, self.record, self.loggers = fit, path, record.to_dict(), loggers
-        self.evaluation, self.snapshot = evaluation, snapshot
-        self.on_progress, self.resumed = on_progress, resumed
-        self.seen = self.images = 0
-        self.saved: int | None = None  # the step of the checkpoint on disk
-        self.logs: dict[str, Tensor] = {}
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Optimizers exist now; on a resumed run they get their state back."""
-        assert isinstance(pl_module, DistillModule)
-        reinstall()  # Lightning has put a handler of its own before ours, which ends the run unsaved
-        self.seen, self.images = pl_module.progress.step, pl_module.progress.images
-        if self.resumed is not None:
-            checkpoint.restore_optimizers(self.resumed, pl_module, where=self.path)
-            self.resumed, self.saved = None, self.seen
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Outside the precision that the step was computed in: what is measured here is what is saved."""
-        assert isinstance(pl_module, DistillModule)
-        self.after(pl_module, pl_module.latest)
-
-    def after(self, module: DistillModule, logs: Mapping[str, Tensor]) -> None:
-        """After an iteration. Nothing reads the device except when an entry is written."""
-        self.logs |= logs  # of updates that do not run in every iteration, the latest
-        step = module.progress.step
-        logging_now = step != self.seen and (step % self.fit.log_every == 0 or step == self.fit.steps)
-        if step != self.seen and step in module.snapshots():
-            self.snapshot(step)
-            module.restart_clock()
-        evaluated = self._evaluate(module) if step != self.seen else None
-        if logging_now or evaluated is not None:
-            self._log(module, self.logs, evaluated or {})
-        if logging_now or module.device.type == "cpu":  # where reading a counter costs nothing, stop at once
-            self._stop_if_nonfinite(module)
-        if step != self.seen:
-            self.seen = step
-            self.on_progress(step, "")
-            if step % self.fit.checkpoint_every == 0 and step < self.fit.steps:
-                checkpoint.save(self.path, module, self.record)
-                self.saved = step
-        signum = requested()
-        if module.world.any(signum is not None):
-            checkpoint.save(self.path, module, self.record)
-            raise Interrupted(signum or signal.SIGTERM)
-
-    def _evaluate(self, module: DistillModule) -> Mapping[str, float] | None:
-        """Measure the student where it is due (else None), before the checkpoint of the same step: a kill in between
-        repeats it. Its time is not training's."""
-        before, self.images = self.images, module.progress.images
-        last = module.progress.step == self.fit.steps
-        if self.evaluation is None or not (last or self.evaluation.due(before, self.images)):
-            return None
-        found = self.evaluation(module)
-        module.restart_clock()
-        return found
-
-    def _log(self, module: DistillModule, logs: Mapping[str, Tensor], evaluated: Mapping[str, float]) -> None:
-        """One entry with the means over processes and the counts of skipped steps."""
-        names = list(logs)
-        values = module.world.mean(torch.stack([logs[n].to(module.device, torch.float32) for n in names]))
-        entry = {**module.progress.to_dict(), **dict(zip(names, values.tolist(), strict=True))}
-        entry |= {f"{name}/skipped": pair[0] for name, pair in module.nonfinite.to_dict().items()}
-        entry |= evaluated
-        for logger in self.loggers:
-            logger.log(entry)
-        self.on_progress(module.progress.step, f"loss {entry.get('student/loss', float('nan')):.4g}")
-
-    def _stop_if_nonfinite(self, module: DistillModule) -> None:
-        """Stop after `max_nonfinite` skipped steps in a row, or too many of a thousand; the same on every process."""
-        for name, (total, streak, recent) in module.nonfinite.to_dict().items():
-            often = recent > self.fit.max_nonfinite_share * WINDOW
-            if streak >= self.fit.max_nonfinite or often:
-                last = "none was saved yet" if self.saved is None else f"{self.path} at step {self.saved}"
-                count = f"{recent} of at most {WINDOW} steps" if often else f"{streak} steps in a row"
-                raise FloatingPointError(
-                    f"update {name!r}: loss or gradient was not finite in {count} ({total} in "
-                    f"all), up to step {module.progress.step}; all were skipped. Last good checkpoint: {last}"
-                )
+    loggers: Sequence[Logger] = ()
+    callbacks: Sequence[Callback] = ()
+    profiler: Profiler | None = None
+    on_progress: Callable[[int, str], None] = lambda step, text: None
+    evaluation: Evaluation | None = None
+    snapshot: Callable[[int], None] = lambda step: None
 
 
 def train(
@@ -200,36 +116,31 @@ def train(
     folder: Path,
     config: dict[str, Any] | None = None,
     seams: Sequence[Seam] | None = None,
-    loggers: Sequence[Logger] = (),
-    on_progress: Callable[[int, str], None] = lambda step, text: None,
-    evaluation: Evaluation | None = None,
-    snapshot: Callable[[int], None] = lambda step: None,
+    **attached: Any,
 ) -> None:
     """Train a prepared method to `fit.steps` student steps, from the checkpoint in `folder` where there is one.
 
-    `evaluation` measures the student whenever it is due, and at the end; `snapshot` is called after each of the method's
-    `snapshots`. A checkpoint knows its method with all options, optimizers, seed, stream, data, batch size and precision:
+    attached: `loggers`, `callbacks`, `profiler`: Lightning's, or your own subclasses. `evaluation` measures the student
+    whenever it is due, and at the end; `snapshot(step)` is called after each of the method's `snapshots`;
+    `on_progress(step, text)` after each step, with a text after each entry that was logged.
+
+    A checkpoint knows its method with all options, optimizers, seed, stream, data, batch size and precision:
     one of another training is refused. `config` (plain containers) is compared with them. A training may be made longer;
     `seams` says where it was, if the caller knows.
 
-    Afterwards `folder/last.ckpt` holds the end of training. Raises ValueError where the batch cannot be split,
-    `checkpoint.Refused` (a ValueError) for a checkpoint that training cannot go on from, FloatingPointError after too
-    many non-finite steps. SIGINT and SIGTERM stop after the iteration that is running, with a checkpoint saved:
-    `Interrupted` inside `interrupt.watch`, else KeyboardInterrupt or what SIGTERM does in this program."""
+    Afterwards `folder/last.ckpt` holds the end of training. Raises ValueError where the batch cannot be split or a callback
+    asks to stop early, `checkpoint.Refused` (a ValueError) for a checkpoint that training cannot go on from,
+    FloatingPointError after too many non-finite steps. SIGINT and SIGTERM stop after the iteration that is running, with a
+    checkpoint saved: `Interrupted` inside `interrupt.watch`, else KeyboardInterrupt or what SIGTERM does in this program."""
     # What is computed does not depend on an autocast around the call.
     with taken(), torch.autocast(fit.device, enabled=False):
-        _train(
-            method,
-            source,
-            fit,
-            folder / checkpoint.NAME,
-            config or {},
-            seams,
-            loggers,
-            on_progress,
-            evaluation,
-            snapshot,
+        if fit.threads is not None:
+            torch.set_num_threads(fit.threads)
+        path = folder / checkpoint.NAME
+        state, record = (
+            (None, None) if fit.fast_dev_run else _begin(method, source, fit, path, config or {}, seams)
         )
+        _train(method, source, fit, path, state, record, Attached(**attached))
 
 
 def _train(
@@ -237,47 +148,79 @@ def _train(
     source: Source,
     fit: Fit,
     path: Path,
-    config: dict[str, Any],
-    seams: Sequence[Seam] | None,
-    loggers: Sequence[Logger],
-    on_progress: Callable[[int, str], None],
-    evaluation: Evaluation | None,
-    snapshot: Callable[[int], None],
+    state: dict[str, Any] | None,
+    record: Record | None,
+    attached: Attached,
 ) -> None:
-    world = method.world
-    if fit.threads is not None:
-        torch.set_num_threads(fit.threads)
-    state, record = _begin(method, source, fit, path, config, seams)
+    """Train from `state`, or from the start. `record`: what checkpoints record; None: nothing is saved."""
+    world, begin = method.world, method.progress.iteration
     if state is not None:
-        on_progress(method.progress.step, f"continues from step {method.progress.step}")
-    for logger in loggers:
-        logger.resume(method.progress.step)
-    if evaluation is not None:
-        evaluation.resume(method.progress.step)
+        attached.on_progress(method.progress.step, f"continues from step {method.progress.step}")
+    if record is not None:
+        for part in (*attached.loggers, attached.evaluation):
+            if callable(resume := getattr(part, "resume", None)):
+                resume(method.progress.step)
     device = torch.device(fit.device, world.local_rank) if fit.device == "cuda" else torch.device(fit.device)
     method.distribute(fit.shard, device)
     stop = method.student_update.iterations_for(fit.steps)
-    if method.progress.iteration >= stop:
+    if begin >= stop:
         return
     loader = StepLoader(
         source,
         fit.batch_size,
         method.seed,
         stream=method.stream,
-        start=method.progress.iteration,
+        start=begin,
         stop=stop,
         accumulate=fit.accumulate,
         rank=world.rank,
         world=world.size,
     )
-    watch = _Watch(fit, path, record, loggers, on_progress, state, evaluation, snapshot)
+    callbacks, saving = _callbacks(method, fit, path, state, record, attached)
     with deferred(), modes_kept(method.networks.values()):
-        _run(_trainer(fit, device, watch, path.parent), method, loader)
+        _run(_trainer(fit, device, world, callbacks, attached, path.parent), method, loader)
+        if saving is None:
+            return
+        saving.save(method)
         if method.progress.iteration < stop:
-            raise RuntimeError(f"training stopped at iteration {method.progress.iteration} of {stop}")
-        checkpoint.save(path, method, record.to_dict())
+            raise ValueError(
+                f"callbacks: one of them ended training at step {method.progress.step} of {fit.steps}; expected the whole "
+                f"length. {path} holds that step: lower `steps` to it, or leave the callback out and train on"
+            )
     if world.any(requested() is not None):  # it came after the last iteration
         raise Interrupted(requested() or signal.SIGTERM)
+
+
+def _callbacks(
+    method: DistillModule,
+    fit: Fit,
+    path: Path,
+    state: dict[str, Any] | None,
+    record: Record | None,
+    attached: Attached,
+) -> tuple[list[Callback], CheckpointCallback | None]:
+    """Ours and the user's in their order, and the one that saves."""
+    logging_ = LoggingCallback(fit.log_every, fit.steps, attached.on_progress)
+    if record is None:
+        return [logging_, *attached.callbacks], None
+    saving = CheckpointCallback(
+        path,
+        record,
+        attached.callbacks,
+        state,
+        every=fit.checkpoint_every,
+        steps=fit.steps,
+        log_every=fit.log_every,
+        max_nonfinite=fit.max_nonfinite,
+        max_nonfinite_share=fit.max_nonfinite_share,
+    )
+    ours: list[Callback] = [logging_]
+    if attached.evaluation is not None or method.snapshots():
+        done = method.progress
+        ours.insert(
+            0, EvaluationCallback(attached.evaluation, attached.snapshot, fit.steps, done.images, done.step)
+        )
+    return [*ours, *attached.callbacks, saving], saving
 
 
 def _begin(
@@ -320,18 +263,38 @@ def _run(trainer: L.Trainer, method: DistillModule, loader: StepLoader) -> None:
         raise
 
 
-def _trainer(fit: Fit, device: torch.device, watch: _Watch, folder: Path) -> L.Trainer:
-    """Lightning's loop for one process. To Lightning each process is a world of its own; what they share is in
-    `distill.world` and `engine.parallel`."""
+class _OneProcess(SingleDeviceStrategy):
+    """One of several processes, of which only the main one writes."""
+
+    def __init__(self, device: torch.device, world: World) -> None:
+        super().__init__(device=device)
+        self.global_rank, self.local_rank, self.main = world.rank, world.local_rank, world.main
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Asked by callbacks and loggers before they write."""
+        return self.main
+
+
+def _trainer(
+    fit: Fit, device: torch.device, world: World, callbacks: list[Callback], attached: Attached, folder: Path
+) -> L.Trainer:
+    """Lightning's trainer of one process. What processes share is in `distill.world` and `engine.parallel`."""
+    cast(Any, rank_zero).rank_zero_only.rank = world.rank
     return L.Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
         devices=[device.index] if device.type == "cuda" else 1,
+        strategy=_OneProcess(device, world) if world.size > 1 else "auto",
         precision=cast(Any, fit.precision),
         max_epochs=1,
-        logger=False,
-        callbacks=[watch],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
+        # Callbacks that log need a logger on every process.
+        logger=list(attached.loggers) or (False if world.main else DummyLogger()),
+        log_every_n_steps=fit.log_every,
+        callbacks=callbacks,
+        profiler=attached.profiler,
+        fast_dev_run=fit.fast_dev_run,
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
+        enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
         enable_model_summary=False,
         use_distributed_sampler=False,
         default_root_dir=folder,

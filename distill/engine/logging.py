@@ -1,18 +1,13 @@
-"""Where numbers of a running training go. A logger gets plain floats a few times a second at most."""
+"""Entries of a log: one JSON object a line, written strictly and read strictly."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import os
-import re
-import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from distill.files import append_text, write_text
 from distill.typed import parse
 
 
@@ -23,17 +18,6 @@ def lines_of(entries: Iterable[Mapping[str, float | None]]) -> str:
         for entry in entries
     ]
     return "".join(json.dumps(entry, allow_nan=False) + "\n" for entry in finite)
-
-
-class Logger(Protocol):
-    """`resume` is called once before training with the step to continue from, `log` with entries that hold
-    "step" and "images"."""
-
-    def resume(self, step: int) -> None: ...
-
-    def log(self, entry: Mapping[str, float]) -> None: ...
-
-    def close(self) -> None: ...
 
 
 def read_entries(path: Path) -> list[dict[str, Any]]:
@@ -73,75 +57,3 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse(text: str) -> Any:
     raise ValueError(f"found {text}, expected a finite number or null")
-
-
-class Jsonl:
-    """One JSON object a line in `folder/metrics.jsonl` (null for what is not finite); on resume, entries
-    after the checkpoint are dropped, so no step is twice."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "metrics.jsonl"
-
-    def resume(self, step: int) -> None:
-        """Keep the entries up to `step`. Raises ValueError where the file holds something else, see `read_entries`."""
-        kept = [entry for entry in read_entries(self.path) if entry["step"] <= step]
-        write_text(self.path, lines_of(kept))
-
-    def log(self, entry: Mapping[str, float]) -> None:
-        """Append one entry."""
-        append_text(self.path, lines_of([entry]))
-
-    def close(self) -> None:
-        """Nothing is held open."""
-        return
-
-
-def wandb_id(folder: Path) -> str:
-    """The id of the W&B run of a stage, from `folder/wandb_id`; the first call makes one up."""
-    path = folder / "wandb_id"
-    if not path.exists():
-        write_text(path, secrets.token_hex(4))
-    found = path.read_bytes().strip() if path.is_file() else b""
-    if re.fullmatch(rb"[0-9a-f]{8}", found) is None:
-        raise ValueError(f"{path}: found {found[:20]!r}, expected 8 hexadecimal digits")
-    return found.decode()
-
-
-class Wandb:
-    """Weights & Biases, joined by a run id that is written to the stage folder before the first step: a
-    requeued job continues the same curve. Offline unless WANDB_API_KEY or WANDB_MODE is set, so that a batch
-    job never waits for a prompt."""
-
-    @staticmethod
-    def check() -> None:
-        """Raise ImportError where the package is not installed; asked before anything runs."""
-        if importlib.util.find_spec("wandb") is None:
-            raise ImportError("loggers=wandb needs the extra: pip install 'distill[wandb]'")
-
-    def __init__(
-        self, folder: Path, *, project: str = "distill", settings: Mapping[str, Any] | None = None
-    ) -> None:
-        self.check()
-        import wandb
-
-        online = "WANDB_API_KEY" in os.environ or "WANDB_MODE" in os.environ
-        self.run = wandb.init(
-            project=project,
-            id=wandb_id(folder),
-            resume="allow",
-            dir=str(folder),
-            mode=None if online else "offline",
-            config=dict(settings or {}),
-        )
-        self.run.define_metric("*", step_metric="images")
-
-    def resume(self, step: int) -> None:
-        """Entries carry their own step and image counts; nothing to rewind."""
-
-    def log(self, entry: Mapping[str, float]) -> None:
-        """Send one entry."""
-        self.run.log(dict(entry))
-
-    def close(self) -> None:
-        """End the run, so that the next stage's is its own."""
-        self.run.finish()

@@ -46,6 +46,7 @@ class DistillModule(L.LightningModule):
 
     # Options of the constructor that name model folders: they are known by their weights, not by where they lie.
     FOLDERS: ClassVar[tuple[str, ...]] = ()
+    given: Any  # (arguments, options) of the constructor, described by `engine.made` once training begins
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
         """Keep what the constructor is called with: a checkpoint says how its method was made."""
@@ -70,6 +71,9 @@ class DistillModule(L.LightningModule):
         self.world, self.seed, self.stream = World(), 0, "train"
         self.begun: dict[str, Any] = {}  # what training began with, once it has: see `engine.made`
         self.latest: Mapping[str, Tensor] = {}  # what the last iteration logs, on the device
+        self.evaluated: Mapping[str, float] | None = (
+            None  # what an evaluation of this step found, until it is logged
+        )
 
     def __setattr__(self, name: str, value: Any) -> None:
         """A frozen network may be kept under any attribute without becoming a submodule (and part of checkpoints)."""

@@ -25,7 +25,7 @@ TAKES_VALUE = (
 )
 QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
 # Overrides that change no result. They enter the name of a run only if the sweep varies them.
-NOT_IN_NAMES = ("recipe", "profile", "runs_dir", "name", "plan", "redo", "trainer", "loggers")
+NOT_IN_NAMES = ("recipe", "profile", "runs_dir", "name", "plan", "redo", "trainer", "loggers", "callbacks")
 PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*=(?:[A-Za-z0-9_.]+|[0-9][0-9.]*e-[0-9]+)")
 LONGEST_SLUG = 120
 

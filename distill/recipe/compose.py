@@ -170,7 +170,7 @@ def _unknown_key(error: Any) -> str:
     keys += (
         []
         if where or "stages" not in keys
-        else ["recipe", "data", "net", "teacher", "trainer", "profile", "eval", "loggers"]
+        else ["recipe", "data", "net", "teacher", "trainer", "profile", "eval", "loggers", "callbacks"]
     )
     if not where and (others := _recipes_with(key)):
         return f"{path}: no such key in this recipe; the recipes {', '.join(others)} have it"

@@ -88,6 +88,7 @@ def run(recipe: Mapping[str, Any], *, name: str, recipe_name: str) -> Path:
                 seed=seed,
                 settings=settings,
                 loggers=tuple(recipe.get("loggers") or ()),
+                callbacks=tuple(recipe.get("callbacks") or ()),
                 display=Display(entry.name, number, len(planned), silent=not world.main),
                 run_folder=run_folder,
                 recipe=recipe_name,

@@ -12,17 +12,16 @@ from omegaconf.basecontainer import BaseContainer
 from omegaconf.errors import OmegaConfBaseException
 
 from distill.recipe.plan import Changed
+from distill.stages.attached import check_attached
 from distill.stages.base import Settings
-from distill.stages.targets import check_options, resolve
 from distill.typed import parse, unknown_key
 
 GROUPS = ("data", "teacher", "features", "gates", "eval", "monitor")
-RUN = ("seed", "runs_dir", "name", "plan", "redo", "trainer", "loggers")
+RUN = ("seed", "runs_dir", "name", "plan", "redo", "trainer", "loggers", "callbacks")
 # Keys that determine the files of a run.
 STAGES = ("stages", "repeat", "halve", "profile")
 # Resolvers that read only the config.
 INNER = ("oc.select", "oc.decode", "oc.create", "oc.deprecated", "oc.dict.keys", "oc.dict.values")
-GIVEN_TO_LOGGERS = ("folder", "settings")
 
 
 def read(cfg: DictConfig) -> dict[str, Any]:
@@ -30,7 +29,8 @@ def read(cfg: DictConfig) -> dict[str, Any]:
 
     Raises:
         ValueError: for a top-level key that nothing reads, for an interpolation below `STAGES` that reads values from
-            outside the config, and for wrong options of `trainer`, `loggers` and `plan`.
+            outside the config, and for wrong options of `trainer`, `loggers`, `callbacks`
+            and `plan`.
     """
     refuse_outside(cfg, STAGES)
     found = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
@@ -39,7 +39,7 @@ def read(cfg: DictConfig) -> dict[str, Any]:
     refuse_unread(cfg, plain)
     parse(bool, plain["plan"], "plan")
     parse(Settings, plain["trainer"], "trainer")
-    check_loggers(plain["loggers"])
+    check_attached(plain["loggers"], plain["callbacks"], plain["trainer"].get("profiler"))
     return plain
 
 
@@ -106,18 +106,6 @@ def _named(key: str, raw: Any) -> bool:
     if isinstance(raw, list):
         return any(_named(key, value) for value in raw)
     return isinstance(raw, str) and re.fullmatch(rf"\$\{{{re.escape(key)}(\.[\w.]+)?\}}", raw) is not None
-
-
-def check_loggers(loggers: Any) -> None:
-    """Raise ValueError unless `loggers` is a list of configs whose options their classes accept."""
-    for number, logger in enumerate(parse(list[dict[str, Any]], loggers or [], "loggers")):
-        where = f"loggers[{number}]"
-        target = resolve(logger, where)
-        check_options(target, logger, where)
-        if (needs := getattr(target, "check", None)) is not None:
-            needs()  # raises if a package is not installed
-        if given := [key for key in GIVEN_TO_LOGGERS if key in logger]:
-            raise ValueError(f"{where}.{given[0]}: is set by the stage; remove it")
 
 
 @contextmanager

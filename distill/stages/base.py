@@ -18,6 +18,7 @@ from distill.stages.ownership import RECORDS, patterns
 from distill.world import World
 
 WHICH = ("last", "best")
+PROFILERS = ("simple", "advanced", "pytorch")
 MODEL_FILES = patterns("model.safetensors", "model.json")
 TRAINED_FILES = (
     *MODEL_FILES,
@@ -56,12 +57,20 @@ class Settings:
     log_every: int = 20
     max_nonfinite: int = 10
     max_nonfinite_share: float = 0.05
+    fast_dev_run: int | bool = 0
+    profiler: str | dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
         for name in ("devices", "checkpoint_every", "log_every", "max_nonfinite", "threads"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        if self.fast_dev_run < 0:
+            raise ValueError(f"fast_dev_run: expected at least 0, found {self.fast_dev_run}")
+        if isinstance(self.profiler, str) and self.profiler not in PROFILERS:
+            raise ValueError(
+                f"profiler: found {self.profiler!r}, expected one of {list(PROFILERS)}, null or a mapping with _target_"
+            )
         if not 0 <= self.max_nonfinite_share <= 1:
             raise ValueError(
                 f"max_nonfinite_share: expected a share in [0, 1], found {self.max_nonfinite_share}"
@@ -107,12 +116,17 @@ class StageContext:
     digest: str
     world: World = field(default_factory=World)
     identity: Mapping[str, Any] = field(default_factory=dict)
+    callbacks: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def device(self) -> torch.device:
         """The device of this process."""
         device = self.settings.device
         return torch.device("cuda", self.world.local_rank) if device.type == "cuda" else device
+
+
+class FastDevRun(Exception):
+    """A training stage was tried with `trainer.fast_dev_run`; the run ends there, since nothing was made."""
 
 
 @dataclass

@@ -16,7 +16,7 @@ from distill.data.rng import stream_key
 from distill.data.source import Source
 from distill.engine import checkpoint
 from distill.engine.fit import PRECISIONS, Fit, train
-from distill.engine.logging import Jsonl, Logger
+from distill.engine.loggers import Jsonl, close, opened, profiler_named
 from distill.engine.module import DistillModule
 from distill.engine.parallel import full_state
 from distill.files import make_folder
@@ -27,7 +27,8 @@ from distill.models.generator import Generator
 from distill.models.native import load_model, save_model
 from distill.stages.adapt import Adapt, adapted
 from distill.stages.artifact import digest_of, lasting_identity
-from distill.stages.base import TRAINED_FILES, ModelStage, Stage, StageContext, check_types
+from distill.stages.attached import build, stage_options
+from distill.stages.base import TRAINED_FILES, FastDevRun, ModelStage, Stage, StageContext, check_types
 from distill.stages.extension import seams_after, seams_of
 from distill.stages.generate import Generate
 from distill.stages.made import (
@@ -298,16 +299,8 @@ class Train(ModelStage):
         monitor: Monitor | None,
         snapshot: Callable[[int], None],
     ) -> None:
-        """Train with loggers and a bar; the main process alone logs."""
-        loggers: list[Logger] = []
-        if context.world.main:
-            logs = context.folder / "logs"
-            make_folder(logs)
-            loggers.append(Jsonl(logs))
-            loggers += [
-                instantiate(dict(logger), folder=logs, settings=settings, _recursive_=False)
-                for logger in context.loggers
-            ]
+        """Train with the loggers, callbacks and profiler of the run, and a bar."""
+        attached = self._attached(context, settings)
         fit = Fit(
             self.steps,
             self.batch_size,
@@ -320,6 +313,7 @@ class Train(ModelStage):
             threads=context.settings.threads,
             max_nonfinite=context.settings.max_nonfinite,
             max_nonfinite_share=context.settings.max_nonfinite_share,
+            fast_dev_run=int(context.settings.fast_dev_run),
         )
         with context.display.bar(self.steps) as bar:
 
@@ -336,17 +330,35 @@ class Train(ModelStage):
                     folder=context.folder / CHECKPOINTS,
                     config=self._compared(context.identity),
                     seams=seams_of(context.identity) if context.identity else None,
-                    loggers=loggers,
+                    **attached,
                     on_progress=show,
                     evaluation=monitor,
                     snapshot=snapshot,
                 )
             except checkpoint.Refused as error:
                 raise ValueError(f"{error}; redo={context.name} trains from the start") from error
-            finally:  # also where the run is stopped: a half-open W&B run would swallow the next stage's
-                for logger in loggers:
-                    logger.close()
+            finally:  # also where the run is stopped
+                close(attached["loggers"])
+            if fit.fast_dev_run:
+                raise FastDevRun(
+                    f"stages.{context.name}: trainer.fast_dev_run={fit.fast_dev_run}: ran that many iterations; nothing was "
+                    "saved, and later stages did not run"
+                )
             bar.update(self.steps - bar.n)
+
+    def _attached(self, context: StageContext, settings: dict[str, Any]) -> dict[str, Any]:
+        """Loggers, on the main process alone; callbacks and the profiler, on each process its own."""
+        logs, profiler = context.folder / "logs", context.settings.profiler
+        found: dict[str, Any] = {"loggers": [], "callbacks": [build(config) for config in context.callbacks]}
+        make_folder(logs)
+        if context.world.main and not context.settings.fast_dev_run:
+            configs = [(config, stage_options(config, logs, settings)) for config in context.loggers]
+            found["loggers"] = [Jsonl(logs), *(opened(build(config, **given)) for config, given in configs)]
+        if isinstance(profiler, str) and context.world.main:
+            found["profiler"] = profiler_named(profiler, logs)
+        elif isinstance(profiler, Mapping) and context.world.main:
+            found["profiler"] = build(profiler, **stage_options(profiler, logs, {}))
+        return found
 
     def _models(self) -> dict[str, str]:
         """role -> stage, of the models that the method gets."""

@@ -41,7 +41,7 @@ from distill.data.order import Order
 from distill.data.rng import Draws
 from distill.engine.ema import decay_at
 from distill.engine.fit import Fit, train
-from distill.engine.logging import Jsonl
+from distill.engine.loggers import Jsonl
 from distill.engine.module import DistillModule
 from distill.engine.schedule import Constant
 from distill.engine.update import Optim, Step

@@ -173,7 +173,7 @@ def test_a_word_without_a_key_is_no_recipe():
     [
         (
             "loggers=[{_target_: a.B}]",
-            "loggers: found [{_target_: a.B}], expected option names among jsonl, wandb;",
+            "loggers: found [{_target_: a.B}], expected option names among csv, jsonl, tensorboard, wandb;",
         ),
         ("+loggers=[[jsonl]]", "loggers: found [[jsonl]], expected option names"),
         ("trainer={devices: 2}", "to change single keys, type trainer.KEY=VALUE"),

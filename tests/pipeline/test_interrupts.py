@@ -78,16 +78,16 @@ def test_a_signal_to_two_processes_saves_once_for_both(tmp_path):
 
 LATE = """
 import os, signal
-from distill.engine.fit import _Watch
+from distill.engine.callbacks import CheckpointCallback
 
-plain = _Watch.{hook}
+plain = CheckpointCallback.{hook}
 
 def late(self, trainer, module, *rest):
     plain(self, trainer, module, *rest)
     if trainer.global_step >= 0 and module.progress.iteration == {at}:
         os.kill(os.getpid(), signal.{name})
 
-_Watch.{hook} = late
+CheckpointCallback.{hook} = late
 """
 
 

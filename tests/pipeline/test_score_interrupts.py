@@ -41,19 +41,19 @@ RECIPES = {
 DYING = """
 import os, signal
 import safetensors.torch as files
-from distill.engine.fit import _Watch
+from distill.engine.callbacks import CheckpointCallback
 from distill.stages import train as stages
 
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 def at_step(stage, step):
-    after = _Watch.after
-    def dying(self, module, logs):
-        after(self, module, logs)
+    after = CheckpointCallback.on_train_batch_end
+    def dying(self, trainer, module, *rest):
+        after(self, trainer, module, *rest)
         if self.path.parts[-3] == stage and module.progress.step == step:
             die()
-    _Watch.after = dying
+    CheckpointCallback.on_train_batch_end = dying
 
 def in_node(number):
     whole = files.save_file

@@ -21,7 +21,7 @@ from distill.recipe import compose as recipe_configs
 from distill.recipe.expand import expand
 from distill.recipe.plan import Planned, build_stages, dry_run, plan
 from distill.recipe.run import run
-from distill.recipe.schema import check_loggers
+from distill.stages.attached import check_attached
 from distill.stages.made import LARGE_PARAMETERS, device_of
 
 
@@ -217,7 +217,7 @@ def test_guided_students_are_compared_with_the_guided_teacher(tmp_path):
 def test_a_logger_without_its_package_is_refused_before_anything_runs(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None)
     with pytest.raises(ImportError, match=r"loggers=wandb needs the extra: pip install 'distill\[wandb\]'"):
-        check_loggers([{"_target_": "distill.engine.logging.Wandb", "project": "mine"}])
+        check_attached([{"_target_": "lightning.pytorch.loggers.WandbLogger", "project": "mine"}], [], None)
 
 
 def test_an_option_that_the_config_leaves_out_is_named_with_its_plus(refuse):

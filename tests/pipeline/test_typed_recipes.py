@@ -132,9 +132,30 @@ def test_a_recipe_may_be_called_yml(plan):
         (TOY + "profile: {steps: 4.5}\n", "profile.steps: found 4.5, expected int or null"),
         (TOY + "trainer: {thread: 4}\n", "trainer.thread: no such key, did you mean trainer.threads?"),
         (
-            TOY + "loggers: [{_target_: distill.engine.logging.Wandb, projct: x}]\n",
-            "loggers[0].projct: no such key",
+            TOY + "loggers: [{_target_: lightning.pytorch.loggers.WandbLogger, projct: x}]\n",
+            "loggers[0].projct: no such key, did you mean loggers[0].project?",
         ),
+        (
+            TOY + "loggers: [{_target_: distill.engine.logging.Wandb}]\n",
+            "of an earlier version, expected 'lightning.pytorch.loggers.WandbLogger'",
+        ),
+        (
+            TOY + "loggers: [{_target_: lightning.pytorch.loggers.WandbLogger, id: x}]\n",
+            "loggers[0].id: is given by the stage",
+        ),
+        (
+            TOY
+            + "callbacks: [{_target_: lightning.pytorch.callbacks.LearningRateMonitor, interval: step}]\n",
+            "callbacks[0].interval: no such key",
+        ),
+        (
+            TOY
+            + "callbacks: [{_target_: lightning.pytorch.callbacks.LearningRateMonitor, logging_interval: a}]\n",
+            "callbacks[0]: logging_interval should be",
+        ),
+        (TOY + "callbacks: [{_target_: torch.nn.Linear}]\n", "expected a subclass of lightning"),
+        (TOY + "trainer: {profiler: simpel}\n", "trainer.profiler: found 'simpel', expected one of"),
+        (TOY + "trainer: {fast_dev_run: -1}\n", "trainer.fast_dev_run: expected at least 0, found -1"),
         (TOY + "loggers: {a: 1}\n", "Cannot merge DictConfig with ListConfig"),
         (TOY + "name: 1.10\n", "name: found 1.1, expected a string"),
         ("[1, 2]\n", "mine.yaml: found a list, expected a mapping"),

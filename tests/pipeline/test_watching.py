@@ -13,7 +13,8 @@ import pytest
 import torch
 from hydra.utils import instantiate
 
-from distill.engine.logging import Jsonl, lines_of, read_entries, wandb_id
+from distill.engine.loggers import Jsonl, wandb_id
+from distill.engine.logging import lines_of, read_entries
 from distill.evaluation.measure import Reference, measure
 from distill.models.native import load_model
 from distill.recipe.run import run

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers.logger import DummyLogger
 from test_engine import Affine, Points, Two, fit, make, settings, weights
 
 from distill.engine import checkpoint
@@ -357,7 +359,7 @@ def test_what_runs_between_iterations_is_outside_the_precision_of_the_step(tmp_p
             return [2]
 
     class Watching:
-        """An evaluation and a logger."""
+        """An evaluation."""
 
         def due(self, before, now):
             return True
@@ -369,20 +371,26 @@ def test_what_runs_between_iterations_is_outside_the_precision_of_the_step(tmp_p
             note("evaluation")
             return {"eval/seen": 1.0}
 
-        def log(self, entry):
+    class Logging(DummyLogger):
+        def log_metrics(self, metrics, step):
             note("log")
+
+    class Watcher(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            note("callback")
 
     method, watching = Noting(*nets()), Watching()
     method.prepare({"student": settings(), "fake": settings(ema=None)}, seed=5)
     hooks: dict[str, Any] = {
         "evaluation": watching,
-        "loggers": [watching],
+        "loggers": [Logging()],
+        "callbacks": [Watcher()],
         "snapshot": lambda step: note("snapshot"),
     }
     hooks["on_progress"] = lambda step, text: note("progress")
     with torch.autocast("cpu", torch.bfloat16):
         train(method, Points(), Fit(3, 8, precision="bf16-mixed", log_every=1), folder=tmp_path, **hooks)
-    others = ("resume", "evaluation", "log", "snapshot", "progress")
+    others = ("resume", "evaluation", "log", "snapshot", "progress", "callback")
     assert casts == {"loss": {True}, **{name: {False} for name in others}}
 
 

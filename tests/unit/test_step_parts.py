@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.loggers.logger import DummyLogger
 from test_engine import Points, fit, make
 from torch import nn
 
@@ -105,17 +106,16 @@ def test_networks_are_walked_once_a_run_not_once_a_step(tmp_path, monkeypatch):
     assert sorted(walks) == [*3 * ["fake"], *3 * ["student"]]
 
 
-class Entries(list):
+class Entries(DummyLogger):
     """A logger that keeps what it gets."""
 
-    def resume(self, step):
-        pass
+    def __init__(self):
+        super().__init__()
+        self.entries = []
 
-    def log(self, entry):
-        self.append(entry)
-
-    def close(self):
-        pass
+    def log_metrics(self, metrics, step):
+        assert metrics["step"] == step
+        self.entries.append(metrics)
 
 
 @pytest.mark.parametrize("accumulate", [2, 4])
@@ -124,9 +124,11 @@ def test_what_is_logged_is_the_mean_over_micro_batches(tmp_path, accumulate):
     for entries, count in ((whole, 1), (parts, accumulate)):
         fit_options = Fit(steps=3, batch_size=8, accumulate=count, log_every=1)
         train(make(), Points(), fit_options, folder=tmp_path / str(count), config={}, loggers=[entries])
-    assert len(whole) == len(parts) == 3
+    assert len(whole.entries) == len(parts.entries) == 3
     for name in ("student/loss", "fake/loss", "fake/mean", "fake/grad_norm"):
-        assert [entry[name] for entry in parts] == pytest.approx([entry[name] for entry in whole], abs=1e-5)
+        assert [entry[name] for entry in parts.entries] == pytest.approx(
+            [entry[name] for entry in whole.entries], abs=1e-5
+        )
 
 
 def test_what_was_looked_up_is_forgotten_where_parameters_may_be_replaced(tmp_path):

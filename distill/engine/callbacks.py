@@ -1,0 +1,199 @@
+"""What happens between iterations, as Lightning callbacks: evaluation and snapshots, logging, checkpoints and signals.
+
+Order: evaluation, logging, the user's callbacks, checkpoints. So a checkpoint holds the state of the user's callbacks after
+the step, and a kill between an evaluation and the checkpoint of the same step repeats both. All of it runs outside of the
+precision that the step is computed in: what is measured is what is saved.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from distill.engine import checkpoint
+from distill.engine.module import DistillModule
+from distill.engine.networks import modes_kept
+from distill.engine.nonfinite import WINDOW
+from distill.engine.record import Record
+from distill.interrupt import Interrupted, reinstall, requested
+
+
+class Evaluation(Protocol):
+    """Measures the student while it is trained; every process calls it after the same steps."""
+
+    def due(self, before: int, now: int) -> bool:
+        """Whether an evaluation falls between two counts of images."""
+        ...
+
+    def resume(self, step: int) -> None:
+        """Called once, before training goes on from `step`."""
+        ...
+
+    def __call__(self, module: DistillModule) -> Mapping[str, float]:
+        """Evaluate; returns what to log."""
+        ...
+
+
+class EvaluationCallback(Callback):
+    """Stores the method's snapshots and evaluates the student. The time of both is not training time."""
+
+    def __init__(
+        self,
+        evaluation: Evaluation | None,
+        snapshot: Callable[[int], None],
+        steps: int,
+        images: int,
+        step: int,
+    ) -> None:
+        self.evaluation, self.snapshot, self.steps = evaluation, snapshot, steps
+        self.images, self.seen = images, step
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """After each step of the student."""
+        module: DistillModule = pl_module
+        step, before = module.progress.step, self.images
+        if step == self.seen:
+            return
+        self.seen, self.images = step, module.progress.images
+        if step in module.snapshots():
+            self.snapshot(step)
+            module.restart_clock()
+        if self.evaluation is not None and (step == self.steps or self.evaluation.due(before, self.images)):
+            with modes_kept([*module.networks.values(), *module.ema.values()]):
+                module.evaluated = self.evaluation(module)
+            module.restart_clock()
+
+
+class LoggingCallback(Callback):
+    """Sets Lightning's counters, logs to all loggers, reports progress. Nothing reads the device except when an entry is
+    written.
+
+    `trainer.global_step` is the number of the student's optimizer steps, over all starts of a run (Lightning would count
+    those of every optimizer, from this start). Callbacks of Lightning that log number their entries from 0, as everywhere."""
+
+    def __init__(self, every: int, steps: int, on_progress: Callable[[int, str], None]) -> None:
+        self.every, self.steps, self.on_progress = every, steps, on_progress
+        self.seen = 0
+        self.logs: dict[str, Tensor] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Counters go on from the checkpoint."""
+        self.seen = pl_module.progress.step
+        self._count(trainer, self.seen)
+
+    def _count(self, trainer: L.Trainer, step: int) -> None:
+        loop = trainer.fit_loop.epoch_loop
+        loop.manual_optimization.optim_step_progress.total.completed = step
+        loop._batches_that_stepped = max(step - 1, 0)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """After an iteration."""
+        module: DistillModule = pl_module
+        self.logs |= module.latest  # of updates that do not run in every iteration, the latest
+        step = module.progress.step
+        self._count(trainer, step)
+        if step == self.seen:
+            return
+        self.seen = step
+        if step % self.every == 0 or step == self.steps or module.evaluated is not None:
+            self._log(trainer, module)
+        self.on_progress(step, "")
+
+    def _log(self, trainer: L.Trainer, module: DistillModule) -> None:
+        """One entry with the means over processes and the counts of skipped steps."""
+        logs, names = self.logs, list(self.logs)
+        values = module.world.mean(torch.stack([logs[n].to(module.device, torch.float32) for n in names]))
+        entry = {**module.progress.to_dict(), **dict(zip(names, values.tolist(), strict=True))}
+        entry |= {f"{name}/skipped": pair[0] for name, pair in module.nonfinite.to_dict().items()}
+        entry |= module.evaluated or {}
+        module.evaluated = None
+        for logger in trainer.loggers:
+            logger.log_metrics(dict(entry), step=module.progress.step)
+        trainer.callback_metrics.update({name: torch.tensor(float(value)) for name, value in entry.items()})
+        self.on_progress(module.progress.step, f"loss {entry.get('student/loss', float('nan')):.4g}")
+
+
+class CheckpointCallback(Callback):
+    """Restores what needs the optimizers to exist, saves checkpoints, and ends training with one after a signal, or without
+    one after too many non-finite steps.
+
+    Args:
+        path, record: where checkpoints are saved, and what they record.
+        callbacks: the user's, whose state is saved with them.
+        resumed: the checkpoint that training goes on from.
+        every: student steps between checkpoints. steps: length of training.
+        log_every: student steps between reads of the device's counters; on a CPU, where they cost nothing, each step.
+        max_nonfinite, max_nonfinite_share: see `engine.fit.Fit`.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        record: Record,
+        callbacks: Sequence[Callback],
+        resumed: dict[str, Any] | None,
+        *,
+        every: int,
+        steps: int,
+        log_every: int,
+        max_nonfinite: int,
+        max_nonfinite_share: float,
+    ) -> None:
+        self.path, self.record, self.callbacks, self.resumed = path, record.to_dict(), callbacks, resumed
+        self.every, self.steps, self.log_every = every, steps, log_every
+        self.max_nonfinite, self.max_nonfinite_share = max_nonfinite, max_nonfinite_share
+        self.seen = 0
+        self.saved: int | None = None  # the step of the checkpoint on disk
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Optimizers exist now: on a resumed run they get their state back."""
+        reinstall()  # Lightning has put a handler of its own before ours, which ends the run unsaved
+        self.seen = pl_module.progress.step
+        if self.resumed is not None:
+            checkpoint.restore_optimizers(self.resumed, pl_module, where=self.path)
+            checkpoint.restore_callbacks(self.resumed, self.callbacks, where=self.path)
+            self.resumed, self.saved = None, self.seen
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """After an iteration."""
+        module: DistillModule = pl_module
+        step = module.progress.step
+        stepped, self.seen = step != self.seen, step
+        if module.device.type == "cpu" or (stepped and step % self.log_every == 0):
+            self._stop_if_nonfinite(module)
+        if stepped and step % self.every == 0 and step < self.steps:
+            self.save(module)
+        signum = requested()
+        if module.world.any(signum is not None):
+            self.save(module)
+            raise Interrupted(signum or signal.SIGTERM)
+
+    def save(self, module: DistillModule) -> None:
+        """Save a checkpoint now. Collective."""
+        checkpoint.save(self.path, module, self.record, self.callbacks)
+        self.saved = module.progress.step
+
+    def _stop_if_nonfinite(self, module: DistillModule) -> None:
+        """Stop after `max_nonfinite` skipped steps in a row, or too many of a thousand; the same on every process."""
+        for name, (total, streak, recent) in module.nonfinite.to_dict().items():
+            often = recent > self.max_nonfinite_share * WINDOW
+            if streak >= self.max_nonfinite or often:
+                last = "none was saved yet" if self.saved is None else f"{self.path} at step {self.saved}"
+                count = f"{recent} of at most {WINDOW} steps" if often else f"{streak} steps in a row"
+                raise FloatingPointError(
+                    f"update {name!r}: loss or gradient was not finite in {count} ({total} in "
+                    f"all), up to step {module.progress.step}; all were skipped. Last good checkpoint: {last}"
+                )

@@ -1,0 +1,150 @@
+"""Loggers and profilers of a training: Lightning's own, with what a stage gives them, and the record that is always kept."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import os
+import re
+import secrets
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
+
+from distill.engine.logging import lines_of, read_entries
+from distill.files import append_text, write_text
+from distill.typed import unknown_key
+
+PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
+# What a stage gives a W&B run, so that a continued stage continues the same run.
+GIVEN = ("id", "resume", "version")
+# What WandbLogger passes on to `wandb.init`, as far as a recipe may say it.
+WANDB_INIT = (
+    *("entity", "group", "job_type", "tags", "notes", "config", "mode", "settings", "save_code"),
+    *("allow_val_change", "sync_tensorboard", "config_exclude_keys", "config_include_keys"),
+)
+
+
+class Jsonl(Logger):
+    """One JSON object a line in `folder/metrics.jsonl` (null for what is not finite). On resume, entries after the
+    checkpoint are dropped, so that no step is there twice."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder, self.path = folder, folder / "metrics.jsonl"
+
+    @property
+    def name(self) -> str:
+        """Names no folder of its own."""
+        return ""
+
+    @property
+    def version(self) -> str:
+        """There is one."""
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        """Where the file is."""
+        return str(self.folder)
+
+    def resume(self, step: int) -> None:
+        """Keep the entries up to `step`. Raises ValueError where the file holds something else, see `read_entries`."""
+        kept = [entry for entry in read_entries(self.path) if entry["step"] <= step]
+        write_text(self.path, lines_of(kept))
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Append one entry."""
+        plain = {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
+        append_text(self.path, lines_of([plain if "step" in plain else {"step": step or 0, **plain}]))
+
+    def log_hyperparams(self, *arguments: Any, **options: Any) -> None:
+        """The stage's `config.yaml` holds them."""
+
+
+def wandb_id(folder: Path) -> str:
+    """The id of the W&B run of a stage, from `folder/wandb_id`; the first call draws one."""
+    path = folder / "wandb_id"
+    if not path.exists():
+        write_text(path, secrets.token_hex(4))
+    found = path.read_bytes().strip() if path.is_file() else b""
+    if re.fullmatch(rb"[0-9a-f]{8}", found) is None:
+        raise ValueError(f"{path}: found {found[:20]!r}, expected 8 hexadecimal digits")
+    return found.decode()
+
+
+def check(kind: type, target: Callable[..., Any], config: Mapping[str, Any], where: str) -> None:
+    """Raise ValueError unless `config` names a class of Lightning's `kind`, or ImportError where it needs a package that is
+    not installed."""
+    if not (isinstance(target, type) and issubclass(target, kind)):
+        raise ValueError(
+            f"{where}._target_: found {config['_target_']!r}, expected a subclass of {kind.__module__}.{kind.__name__}"
+        )
+    if not issubclass(target, WandbLogger):
+        return
+    if given := [key for key in GIVEN if key in config]:
+        raise ValueError(
+            f"{where}.{given[0]}: is given by the stage, which continues its own run; leave it out"
+        )
+    known = [*(name for name in _options(target) if name not in GIVEN), *WANDB_INIT]
+    if unknown := [key for key in config if key != "_target_" and key not in known]:
+        raise ValueError(unknown_key(where, unknown[0], known))
+    if importlib.util.find_spec("wandb") is None:
+        raise ImportError("loggers=wandb needs the extra: pip install 'distill[wandb]'")
+
+
+def check_logger(target: Callable[..., Any], config: Mapping[str, Any], where: str) -> None:
+    """`check` for a logger."""
+    check(Logger, target, config, where)
+
+
+def check_callback(target: Callable[..., Any], config: Mapping[str, Any], where: str) -> None:
+    """`check` for a callback."""
+    check(Callback, target, config, where)
+
+
+def check_profiler(target: Callable[..., Any], config: Mapping[str, Any], where: str) -> None:
+    """`check` for a profiler."""
+    check(Profiler, target, config, where)
+
+
+def _options(target: type) -> list[str]:
+    parameters = inspect.signature(target).parameters.values()
+    return [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+
+
+def stage_options(target: type, folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that a stage gives a logger or profiler which does not set them itself: the folder for its files, and a W&B
+    run id that is written there before the first step. W&B is offline unless WANDB_API_KEY or WANDB_MODE is set, so that a
+    batch job never waits for a prompt."""
+    known = _options(target)
+    found: dict[str, Any] = {name: str(folder) for name in ("save_dir", "dirpath") if name in known}
+    if issubclass(target, WandbLogger):
+        online = "WANDB_API_KEY" in os.environ or "WANDB_MODE" in os.environ
+        found |= {"id": wandb_id(folder), "resume": "allow", "offline": not online, "config": dict(settings)}
+    return found
+
+
+def profiler_named(name: str, folder: Path) -> Profiler:
+    """One of `PROFILERS`, which writes its table to `folder`."""
+    made: Profiler = PROFILERS[name](dirpath=str(folder), filename="profile")
+    return made
+
+
+def opened(logger: Logger) -> Logger:
+    """A logger that is ready. A W&B run is begun now, before training, and drawn over images."""
+    if isinstance(logger, WandbLogger):
+        logger.experiment.define_metric("*", step_metric="images")
+    return logger
+
+
+def close(loggers: Iterable[Logger]) -> None:
+    """End W&B runs: the next stage's logger would go on with a run that is open."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger) and logger._experiment is not None:
+            logger.experiment.finish()

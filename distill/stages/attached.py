@@ -1,0 +1,72 @@
+"""What a recipe attaches to its trainings: loggers, callbacks and a profiler of Lightning's, or subclasses of one's own."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+
+from distill.stages.targets import check_options, resolve
+from distill.typed import parse
+
+# Classes of earlier versions, and what does their work now.
+REPLACED = {"distill.engine.logging.Wandb": "lightning.pytorch.loggers.WandbLogger"}
+
+
+def check_attached(loggers: Any, callbacks: Any, profiler: Any) -> None:
+    """Raise ValueError unless the configs name classes of Lightning's kinds and options that they take. Callbacks and
+    profilers are built once: what their constructors refuse is found while planning."""
+    for number, config in enumerate(parse(list[dict[str, Any]], loggers or [], "loggers")):
+        _check("logger", config, f"loggers[{number}]")
+    for number, config in enumerate(parse(list[dict[str, Any]], callbacks or [], "callbacks")):
+        _check("callback", config, f"callbacks[{number}]")
+        _try(config, {}, f"callbacks[{number}]")
+    if isinstance(profiler, Mapping):
+        _check("profiler", profiler, "trainer.profiler")
+        with TemporaryDirectory() as folder:
+            _try(profiler, stage_options(profiler, Path(folder), {}), "trainer.profiler")
+
+
+def _check(kind: str, config: Mapping[str, Any], where: str) -> None:
+    """Check one config, without importing Lightning where there is none."""
+    if (instead := REPLACED.get(str(config.get("_target_")))) is not None:
+        raise ValueError(
+            f"{where}._target_: found {config['_target_']!r} of an earlier version, expected {instead!r}"
+        )
+    target = resolve(config, where)
+    check_options(target, config, where)
+    from distill.engine import loggers
+
+    checks = {
+        "logger": loggers.check_logger,
+        "callback": loggers.check_callback,
+        "profiler": loggers.check_profiler,
+    }
+    checks[kind](target, config, where)
+
+
+def _try(config: Mapping[str, Any], options: Mapping[str, Any], where: str) -> None:
+    try:
+        build(config, **options)
+    except InstantiationException as error:
+        raise ValueError(f"{where}: {error.__cause__ or error}") from error
+
+
+def stage_options(config: Mapping[str, Any], folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that the stage gives, without those that the config sets."""
+    from distill.engine import loggers
+
+    target: Callable[..., Any] = resolve(config, "_target_")
+    assert inspect.isclass(target)
+    given = loggers.stage_options(target, folder, settings)
+    return {name: value for name, value in given.items() if name not in config}
+
+
+def build(config: Mapping[str, Any], **options: Any) -> Any:
+    """The object that a config names; configs inside its options are built too."""
+    return instantiate(dict(config), **options, _convert_="all")

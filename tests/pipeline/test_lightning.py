@@ -1,0 +1,204 @@
+"""Lightning's own callbacks, loggers and profilers, and a user's, from a recipe."""
+
+from __future__ import annotations
+
+import csv
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar
+
+import lightning as L
+import pytest
+import safetensors.torch
+import torch
+from test_watching import TRAIN, recipe
+from tests_support import run_verb
+
+from distill.engine import checkpoint
+from distill.recipe.run import run
+from distill.stages.base import FastDevRun
+
+
+class Noting(L.Callback):
+    """A user's callback: counts batches, and may fail or ask to stop at a step."""
+
+    seen: ClassVar[list[tuple[Any, ...]]] = []
+    fail_at: ClassVar[int] = 0
+    stop_at: ClassVar[int] = 0
+
+    def __init__(self, label: str, every: int = 1) -> None:
+        self.label, self.every, self.batches = label, every, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"batches": self.batches}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.batches = state_dict["batches"]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.seen.append(("start", trainer.global_step, self.label))
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.batches += 1
+        self.seen.append(("end", trainer.global_step, self.batches, pl_module.progress.step))
+        if trainer.global_step == self.fail_at:
+            raise RuntimeError("a user's error")
+        trainer.should_stop = trainer.global_step == self.stop_at
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        self.seen.append(("exception", str(exception)))
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Noting, "seen", [])
+
+
+OWN = [{"_target_": "test_lightning.Noting", "label": "mine"}]
+CSV = [{"_target_": "lightning.pytorch.loggers.CSVLogger"}]
+
+
+def start(folder: Path, trainer: dict[str, Any] | None = None, **more: Any) -> Path:
+    """Run the teacher of `test_watching` without a monitor."""
+    made = recipe(folder, monitor=None, steps=5)
+    made["trainer"] |= trainer or {}
+    return run(made | more, name="r", recipe_name="toy") / "teacher"
+
+
+def weights(stage: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(stage / "model.safetensors")
+
+
+def test_a_callback_of_ones_own_and_a_csv_logger(tmp_path: Path) -> None:
+    stage = start(tmp_path, callbacks=OWN, loggers=CSV)
+    assert Noting.seen == [("start", 0, "mine"), *(("end", n, n, n) for n in range(1, 6))]
+    with (stage / "logs/lightning_logs/version_0/metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [1, 2, 3, 4, 5]
+    assert all(float(row["student/loss"]) > 0 for row in rows)
+
+
+def test_a_callback_that_fails_is_told_and_its_state_goes_on_with_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = start(tmp_path / "whole", callbacks=OWN, loggers=CSV)
+    del Noting.seen[:]
+    monkeypatch.setattr(Noting, "fail_at", 4)
+    with pytest.raises(ValueError, match="a user's error"):
+        start(tmp_path / "parts", {"checkpoint_every": 2}, callbacks=OWN, loggers=CSV)
+    assert Noting.seen[-1] == ("exception", "a user's error")
+    stage = tmp_path / "parts/r/teacher"
+    state = checkpoint.read(stage / "checkpoints" / checkpoint.NAME)
+    assert (state["progress"]["step"], state["callbacks"]) == (2, {"Noting": {"batches": 2}})
+    del Noting.seen[:]
+    monkeypatch.setattr(Noting, "fail_at", 0)
+    start(tmp_path / "parts", {"checkpoint_every": 2}, callbacks=OWN, loggers=CSV)
+    assert Noting.seen == [("start", 2, "mine"), *(("end", n, n, n) for n in (3, 4, 5))]
+    assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(stage).items())
+    # Lightning's logger writes a folder for each start; nothing that it wrote before is lost.
+    assert {p.name for p in (stage / "logs/lightning_logs").iterdir()} == {"version_0", "version_1"}
+
+
+def test_a_callback_that_ends_training_early_is_refused_with_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Noting, "stop_at", 3)
+    with pytest.raises(ValueError, match="callbacks: one of them ended training at step 3 of 5"):
+        start(tmp_path, callbacks=OWN)
+    state = checkpoint.read(tmp_path / "r/teacher/checkpoints" / checkpoint.NAME)
+    assert state["progress"]["step"] == 3
+
+
+def test_a_state_that_could_not_be_read_again_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Noting, "state_dict", lambda self: {"path": [Path("x")]})
+    with pytest.raises(ValueError, match=r"callbacks: Noting: state_dict\['path'\]\[0\]: found PosixPath"):
+        start(tmp_path, callbacks=OWN)
+
+
+def test_a_profiler_writes_its_table(tmp_path: Path) -> None:
+    stage = start(tmp_path, {"profiler": "simple"})
+    (table,) = (stage / "logs").glob("*profile*.txt")
+    assert "run_training_batch" in table.read_text()
+
+
+def test_a_trial_trains_some_iterations_and_saves_nothing(tmp_path: Path) -> None:
+    whole = start(tmp_path / "whole")
+    with pytest.raises(FastDevRun, match="fast_dev_run=2: ran that many iterations"):
+        start(tmp_path / "tried", {"fast_dev_run": 2}, callbacks=OWN, loggers=CSV)
+    assert [entry[:2] for entry in Noting.seen] == [("start", 0), ("end", 1), ("end", 2)]
+    left = {p.name for p in (tmp_path / "tried/r/teacher").rglob("*") if p.is_file()}
+    assert left == {"config.yaml", "identity.json", "execution.json"}
+    stage = start(tmp_path / "tried")
+    assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(stage).items())
+
+
+def test_a_trial_ends_the_command(tmp_path: Path) -> None:
+    tried = run_verb(tmp_path, "train", "recipe=instaflow", "profile=smoke", "trainer.fast_dev_run=1")
+    assert "stages.teacher: trainer.fast_dev_run=1: ran that many iterations" in tried.stderr
+    assert "done" not in tried.stdout
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+class FakeRun:
+    """What W&B's `init` returns, as far as Lightning and the engine use it."""
+
+    def __init__(self, calls: list[tuple[Any, ...]]) -> None:
+        self.calls = calls
+
+    def define_metric(self, name: str, **options: Any) -> None:
+        self.calls.append(("define", name, options.get("step_metric")))
+
+    def log(self, entry: dict[str, Any]) -> None:
+        self.calls.append(("log", entry["step"], entry["images"], entry["trainer/global_step"]))
+
+    def finish(self) -> None:
+        self.calls.append(("finish",))
+
+
+def test_wandb_continues_its_run_offline_and_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[Any, ...]] = []
+
+    def init(**options: Any) -> FakeRun:
+        calls.append(("init", options))
+        return FakeRun(calls)
+
+    modules = {name: ModuleType(name) for name in ("wandb", "wandb.sdk", "wandb.sdk.lib", "wandb.wandb_run")}
+    modules["wandb"].__dict__.update(init=init, run=None, util=None)
+    modules["wandb.sdk.lib"].__dict__["RunDisabled"] = type("RunDisabled", (), {})
+    modules["wandb.wandb_run"].__dict__["Run"] = FakeRun
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr("lightning.pytorch.loggers.wandb._WANDB_AVAILABLE", True)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_MODE", "")  # is set again by Lightning, and taken away after the test
+    monkeypatch.delenv("WANDB_MODE")
+    logger = {"_target_": "lightning.pytorch.loggers.WandbLogger", "project": "mine", "group": "g"}
+    both = {"loggers": [logger], "callbacks": OWN}
+    monkeypatch.setattr(Noting, "fail_at", 4)
+    with pytest.raises(ValueError, match="a user's error"):
+        start(tmp_path, {"checkpoint_every": 2}, **both)
+    monkeypatch.setattr(Noting, "fail_at", 0)
+    stage = start(tmp_path, {"checkpoint_every": 2}, **both)
+    first, second = (call[1] for call in calls if call[0] == "init")
+    run_id = (stage / "logs/wandb_id").read_text()
+    for options in (first, second):
+        assert (options["id"], options["resume"], options["project"]) == (run_id, "allow", "mine")
+        assert (options["group"], options["dir"]) == ("g", str(stage / "logs"))
+        assert options["config"]["method"] == TRAIN["method"]
+    assert calls.count(("define", "*", "images")) == 2
+    assert calls.count(("finish",)) == 2
+    assert calls[-1] == ("finish",)
+    # The same numbers twice for what was trained twice, on the axes of the run.
+    logged = [call[1:] for call in calls if call[0] == "log"]
+    assert logged == [(n, 8 * n, n) for n in (1, 2, 3, 4, 3, 4, 5)]
+    assert os.environ["WANDB_MODE"] == "dryrun", "without a key it stays offline"
