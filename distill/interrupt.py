@@ -1,6 +1,5 @@
-"""SIGINT and SIGTERM: outside training they end the run at once (nothing is ever half written); while
-training they wait for the end of the iteration, so that a checkpoint can be saved first. A second signal does
-not wait."""
+"""Handling of SIGINT and SIGTERM. Outside training they end the run at once: files are written atomically. During training they
+are deferred to the end of the iteration, so that a checkpoint can be saved. A second signal ends the run at once."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ ECHO_SECONDS = 1.0
 
 
 class Interrupted(BaseException):
-    """The run was asked to stop. Not an `Exception`: no handler for errors may swallow it."""
+    """A signal asked the run to stop. Not an `Exception`, so that handlers of errors do not catch it."""
 
     def __init__(self, signum: int) -> None:
         self.signum = signum
@@ -29,9 +28,7 @@ class _State:
     signum: int | None = None
     since: float = 0.0
     deferred: bool = False
-    handlers: Mapping[int, Any] | None = (
-        None  # those that we have put in place; None outside `watch` and `taken`
-    )
+    handlers: Mapping[int, Any] | None = None  # our handlers; None outside `watch` and `taken`
 
 
 def _handle(signum: int, frame: FrameType | None) -> None:
@@ -45,18 +42,18 @@ def _handle(signum: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def watch() -> Iterator[None]:
-    """Handle the signals inside the block; the previous handlers come back after it."""
+    """Handle the signals inside the block; restore the previous handlers after it."""
     with _handlers(dict.fromkeys(SIGNALS, _handle)):
         yield
 
 
 @contextmanager
 def taken() -> Iterator[None]:
-    """`watch` for a library that is called from a user's program, where nobody watches yet.
+    """`watch` for a call from a user's program; does nothing inside `watch`.
 
-    A signal that is ignored stays ignored. Another one ends the block as `Interrupted` does, and means afterwards what it
-    means to the program: SIGINT raises KeyboardInterrupt; SIGTERM goes to the handler that was there before, which by
-    default ends the process. In another thread than the main one Python handles no signals, and nothing is changed."""
+    An ignored signal stays ignored. Any other one ends the block with `Interrupted`, and then does what the program expects:
+    SIGINT raises KeyboardInterrupt; SIGTERM calls the previous handler, which by default ends the process. Python handles
+    signals in the main thread only, so in another thread nothing changes."""
     if _State.handlers is not None or not _main_thread():
         yield
         return
@@ -71,7 +68,7 @@ def taken() -> Iterator[None]:
         if before[error.signum] is signal.default_int_handler:
             raise KeyboardInterrupt from None
         signal.raise_signal(error.signum)
-        raise  # a handler that returns: training is over all the same
+        raise  # the handler returned
 
 
 @contextmanager
@@ -87,7 +84,7 @@ def _handlers(handlers: Mapping[int, Any]) -> Iterator[None]:
 
 
 def reinstall() -> None:
-    """Take the signals back from a library that has put handlers of its own before ours; nothing outside `watch`."""
+    """Set our handlers again after a library has replaced them; does nothing outside `watch`."""
     if _State.handlers is not None and _main_thread():
         for number, handler in _State.handlers.items():
             signal.signal(number, handler)
@@ -95,8 +92,8 @@ def reinstall() -> None:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Only note a first signal inside the block; whoever runs there asks `requested` and stops where it
-    can. Signals interrupt the main thread, so in another one nothing is deferred."""
+    """Inside the block a first signal is only recorded: code there checks `requested` and stops when it can. Signals
+    interrupt the main thread, so in another thread nothing is deferred."""
     if not _main_thread():
         yield
         return
@@ -108,7 +105,7 @@ def deferred() -> Iterator[None]:
 
 
 def requested() -> int | None:
-    """The signal that was noted, or None."""
+    """The signal that was received, or None."""
     return _State.signum
 
 

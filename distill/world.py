@@ -1,7 +1,7 @@
-"""The processes that share a run. One process needs none of this, and then everything here costs nothing.
+"""Process-group helpers; no-ops on one process.
 
-Ranks come from the environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), as `distill.launch` and torchrun set
-them. srun and mpirun set names of their own (SLURM_PROCID, OMPI_COMM_WORLD_RANK), which are not read: start torchrun with them.
+Ranks come from the environment variables RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as set by `distill.launch`
+and torchrun. The variables of srun and mpirun (SLURM_PROCID, OMPI_COMM_WORLD_RANK) are not read: use them to start torchrun.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# An evaluation or a slow disk on one rank must not end the others.
+# Other ranks wait while one evaluates or writes to a slow disk.
 TIMEOUT = timedelta(hours=2)
 
 
@@ -28,21 +28,21 @@ class World:
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
-    # Flags and Python objects travel over the CPU, so they never wait for a device.
+    # A gloo group for flags and Python objects, which does not synchronize with the device.
     control: Any = None
 
     @property
     def main(self) -> bool:
-        """Whether this process writes files and talks."""
+        """Whether this process writes files, logs and prints."""
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Wait for all."""
+        """Wait for all ranks."""
         if self.size > 1:
             dist.barrier(group=self.control)
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set anywhere; the same answer everywhere."""
+        """Whether the flag is set on any rank."""
         if self.size == 1:
             return flag
         value = torch.tensor([float(flag)])
@@ -81,8 +81,8 @@ class World:
         return gathered
 
     def share(self, chunks: Sequence[Any]) -> list[tuple[int, Any]]:
-        """This rank's part of a list of work, as (number, chunk): every `size`-th, so the cut into chunks and with it every
-        result is the same on any number of processes."""
+        """This rank's chunks as (number, chunk): every `size`-th one, so chunks and results do not depend on the number of
+        processes."""
         return [(number, chunk) for number, chunk in enumerate(chunks) if number % self.size == self.rank]
 
     def collect(self, parts: dict[int, Tensor]) -> Tensor | None:
@@ -110,7 +110,7 @@ class _Rows(torch.autograd.Function):
 
 
 def join(device: torch.device) -> World:
-    """Join the processes that the environment names (once); a process on its own gets the trivial world."""
+    """Initialize the process group from the environment, once; without WORLD_SIZE, return a world of one."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return World()
@@ -119,7 +119,7 @@ def join(device: torch.device) -> World:
     ]
     if missing:
         raise ValueError(
-            f"{missing[0]}: not set, but WORLD_SIZE={size} asks for several processes; a launcher sets all of them"
+            f"{missing[0]}: not set, but WORLD_SIZE is {size}; expected a launcher that sets all of them, such as torchrun"
         )
     local = int(os.environ["LOCAL_RANK"])
     if not dist.is_initialized():
@@ -132,6 +132,6 @@ def join(device: torch.device) -> World:
 
 
 def leave() -> None:
-    """Leave the group; safe to call always."""
+    """Destroy the process group, if there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

@@ -1,4 +1,5 @@
-"""Nodes: models that a training stage stores on its way (DisBack's degradation path), known by a manifest written last."""
+"""Nodes: models that a training stage saves during training (DisBack's degradation path), listed by a manifest that is written
+last."""
 
 from __future__ import annotations
 
@@ -15,13 +16,13 @@ from distill.typed import parse
 
 SCHEMA = 1
 FOLDER, MANIFEST, STORED = "nodes", "nodes.json", "stored.json"
-# What a node's weights mean: without all of it in common with the start, they are another model's.
+# Keys of a model description that all nodes share with the first model of the path.
 MEANING = ("net", "process", "kind", "sample_shape", "conditions")
 
 
 @dataclass(frozen=True)
 class Node:
-    """An entry of the manifest: its place on the way from 1, the optimizer step, and its weights' sha256."""
+    """An entry of the manifest: its position on the path from 1, the optimizer step, and the sha256 of its weights."""
 
     number: int
     step: int
@@ -29,8 +30,8 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Way:
-    """The manifest: the sha256 of the weights that the way began with, and its nodes."""
+class StoredPath:
+    """The manifest: the sha256 of the weights at the start of the path, and its nodes."""
 
     schema: int
     start: str
@@ -38,27 +39,27 @@ class Way:
 
     def __post_init__(self) -> None:
         if (found := [node.number for node in self.nodes]) != list(range(1, len(found) + 1)):
-            raise ValueError(f"nodes: found the numbers {found}, expected 1 .. {len(found)} in turn")
+            raise ValueError(f"nodes: found the numbers {found}, expected 1 .. {len(found)} in this order")
 
 
-def _manifest(path: Path) -> Way:
+def _manifest(path: Path) -> StoredPath:
     value = read_json(path)
     found = value.get("schema") if isinstance(value, dict) else type(value).__name__
     if found != SCHEMA or isinstance(found, bool):
         raise ValueError(f"{path}: schema: found {found!r}, this version reads {SCHEMA}")
-    return parse(Way, value, f"{path}: ")
+    return parse(StoredPath, value, f"{path}: ")
 
 
 def node_folder(stage: Path, number: int) -> Path:
-    """Where node `number` (from 1) of a stage lies."""
+    """The folder of node `number` (from 1) of a stage."""
     return stage / FOLDER / f"{number:03d}"
 
 
 def node_saver(
     stage: Path, steps: Sequence[int], save: Callable[[Path], None], main: bool = True
 ) -> Callable[[int], None]:
-    """What to call after each of `steps`: stores the student as it is, under its number, and (the `main` process) notes its
-    files in `stored.json`. A kill before the next checkpoint writes the same bytes again."""
+    """A function to call after each of `steps`: it saves the student under the number of the step, and the `main` process
+    records the sha256 of the files in `stored.json`. After a kill, the run writes the same bytes again."""
     numbers = {step: number for number, step in enumerate(steps, 1)}
 
     def keep(step: int) -> None:
@@ -72,8 +73,9 @@ def node_saver(
 
 
 def check_stored(stage: Path, steps: Sequence[int]) -> None:
-    """Raise ValueError unless every node is what was stored when training passed it: a stage that was interrupted goes on with
-    those that it finds."""
+    """Check that the node files have not changed since they were saved: an interrupted stage reuses them.
+
+    Raises ValueError naming the file that is missing or changed."""
     stored = read_object(stage / STORED)
     for number, step in enumerate(steps, 1):
         files = stored.get(str(number))
@@ -82,12 +84,13 @@ def check_stored(stage: Path, steps: Sequence[int]) -> None:
             known = files.get(name) if isinstance(files, dict) else None
             if known is None or not file.is_file() or sha256_file(file) != known:
                 raise ValueError(
-                    f"{file}: is not the file that was stored after step {step}; redo={stage.name} records from the start"
+                    f"{file}: is not the file that was saved after step {step}; redo={stage.name} records from the start"
                 )
 
 
 def write_manifest(stage: Path, steps: Sequence[int], start: Path) -> None:
-    """Note the nodes of a finished stage and which weights (of the model folder `start`) the way began with."""
+    """Write the manifest of a finished stage: its nodes, and the weights (of the model folder `start`) at the start of the
+    path."""
     nodes = [
         {"number": number, "step": step, "sha256": sha256_file(node_folder(stage, number) / WEIGHTS)}
         for number, step in enumerate(steps, 1)
@@ -96,26 +99,26 @@ def write_manifest(stage: Path, steps: Sequence[int], start: Path) -> None:
 
 
 def read_nodes(stage: Path, start: Path) -> list[Path]:
-    """Model folders of a way, in its order: `start` and every stored node.
+    """Model folders of a path in order: `start` and every node.
 
-    Raises FileNotFoundError or ValueError where there is no manifest, a node is missing, changed or another kind of model,
-    or the way began with other weights than those in `start`."""
+    Raises FileNotFoundError or ValueError if there is no manifest, a node is missing, changed or another kind of model, or the
+    path starts at other weights than those in `start`."""
     path = stage / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path}: missing; expected a stage that stores nodes (method `degrade`), finished"
+            f"{path}: missing; expected a finished stage that saves nodes (method `degrade`)"
         )
     manifest = _manifest(path)
     teacher = Description.read(start).model
     if manifest.start != (found := sha256_file(start / WEIGHTS)):
         raise ValueError(
-            f"{path}: start: the way began with weights {manifest.start[:12]}, the teacher's are {found[:12]}"
+            f"{path}: start: found weights {manifest.start[:12]}, expected the teacher's {found[:12]}"
         )
     folders = [start]
     for node in manifest.nodes:
         folder = node_folder(stage, node.number)
         if not (folder / WEIGHTS).is_file():
-            raise FileNotFoundError(f"{folder / WEIGHTS}: missing; {path} names it as node {node.number}")
+            raise FileNotFoundError(f"{folder / WEIGHTS}: missing; {path} lists it as node {node.number}")
         if (found := sha256_file(folder / WEIGHTS)) != node.sha256:
             raise ValueError(
                 f"{folder / WEIGHTS}: sha256: found {found[:12]}, {path} expects {node.sha256[:12]}"
@@ -130,9 +133,9 @@ def read_nodes(stage: Path, start: Path) -> list[Path]:
     return folders
 
 
-def check_way(stage: Path, init: Path | None, method: Mapping[str, Any]) -> None:
-    """Refuse a way that was recorded for the samples of another student than the model `init`, or of one that starts at other
-    levels than the `method`'s: its end, where the fake score begins, would not fit them.
+def check_path(stage: Path, init: Path | None, method: Mapping[str, Any]) -> None:
+    """Check that a path was recorded on samples of the model `init` and with the `method`'s levels: its last node, which
+    initializes the fake score, has been trained on them.
 
     Raises ValueError naming what differs."""
     recorded = read_json(stage / ARTIFACT)["identity"]
@@ -140,13 +143,12 @@ def check_way(stage: Path, init: Path | None, method: Mapping[str, Any]) -> None
     student = None if init is None else read_json(init / ARTIFACT)["digest"]
     if recorded["inputs"].get("generator") != student:
         raise ValueError(
-            f"init: the way in {stage} was recorded on samples of another model; expected the one that its stage names as "
-            "networks.generator"
+            f"init: {stage} was recorded for another student; set `init` to its `networks.generator`"
         )
 
 
 def check_recorded(where: str, recorded: Mapping[str, Any], method: Mapping[str, Any]) -> None:
-    """Refuse nodes that were recorded by a method with other levels: their end, where the fake score begins, would not fit.
+    """Check that nodes were recorded with the `method`'s levels.
 
     Raises ValueError naming the option."""
     theirs, ours = former_names(recorded), former_names(method)

@@ -42,9 +42,9 @@ from distill.stages.made import (
 )
 from distill.stages.monitor import Monitor, Options
 from distill.stages.nodes import (
+    check_path,
     check_recorded,
     check_stored,
-    check_way,
     node_saver,
     read_nodes,
     write_manifest,
@@ -255,7 +255,7 @@ class Train(ModelStage):
         nodes: Sequence[Path] = ()
         if self.nodes is not None:
             nodes = read_nodes(context.inputs["nodes"], context.inputs["teacher"])
-            check_way(context.inputs["nodes"], context.inputs.get("init"), self.method)
+            check_path(context.inputs["nodes"], context.inputs.get("init"), self.method)
         method = self._method(student, models, nodes)
         optim = build_optim(self.optim, self.steps)
         method.prepare(optim, seed=context.seed, stream=self.stream, world=context.world)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+import lightning as L
 import torch
 import torch.distributed as dist
 from engine_support import Points, head_only, two_adapters, two_heads
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
 
 from distill.engine.fit import Fit, train
+from distill.engine.loggers import Jsonl
+from distill.engine.logging import read_entries
 from distill.engine.parallel import full, full_state, make_mesh, shard_net
 from distill.world import World
 
@@ -86,6 +90,37 @@ def job_parts(world: World, folder: Path) -> None:
             }
             if world.main:
                 torch.save(found, folder / f"{place.name}.pt")
+
+
+class Ranks(L.Callback):
+    """Notes what Lightning says of this process."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, bool, int, int]] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        trainer.loggers[0].log_metrics({"a": 1.0}, step=trainer.global_step)  # dropped where nothing logs
+        writes = sum(not isinstance(logger, DummyLogger) for logger in trainer.loggers)
+        self.seen.append((trainer.global_rank, trainer.is_global_zero, trainer.global_step, writes))
+
+
+def job_callbacks(world: World, folder: Path) -> None:
+    """A callback on every process, a logger on the main one."""
+    ranks = Ranks()
+    loggers = [Jsonl(folder)] if world.main else []
+    train(
+        head_only(world),
+        Points(),
+        Fit(2, 16, log_every=1),
+        folder=folder / "c",
+        loggers=loggers,
+        callbacks=[ranks],
+    )
+    if seen := world.gather(ranks.seen):
+        torch.save(
+            {"seen": seen, "logged": [e["step"] for e in read_entries(folder / "metrics.jsonl")]},
+            folder / "ranks.pt",
+        )
 
 
 def job_rows(world: World, folder: Path) -> None:

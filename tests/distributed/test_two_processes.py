@@ -56,7 +56,17 @@ def results(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("two")
     parts = [f"parts_worker.{name}" for name in ("parts", "rows")]
     start(folder, 1, "train", "gradients", "poison", *parts)
-    jobs = ("train", "gradients", "stale", "local", "mesh", "poison", "continue", "parts_worker.nested")
+    jobs = (
+        "train",
+        "gradients",
+        "stale",
+        "local",
+        "mesh",
+        "poison",
+        "continue",
+        "parts_worker.nested",
+        "parts_worker.callbacks",
+    )
     start(folder, 2, *jobs, *parts)
     start(folder, 1, "continue")
     return folder
@@ -130,6 +140,12 @@ def test_rows_of_all_processes_give_the_gradient_of_the_whole_batch(results):
     one, two = load(results, "rows-1"), load(results, "rows-2")
     assert torch.equal(one["labels"], two["labels"])
     assert_close(one, two)
+
+
+def test_callbacks_run_on_every_process_and_the_main_one_alone_logs(results):
+    found = load(results, "ranks")
+    assert found["seen"] == [[(0, True, 1, 1), (0, True, 2, 1)], [(1, False, 1, 0), (1, False, 2, 0)]]
+    assert found["logged"] == [1, 1, 2, 2]
 
 
 def test_meshes_and_collecting(results):

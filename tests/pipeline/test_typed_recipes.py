@@ -150,8 +150,8 @@ def test_a_recipe_may_be_called_yml(plan):
         ),
         (
             TOY
-            + "callbacks: [{_target_: lightning.pytorch.callbacks.LearningRateMonitor, logging_interval: a}]\n",
-            "callbacks[0]: logging_interval should be",
+            + "callbacks: [{_target_: lightning.pytorch.callbacks.ModelCheckpoint, every_n_train_steps: -3}]\n",
+            "callbacks[0]: Invalid value for every_n_train_steps",
         ),
         (TOY + "callbacks: [{_target_: torch.nn.Linear}]\n", "expected a subclass of lightning"),
         (TOY + "trainer: {profiler: simpel}\n", "trainer.profiler: found 'simpel', expected one of"),

@@ -36,7 +36,7 @@ from distill.process.flow import Flow
 from distill.process.vp import VPCosine, VPScaledLinear
 from distill.recipe.compose import CONFIGS, register_recipes
 from distill.recipe.plan import plan, refuse_changes
-from distill.stages.nodes import check_way, read_nodes, write_manifest
+from distill.stages.nodes import check_path, read_nodes, write_manifest
 
 CLASSES = 8
 
@@ -450,7 +450,7 @@ SPOILS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "a list": (lambda s, t: write_json(s / "nodes.json", []), "nodes.json: schema: found 'list'"),
     "another teacher": (
         lambda s, t: saved(t, 5),
-        "start: the way began with weights [0-9a-f]{12}, the teacher's are",
+        "start: found weights [0-9a-f]{12}, expected the teacher's",
     ),
     "a lost node": (
         lambda s, t: (s / "nodes" / "002" / "model.safetensors").unlink(),
@@ -509,19 +509,17 @@ def test_a_way_is_that_of_the_student_s_own_samples(tmp_path: Path) -> None:
         recorded(tmp_path / "teacher", "teacher's"),
     )
     method = {"levels": None, "unit_noise": False, "floor": 0.05}
-    check_way(stage, student, method)
+    check_path(stage, student, method)
     with pytest.raises(
         ValueError,
         match=r"method.sampling.levels: found \[2.5\], but the nodes of .*record are recorded with None",
     ):
-        check_way(stage, student, method | {"levels": [2.5]})
+        check_path(stage, student, method | {"levels": [2.5]})
     with pytest.raises(ValueError, match=r"method.sampling.unit_noise: found True, .* recorded with False"):
-        check_way(stage, student, method | {"unit_noise": True})
+        check_path(stage, student, method | {"unit_noise": True})
     for other in (teacher, None):
-        with pytest.raises(
-            ValueError, match=r"init: the way in .*record was recorded on samples of another model"
-        ):
-            check_way(stage, other, method)
+        with pytest.raises(ValueError, match=r"init: .*record was recorded for another student; set `init`"):
+            check_path(stage, other, method)
 
 
 # ---- going on with other settings ----
