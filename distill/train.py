@@ -34,16 +34,18 @@ def main(cfg: DictConfig) -> None:
                 ):
                     sys.exit(code)
                 return
-            with interrupt.watch():
-                folder = run(plain, name=name, recipe_name=recipe_name)
-    except FastDevRun as tried:
-        print(terminal.printable(str(tried)), file=sys.stderr)
+            try:
+                with interrupt.watch():
+                    folder = run(plain, name=name, recipe_name=recipe_name)
+            except FastDevRun as tried:
+                print(terminal.printable(str(tried)), file=sys.stderr)
+                return
     except interrupt.Interrupted as stop:
         print(f"{stop}; the same command continues", file=sys.stderr)
         sys.exit(128 + stop.signum)
     finally:
         world.leave()
-    if not plain["plan"] and not plain["trainer"].get("fast_dev_run") and terminal.is_main():
+    if not plain["plan"] and terminal.is_main():
         print(terminal.printable(summary(folder)))
 
 

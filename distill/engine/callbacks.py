@@ -83,7 +83,7 @@ class LoggingCallback(Callback):
     def __init__(self, every: int, steps: int, on_progress: Callable[[int, str], None]) -> None:
         self.every, self.steps, self.on_progress = every, steps, on_progress
         self.seen = 0
-        self.logs: dict[str, Tensor] = {}
+        self.logs: dict[str, Tensor | float] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Counters go on from the checkpoint."""
@@ -113,7 +113,9 @@ class LoggingCallback(Callback):
     def _log(self, trainer: L.Trainer, module: DistillModule) -> None:
         """One entry with the means over processes and the counts of skipped steps."""
         logs, names = self.logs, list(self.logs)
-        values = module.world.mean(torch.stack([logs[n].to(module.device, torch.float32) for n in names]))
+        values = module.world.mean(
+            torch.stack([torch.as_tensor(logs[n], dtype=torch.float32, device=module.device) for n in names])
+        )
         entry = {**module.progress.to_dict(), **dict(zip(names, values.tolist(), strict=True))}
         entry |= {f"{name}/skipped": pair[0] for name, pair in module.nonfinite.to_dict().items()}
         entry |= module.evaluated or {}

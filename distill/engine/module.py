@@ -7,6 +7,7 @@ accumulation, freezing, learning rates and averages live here and nowhere else; 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -70,7 +71,7 @@ class DistillModule(L.LightningModule):
         self._running: Running | None = None  # the update that ran last
         self.world, self.seed, self.stream = World(), 0, "train"
         self.begun: dict[str, Any] = {}  # what training began with, once it has: see `engine.made`
-        self.latest: Mapping[str, Tensor] = {}  # what the last iteration logs, on the device
+        self.latest: Mapping[str, Tensor | float] = {}  # what the last iteration logs, on the device
         self.evaluated: Mapping[str, float] | None = (
             None  # what an evaluation of this step found, until it is logged
         )
@@ -287,7 +288,7 @@ class DistillModule(L.LightningModule):
         iteration = self.progress.iteration
         self._images = sum(len(micro) for micro in batch) * self.world.size
         shared: list[dict[str, Any]] = [{} for _ in batch]
-        logs: dict[str, Tensor] = {}
+        logs: dict[str, Tensor | float] = {}
         for update in self.plan:
             if update.runs_at(iteration):
                 logs |= self._run(update, batch, shared, iteration)
@@ -298,7 +299,7 @@ class DistillModule(L.LightningModule):
 
     def _run(
         self, update: Update, batch: list[Batch], shared: list[dict[str, Any]], iteration: int
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Tensor | float]:
         """One optimizer step: losses of all micro batches, clip, step, average. Returns what to log, still on
         the device.
 
@@ -314,11 +315,13 @@ class DistillModule(L.LightningModule):
         gradients = [p.grad for p in parameters if p.grad is not None]
         norm = full_norm(torch.nn.utils.get_total_norm(gradients, foreach=together))
         step = update.runs_before(iteration)
-        bad = self.world.maximum(nonfinite(norm, logs[f"{update.name}/loss"]))
+        bad = self._bad(norm, logs[f"{update.name}/loss"])
         self.nonfinite.count(update.name, step, bad)
         if settings.clip is not None:
-            logs[f"{update.name}/clipped"] = (norm > settings.clip).float()
-            torch.nn.utils.clip_grads_with_norm_(parameters, settings.clip, norm, foreach=together)
+            logs[f"{update.name}/clipped"] = norm > settings.clip
+            # Where nothing is to be clipped, torch would multiply every gradient by 1.
+            if norm.device.type != "cpu" or not float(norm) < 0.999 * settings.clip:
+                torch.nn.utils.clip_grads_with_norm_(parameters, settings.clip, norm, foreach=together)
         factor = settings.schedule(step)
         for group, base in zip(optimizer.param_groups, self.base_lr[update.name], strict=True):
             group["lr"] = base * factor
@@ -331,14 +334,20 @@ class DistillModule(L.LightningModule):
             self.progress.step += 1
             self.progress.images += self._images
             self.after_step()
-        rate = torch.tensor(optimizer.param_groups[0]["lr"])
-        return logs | {f"{update.name}/grad_norm": norm, f"{update.name}/lr": rate}
+        logs[f"{update.name}/grad_norm"], logs[f"{update.name}/lr"] = norm, optimizer.param_groups[0]["lr"]
+        return logs
+
+    def _bad(self, norm: Tensor, loss: Tensor | float) -> Tensor | bool:
+        """Whether norm or loss is not finite on any process. On a CPU a bool: reading costs less than arithmetic there."""
+        if self.world.size == 1 and norm.device.type == "cpu":
+            return not (math.isfinite(float(norm)) and math.isfinite(float(loss)))
+        return self.world.maximum(nonfinite(norm, torch.as_tensor(loss)))
 
     def _backward(
         self, update: Update, batch: list[Batch], shared: list[dict[str, Any]], iteration: int
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Tensor | float]:
         """Accumulate the gradients of all micro batches; returns the means of what the losses log."""
-        logs: dict[str, Tensor] = {}
+        logs: dict[str, Tensor | float] = {}
         whole, running, stream = len(batch) == 1, self._running_of(update), f"{self.stream}/{update.name}"
         steps = [
             Step(

@@ -11,27 +11,28 @@ WINDOW = 1000
 
 
 class NonFinite:
-    """By update: how many steps were skipped, in all, in a row, and in the present thousand."""
+    """By update: how many steps were skipped, in all, in a row, and in the present thousand: tensors on an accelerator, which
+    is not waited for, numbers on a CPU."""
 
     def __init__(self) -> None:
-        self.total: dict[str, Tensor] = {}
-        self.streak: dict[str, Tensor] = {}
-        self.recent: dict[str, Tensor] = {}
+        self.total: dict[str, Tensor | int] = {}
+        self.streak: dict[str, Tensor | int] = {}
+        self.recent: dict[str, Tensor | int] = {}
 
     def to(self, device: torch.device) -> None:
         """Move the counters."""
         for counters in (self.total, self.streak, self.recent):
-            for name in counters:
-                counters[name] = counters[name].to(device)
+            for name, value in counters.items():
+                on_cpu = device.type == "cpu"
+                counters[name] = int(value) if on_cpu else torch.tensor(float(value), device=device)
 
-    def count(self, update: str, step: int, bad: Tensor) -> None:
-        """Note optimizer step `step` (from 0); `bad` is a scalar, 1 where it is skipped and 0 where not."""
+    def count(self, update: str, step: int, bad: Tensor | bool) -> None:
+        """Count optimizer step `step` (from 0); `bad`: 1 or True if it is skipped."""
         if update not in self.total:
-            nothing = torch.zeros_like(bad)
-            self.total[update] = self.streak[update] = self.recent[update] = nothing
+            self.total[update] = self.streak[update] = self.recent[update] = 0
         self.total[update] = self.total[update] + bad
         self.streak[update] = (self.streak[update] + 1) * bad
-        self.recent[update] = bad if step % WINDOW == 0 else self.recent[update] + bad
+        self.recent[update] = (0 if step % WINDOW == 0 else self.recent[update]) + bad
 
     def to_dict(self) -> dict[str, list[int]]:
         """update -> [in all, in a row, since the last multiple of 1000 steps]; reads the device."""
@@ -42,9 +43,9 @@ class NonFinite:
 
     def load(self, value: dict[str, list[int]]) -> None:
         """Inverse of `to_dict`."""
-        self.total, self.streak, self.recent = (
-            {name: torch.tensor(float(counts[i])) for name, counts in value.items()} for i in range(3)
-        )
+        for place, counters in enumerate((self.total, self.streak, self.recent)):
+            counters.clear()
+            counters.update({name: counts[place] for name, counts in value.items()})
 
 
 def nonfinite(*values: Tensor) -> Tensor:
@@ -54,12 +55,12 @@ def nonfinite(*values: Tensor) -> Tensor:
     return nothing.isnan().to(torch.float32)
 
 
-def step_unless(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
-    """`optimizer.step()`, or nothing at all where `bad` (a scalar, 1 or 0) is set.
+def step_unless(optimizer: torch.optim.Optimizer, bad: Tensor | bool) -> None:
+    """`optimizer.step()`, or nothing at all if `bad` (a bool, or a scalar tensor of 1 or 0) is set.
 
     On a device, fused optimizers read the flag themselves (the mechanism that gradient scaling uses); others
     cost one read by the host. On a CPU reading is free, and the flag is not."""
-    if optimizer.defaults.get("fused") and bad.device.type != "cpu":
+    if isinstance(bad, Tensor) and optimizer.defaults.get("fused") and bad.device.type != "cpu":
         flagged_step(optimizer, bad)
     elif not bool(bad):
         optimizer.step()

@@ -67,6 +67,6 @@ def stage_options(config: Mapping[str, Any], folder: Path, settings: Mapping[str
     return {name: value for name, value in given.items() if name not in config}
 
 
-def build(config: Mapping[str, Any], **options: Any) -> Any:
+def build(config: Mapping[str, Any], /, **options: Any) -> Any:
     """The object that a config names; configs inside its options are built too."""
     return instantiate(dict(config), **options, _convert_="all")

@@ -198,7 +198,7 @@ def test_an_update_may_leave_conditions_for_the_next(tmp_path: Path) -> None:
             return self.loss(self.student, batch, step)
 
         def take(self, batch, step):
-            self.seen.append(step.shared["cond"].label.unique().tolist() == [step.part])
+            self.seen.append(step.shared["cond"].get("label").unique().tolist() == [step.part])
             return self.loss(self.fake, batch, step)
 
     method = prepared(Leaving(denoiser(Headed(base())), denoiser(Headed(base()))))
