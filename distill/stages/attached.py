@@ -53,8 +53,9 @@ def _check(kind: str, config: Mapping[str, Any], where: str) -> None:
 def _try(config: Mapping[str, Any], options: Mapping[str, Any], where: str) -> None:
     try:
         build(config, **options)
-    except InstantiationException as error:
-        raise ValueError(f"{where}: {error.__cause__ or error}") from error
+    except Exception as error:  # whatever the constructor raises
+        cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
+        raise ValueError(f"{where}: {cause}") from error
 
 
 def stage_options(config: Mapping[str, Any], folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,5 +69,5 @@ def stage_options(config: Mapping[str, Any], folder: Path, settings: Mapping[str
 
 
 def build(config: Mapping[str, Any], /, **options: Any) -> Any:
-    """The object that a config names; configs inside its options are built too."""
-    return instantiate(dict(config), **options, _convert_="all")
+    """The object that a config names, and the objects that its options name; `options` are passed as they are."""
+    return instantiate({**config, "_partial_": True}, _convert_="all")(**options)
