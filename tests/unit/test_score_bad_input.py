@@ -437,7 +437,7 @@ def test_the_nodes_of_a_way_are_read_in_their_order(way: tuple[Path, Path]) -> N
 SPOILS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "no manifest": (
         lambda s, t: (s / "nodes.json").unlink(),
-        "nodes.json: missing; expected a stage that stores",
+        "nodes.json: missing; expected a finished stage that saves",
     ),
     "newer": (
         lambda s, t: change(s / "nodes.json", schema=9),
@@ -454,7 +454,7 @@ SPOILS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     ),
     "a lost node": (
         lambda s, t: (s / "nodes" / "002" / "model.safetensors").unlink(),
-        "002/model.safetensors: missing; .*nodes.json names it as node 2",
+        "002/model.safetensors: missing; .*nodes.json lists it as node 2",
     ),
     "a changed node": (
         lambda s, t: saved(s / "nodes" / "001", 7),
