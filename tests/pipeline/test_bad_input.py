@@ -150,7 +150,7 @@ def test_teachers_that_do_not_fit_are_refused(run, tmp_path, refuse):
     # eps where nothing of the data is left at the start: a flow's t = 1, or zero terminal SNR
     assert "kind: found 'eps', but under Flow() alpha is 0 at t_max" in message("c", kind="eps")
     assert "schema: found 9" in message("d", schema=9)
-    assert "guidance_scale: found 2.0, but 'teacher' was trained without a null condition" in message(
+    assert "guidance_scale: found 2.0, but the teacher was trained without a null condition" in message(
         "e", "stages.pairs.guidance_scale=2.0", guidable=False
     )
 
