@@ -1,8 +1,8 @@
-"""Training checkpoints: one file with everything that training needs and nothing that is frozen (contract *Checkpoint*).
+"""Training checkpoints: one file with everything that training needs and nothing that is frozen.
 
-Tensors are whole and named, so a checkpoint of two processes continues on one and the reverse. `torch.load`
-runs with `weights_only=True`: tensors and plain containers, no code. A sha256 over all of it stands in the file, so
-that an edited one, or one put together from two, is refused.
+Tensors are whole and named, so a checkpoint of two processes continues on one and the reverse. `torch.load` runs with
+`weights_only=True`: tensors and plain containers, no code. The file holds a sha256 of its content, so that an edited file, or
+one made from two checkpoints, is refused.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PARTS = ("networks", "ema", "optimizers", "progress", "nonfinite", "sampler", "m
 
 
 class Refused(ValueError):
-    """A checkpoint that training does not go on from."""
+    """Training cannot continue from a checkpoint."""
 
 
 def state_of(
@@ -165,7 +165,7 @@ def restore(state: dict[str, Any], module: DistillModule, *, where: Path) -> Non
 
 
 def checked_progress(state: Mapping[str, Any], module: DistillModule, where: Path) -> Progress:
-    """How far the checkpoint is, where its counts agree with each other; else raises `Refused`."""
+    """The checkpoint's progress; raises `Refused` if its counters contradict each other."""
     try:
         progress = parse(Progress, state["progress"], f"{where}: progress")
         counts = parse(dict[str, list[int]], state["nonfinite"], f"{where}: nonfinite")
@@ -226,7 +226,7 @@ def restore_callbacks(state: Mapping[str, Any], callbacks: Sequence[Callback], *
 
 
 def restore_optimizers(state: dict[str, Any], module: DistillModule, *, where: Path) -> None:
-    """Load every optimizer's state; the base learning rates stay those of today's config."""
+    """Load the state of every optimizer; base learning rates come from the current config."""
     found, names = state["optimizers"], module.parameter_names()
     if set(found) != set(module.optimizers_by_key):
         wanted = sorted(module.optimizers_by_key)

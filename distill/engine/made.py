@@ -1,5 +1,5 @@
-"""What a training is known by: everything that its weights depend on, as plain containers, so that a checkpoint of another
-training is told from one's own without the caller's help."""
+"""Describes a training by everything that its weights depend on, as plain containers. Checkpoints record it, so that the
+checkpoint of another training is refused."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ DEPTH = 8  # of nested objects that are looked into
 
 
 def made_of(method: DistillModule, source: Source, batch_size: int, **settings: Any) -> dict[str, Any]:
-    """Method and its options, networks at the start, optimizers, seed, stream, data, batch size and `settings`.
+    """Method and its options, initial networks, optimizers, seed, stream, data, batch size and `settings`.
 
-    The method's part is taken when its training begins and kept by it: the options and the weights change later."""
+    The method's part is computed once, when training begins, and stored in `method.begun`: weights change later."""
     if not method.begun:
         if not isinstance(method.given, dict):
-            method.given = _options(method)  # the networks among them would be held beside the method's own
+            method.given = _options(method)  # drops references to the networks that were given
         method.begun = {
             "method": name_of(type(method)),
             "options": method.given,
@@ -52,7 +52,7 @@ def made_of(method: DistillModule, source: Source, batch_size: int, **settings: 
 
 
 def differences(found: Any, wanted: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(place, found, wanted) of everything that two plain containers do not share."""
+    """(place, found, wanted) of every difference between two plain containers."""
     if isinstance(found, Mapping) and isinstance(wanted, Mapping):
         for key in sorted({*found, *wanted}, key=str):
             place = f"{where}.{key}" if where else str(key)
@@ -62,7 +62,8 @@ def differences(found: Any, wanted: Any, where: str = "") -> Iterator[tuple[str,
 
 
 def over_length(made: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    """The same with schedules whose `total` is the length of training said so: a longer training has a longer one."""
+    """The same with `total` of schedules replaced by "steps" where it equals the length of training, so that a longer training
+    compares equal."""
 
     def schedule(told: Any) -> Any:
         whole = isinstance(told, Mapping) and isinstance(told.get("fields"), Mapping)
@@ -84,14 +85,14 @@ def weights_of(network: nn.Module) -> str:
 
 
 def feed(digest: Any, value: Tensor) -> None:
-    """Add a tensor's type, shape and bytes to a hash."""
+    """Update a hash with a tensor's dtype, shape and bytes."""
     plain = value.detach().cpu().contiguous()
     digest.update(f"{plain.dtype} {list(plain.shape)} ".encode())
     digest.update(plain.reshape(-1).view(torch.uint8).numpy())
 
 
 def data_of(source: Source, batch_size: int) -> str:
-    """The source's fingerprint; of one that has none, sha256 over every sample, each fetched once."""
+    """The source's fingerprint; without one, sha256 over all samples, each fetched once."""
     if callable(fingerprint := getattr(source, "fingerprint", None)):
         return str(fingerprint())
     digest = hashlib.sha256(f"{len(source)} {list(source.sample_shape)} {source.num_classes}".encode())
@@ -105,10 +106,10 @@ def data_of(source: Source, batch_size: int) -> str:
 
 
 def _options(method: DistillModule) -> dict[str, Any]:
-    """The arguments of the constructor by name; model folders by their weights."""
+    """Arguments of the constructor by name; model folders as the sha256 of their weights."""
     arguments, options = method.given
     given = inspect.signature(type(method).__init__).bind_partial(None, *arguments, **options).arguments
-    # Of the method's own networks the weights are told elsewhere, as they were when training began.
+    # Weights of the method's own networks are in `start` and `frozen`.
     known = {
         id(tensor)
         for network in (*method.networks.values(), *method.frozen.values())
@@ -130,7 +131,7 @@ def _tensors(network: nn.Module) -> list[Tensor]:
 
 
 def _optim(method: DistillModule) -> dict[str, Any]:
-    """By update: the optimizer as it is built, and the other settings."""
+    """update -> the optimizer's class and groups, and the other settings."""
     told = {}
     for name, optimizer in method.new_optimizers().items():
         groups = [{k: describe(v) for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
@@ -148,7 +149,7 @@ def name_of(kind: Any) -> str:
 
 
 def describe(value: Any, depth: int = 0) -> Any:
-    """An object as plain containers that are equal where the objects mean the same, in another process too."""
+    """An object as plain containers; equal objects give equal containers, in another process too."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int | str | float):  # plain ones, also of a subclass: checkpoints hold no others
@@ -192,7 +193,7 @@ def _describe_object(value: Any, depth: int) -> Any:
 
 
 def _describe_network(network: nn.Module, depth: int) -> dict[str, Any]:
-    """Structure without weights: layers with what they print of themselves; of a denoiser, what its output means."""
+    """Structure without weights: layers with their `extra_repr`; of a denoiser also its process, kind and samples."""
     layers = [f"{name} {name_of(type(part))} {part.extra_repr()}" for name, part in network.named_modules()]
     told: dict[str, Any] = {"class": name_of(type(network))}
     told["layers"] = sha256_text(_without_address("\n".join(layers)))
@@ -204,7 +205,7 @@ def _describe_network(network: nn.Module, depth: int) -> dict[str, Any]:
 
 
 def _describe_function(function: FunctionType, depth: int) -> dict[str, Any]:
-    """Name, code, defaults and what the function closes over: two lambdas share a name."""
+    """Name, code, defaults and closure: the name does not distinguish lambdas."""
     cells = [cell.cell_contents for cell in function.__closure__ or ()]
     return {
         "call": name_of(function),

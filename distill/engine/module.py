@@ -1,8 +1,7 @@
-"""The base of every method: a LightningModule that runs the updates a method declares.
+"""Base class of methods: a LightningModule that runs the updates that a method declares.
 
-Manual optimization, because a method may have several optimizers in one iteration. Counting, clipping,
-accumulation, freezing, learning rates and averages live here and nowhere else; Lightning's own step counter
-(which counts every optimizer) is never read.
+It uses manual optimization, because a method may have several optimizers in one iteration. Counting, clipping, accumulation,
+freezing, learning rates and averages are implemented here.
 """
 
 from __future__ import annotations
@@ -42,15 +41,15 @@ class DistillModule(L.LightningModule):
     trained in `updates` and what the student is afterwards in `result`. The trained student is always called
     "student".
 
-    Nothing that a method was given is changed but the weights of the student's net: a method that reads the student in
-    another way trains `student.with_(...)`."""
+    Of its arguments a method changes the weights of the student's net alone: to train a student with other properties, use
+    `student.with_(...)`."""
 
-    # Options of the constructor that name model folders: they are known by their weights, not by where they lie.
+    # Options of the constructor that name model folders. Checkpoints record their weights, not their paths.
     FOLDERS: ClassVar[tuple[str, ...]] = ()
     given: Any  # (arguments, options) of the constructor, described by `engine.made` once training begins
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
-        """Keep what the constructor is called with: a checkpoint says how its method was made."""
+        """Store the arguments of the constructor: checkpoints record them."""
         made = super().__new__(cls)
         made.__dict__["given"] = (args, options)
         return made
@@ -77,7 +76,7 @@ class DistillModule(L.LightningModule):
         )
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """A frozen network may be kept under any attribute without becoming a submodule (and part of checkpoints)."""
+        """A frozen network can be assigned to an attribute without becoming a submodule (and part of checkpoints)."""
         if (value is None or type(value) is str) and name in self.__dict__:
             object.__setattr__(
                 self, name, value
@@ -97,7 +96,7 @@ class DistillModule(L.LightningModule):
         raise NotImplementedError(f"{type(self).__name__} declares no updates")
 
     def result(self) -> Result:
-        """What the student is after training: every model that is saved or sampled takes it from here."""
+        """Properties of the student after training, for every model that is saved or sampled."""
         raise NotImplementedError(f"{type(self).__name__} declares no result")
 
     def averages(self) -> Mapping[str, Average]:
@@ -105,19 +104,19 @@ class DistillModule(L.LightningModule):
         return {}
 
     def diagnostics(self, batch: Batch, draws: Draws) -> Diagnostics:
-        """What to log and to show at an evaluation, from samples and draws that are the same each time. Without
-        gradients; every process calls it."""
+        """Scalars to log and images to show at an evaluation, from the same samples and draws each time. Called without
+        gradients, on every process."""
         return Diagnostics()
 
     def snapshots(self) -> Sequence[int]:
-        """Student steps after which the stage stores the student as it is (DisBack's path)."""
+        """Student steps after which the stage saves the student (DisBack's path)."""
         return ()
 
     def after_step(self) -> None:
-        """Called after each step of the student, on every process, for what a method decides by its own course."""
+        """Called after each step of the student, on every process."""
 
     def state(self) -> dict[str, Any]:
-        """What a method needs to go on beside its networks, as plain numbers and strings; saved in checkpoints."""
+        """State of the method beside its networks, as plain numbers and strings; saved in checkpoints."""
         return {}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -143,8 +142,8 @@ class DistillModule(L.LightningModule):
         stream: str = "train",
         world: World | None = None,
     ) -> None:
-        """Derive everything from the updates: what is trained, averages, counters from zero. `optim` has one entry (an
-        `Optim` or its fields) for each update, by its name."""
+        """Set up trained parameters, averages and counters from the updates. `optim` maps the name of each update to an `Optim`
+        or its fields."""
         self.seed, self.stream, self.world = seed, stream, world or World()
         self._forget()
         self.plan = list(self.updates())
@@ -201,7 +200,7 @@ class DistillModule(L.LightningModule):
         shard_networks(trained if shard == "none" else [*trained, *frozen], mesh, receiving)
 
     def _forget(self) -> None:
-        """Parameters may be replaced: what was looked up of them is looked up again."""
+        """Drop cached parameters, because they may be replaced."""
         self._step_caches.clear()
         self._running = None
 
@@ -210,7 +209,7 @@ class DistillModule(L.LightningModule):
         return [p for role in update.trains for p in self.trained[role].parameters()]
 
     def _running_of(self, update: Update) -> Running:
-        """What the update touches; for steps, once the networks are on their devices."""
+        """The cached parts of an update; call it once the networks are on their devices."""
         if (cache := self._step_caches.get(update.name)) is None:
             settings = self.optim[update.name]
             updaters: list[tuple[Callable[[int], float], EmaUpdater]] = []
@@ -225,7 +224,7 @@ class DistillModule(L.LightningModule):
                 if average.of in update.trains
             ]
             trained = [self.trained[role] for role in update.trains]
-            # A target is asked as the network that it follows.
+            # A target is in the mode of the network that it follows.
             trained += [
                 self.averaged[n] for n, average in self.further.items() if average.of in update.trains
             ]
@@ -271,20 +270,20 @@ class DistillModule(L.LightningModule):
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """What has passed since the last iteration is no training time."""
+        """Do not count the time since the last iteration as training time."""
         self._clock = time.perf_counter()
 
     def transfer_batch_to_device(
         self, batch: list[Batch], device: torch.device, dataloader_idx: int
     ) -> list[Batch]:
-        """Micro batches know how to move themselves."""
+        """Move micro batches, which Lightning cannot."""
         return [micro if micro.ids.device == device else micro.to(device) for micro in batch]
 
     # --- one iteration
     # ----------------------------------------------------------------------------------------------
 
     def training_step(self, batch: list[Batch], batch_idx: int) -> None:
-        """Run every update whose turn it is on all micro batches."""
+        """Run the updates of this iteration on all micro batches."""
         iteration = self.progress.iteration
         self._images = sum(len(micro) for micro in batch) * self.world.size
         shared: list[dict[str, Any]] = [{} for _ in batch]
@@ -383,7 +382,7 @@ class DistillModule(L.LightningModule):
         return network
 
     def as_generator(self) -> Generator:
-        """The student as it is afterwards: the weights of `best`, read and sampled as `result` says."""
+        """The student with the weights of `best` and the properties of `result`."""
         best, result = self.best(), self.result()
         assert isinstance(best, Denoiser)
         denoiser = best.with_(coupling=result.coupling, guidable=result.guidable, boundary=result.boundary)
@@ -391,5 +390,5 @@ class DistillModule(L.LightningModule):
         return Generator(denoiser, result.sampler)
 
     def best(self, role: str = STUDENT) -> nn.Module:
-        """The weights to use afterwards: the average where there is one, else the raw network."""
+        """The network to use after training: the average if there is one, else the trained network."""
         return self.ema[role] if role in self.ema else self.networks[role]

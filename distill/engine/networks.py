@@ -1,4 +1,4 @@
-"""Networks that a method was given: frozen copies without memory of their own, modes, and torch's random numbers (dropout)."""
+"""Frozen copies of networks, training modes, and the state of torch's generators."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def frozen_copy(network: Network) -> Network:
-    """The same network in eval mode and without gradients, on the same memory: modes, gradients and device of the one that
-    was given stay as they are. Who writes weights into it makes a real copy first."""
+    """A copy of the network in eval mode, without gradients, on the same memory. Modes, gradient flags and device of
+    `network` do not change. Copy it before writing weights into it."""
     shared: dict[int, object] = {id(buffer): buffer.detach() for buffer in network.buffers()}
     shared |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in network.parameters()}
     return copy.deepcopy(network, shared).eval()
 
 
 def check_apart(role: str, network: nn.Module, student: nn.Module) -> None:
-    """Refuse a frozen network that training would change.
+    """Check that training the student does not change a frozen network.
 
     Raises:
         ValueError: names `role`: it is the student, or shares weights with it.
@@ -41,13 +41,13 @@ def check_apart(role: str, network: nn.Module, student: nn.Module) -> None:
 
 
 def in_training(network: nn.Module) -> bool:
-    """The mode of a network; of a denoiser that of its net, which several denoisers may share."""
+    """Whether a network is in training mode; of a denoiser, its net, which several denoisers may share."""
     return network.net.training if isinstance(network, Denoiser) else network.training
 
 
 @contextmanager
 def modes_kept(networks: Iterable[nn.Module]) -> Iterator[None]:
-    """Afterwards modules are in the modes, and parameters take gradients, as before."""
+    """Restore training modes and gradient flags after the block."""
     listed = list(networks)
     modes = [(module, module.training) for network in listed for module in network.modules()]
     gradients = [(p, p.requires_grad) for network in listed for p in network.parameters()]
@@ -62,8 +62,8 @@ def modes_kept(networks: Iterable[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def seeded(device: torch.device, key: int) -> Iterator[None]:
-    """Inside, torch's own random numbers (dropout's) on the CPU and on `device` begin anew from `key`; outside, they go on as
-    if nothing had been drawn."""
+    """Seed torch's generators (dropout) of the CPU and of `device` with `key` inside the block; restore their state after
+    it."""
     generators = [torch.default_generator]
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index

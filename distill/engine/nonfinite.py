@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: counted on the device, skipped without asking the host."""
+"""Steps whose loss or gradient is not finite are skipped and counted, on an accelerator without a host sync."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ WINDOW = 1000
 
 
 class NonFinite:
-    """By update: how many steps were skipped, in all, in a row, and in the present thousand: tensors on an accelerator, which
-    is not waited for, numbers on a CPU."""
+    """Skipped steps of each update: in total, in a row, and since the last multiple of 1000 steps. Tensors on an accelerator,
+    to avoid a host sync; numbers on a CPU."""
 
     def __init__(self) -> None:
         self.total: dict[str, Tensor | int] = {}

@@ -1,4 +1,4 @@
-"""How far training is, in units that batch size, accumulation and world size do not change."""
+"""Progress of a training, in units that do not depend on accumulation and world size."""
 
 from __future__ import annotations
 

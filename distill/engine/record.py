@@ -1,4 +1,4 @@
-"""What a checkpoint records of its training, and whether another call of `train` goes on with the same one."""
+"""What a checkpoint records of its training, and the check that `train` continues the same one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHOWN = 6  # differences that a message names
 
 @dataclass(frozen=True)
 class Seam:
-    """Training was planned to `steps` and made longer at step `reached`."""
+    """A training of `steps` was extended when it had reached step `reached`."""
 
     steps: int
     reached: int
@@ -26,12 +26,12 @@ class Seam:
 
 @dataclass(frozen=True)
 class Record:
-    """Of one training.
+    """Record of one training.
 
     Attributes:
-        made: what it is known by, see `engine.made.made_of`.
-        config: what the caller wants compared as well, as plain containers.
-        steps: the length that it is planned to. seams: where it was made longer.
+        made: its description, see `engine.made.made_of`.
+        config: further plain containers of the caller to compare.
+        steps: planned length. seams: where it was extended.
     """
 
     made: dict[str, Any]
@@ -55,8 +55,8 @@ def record_in(state: Mapping[str, Any], where: Path) -> Record:
 def continued(
     state: Mapping[str, Any], wanted: Record, module: DistillModule, where: Path, seams: Sequence[Seam] | None
 ) -> Record:
-    """The record of a training that goes on from a checkpoint with what is `wanted` now; its seams, if the caller knows
-    them, must be `seams`. Raises `Refused` naming every difference."""
+    """The record of a training that continues from a checkpoint with the settings `wanted`; its seams must be `seams`, if
+    given. Raises `Refused` naming every difference."""
     found = record_in(state, where)
     reached = state["progress"]["step"]
     if wanted.steps < found.steps:
@@ -65,7 +65,7 @@ def continued(
         )
     ours, theirs = dict(wanted.made), dict(found.made)
     for role, weights in (theirs.get("start") or {}).items():
-        # The method of an earlier call, given again, holds what it was trained to.
+        # A method that is passed again holds the weights at the end of the earlier call.
         if role in module.trained and holds(module.trained[role], state["networks"].get(role, {})):
             ours["start"] = {**ours["start"], role: weights}
     pairs = [({"config": found.config, **theirs}, {"config": wanted.config, **ours})]
@@ -90,7 +90,7 @@ def continued(
 
 
 def told(changes: Iterable[tuple[str, Any, Any]]) -> str:
-    """Differences in words."""
+    """Differences as text."""
     lines = [_line(*change) for change in changes]
     return "; ".join([*lines[:SHOWN], *([f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else [])])
 

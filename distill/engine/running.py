@@ -1,4 +1,4 @@
-"""What an update touches in every step, looked up once: walking over a network's modules costs as much as a small layer."""
+"""Cached parts of an update: iterating over a network's modules in each step costs as much as a small layer."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Running:
         self.others = [network for network in self.others if id(network) not in trained]
 
     def start(self, before: Running | None) -> None:
-        """Set modes and gradient flags for this update; `before` is the one that ran last, whose parameters are frozen again.
-        Where that is this one and nobody has changed the modes since, nothing is to do."""
+        """Set modes and gradient flags for this update; `before` is the one that ran last; its parameters are
+        frozen again. Does nothing if that is this one and the modes have not been changed since."""
         if before is not self:
             for parameter in before.parameters if before is not None else ():
                 parameter.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: pure functions of the optimizer step, so there is nothing to save."""
+"""Learning-rate schedules: functions of the optimizer step, without state."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""What a method declares: a few updates. Optimizers, freezing, clipping, checkpoint keys and log names are
-derived from them."""
+"""The updates that a method declares. Optimizers, freezing, clipping, checkpoint keys and log names are derived from them."""
 
 from __future__ import annotations
 
@@ -26,7 +25,7 @@ class Loss(NamedTuple):
 
 @dataclass
 class Step:
-    """One micro batch of one iteration, as a loss sees it.
+    """One micro batch of one iteration, passed to a loss.
 
     `draws` gives this update's randomness for the micro batch. `shared` holds what one update leaves for the later ones of
     the iteration on the same micro batch: tensors, a `Cond` (DMD2's fake update reuses the generator's detached images and
@@ -100,8 +99,8 @@ class Update:
 class Average:
     """A further moving average of a trained network, with a schedule of its own: a target network (mean teacher).
 
-    Not the one that is evaluated and exported (`Optim.ema`). It is kept, sharded and saved like that one, under its name
-    in `DistillModule.ema`.
+    The average that is evaluated and exported is `Optim.ema`. This one is sharded and saved like it, under its name in
+    `DistillModule.ema`.
 
     Attributes:
         of: role of the network that it follows.
@@ -113,7 +112,7 @@ class Average:
 
 
 class Diagnostics(NamedTuple):
-    """What a method shows of itself at an evaluation: scalars to log, and rows (label, images [n,*S]) of a picture."""
+    """Diagnostics of a method at an evaluation: scalars to log, and rows (label, images [n,*S]) of a picture."""
 
     scalars: Mapping[str, Tensor] = {}
     rows: Sequence[tuple[str, Tensor]] = ()
