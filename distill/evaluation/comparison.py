@@ -101,11 +101,13 @@ def _read(file: Path, name: str) -> Run:
         protocol = Protocol.from_dict(content["protocol"])
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-    real = parse(dict[str, float | None] | None, content.get("real"), f"{file}: real") or {}
-    note = parse(str | None, content.get("note"), f"{file}: note") or ""
+    real = parse(_REAL, content.get("real"), f"{file}: real") or {}
+    note = parse(_NOTE, content.get("note"), f"{file}: note") or ""
     return Run(name, file, protocol, tuple(content["rows"]), real, note)
 
 
+_REAL: Any = dict[str, float | None] | None
+_NOTE: Any = str | None
 # The types of the entries of a row that are no numbers.
 _ROW: dict[str, Any] = {"model": str, "steps": int | None, "nfe": int | None}
 
