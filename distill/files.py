@@ -261,3 +261,29 @@ def sha256_file(path: Path) -> str:
     """Return the sha256 of a file's bytes, in hex."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+KEPT_ABOVE = 64 * 2**20  # bytes; smaller files are read faster than a record of them
+
+
+def sha256_kept(path: Path) -> str:
+    """`sha256_file`, computed once for a large file: the digest is kept by path, size and time of modification, in
+    `distill/digests.json` of the user's cache folder ($XDG_CACHE_HOME, or ~/.cache). A cache that cannot be read or
+    written is not used."""
+    status = path.stat()
+    if status.st_size < KEPT_ABOVE:
+        return sha256_file(path)
+    kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distill" / "digests.json"
+    key, stamp = str(path.resolve()), [status.st_size, status.st_mtime_ns]
+    known: dict[str, Any] = {}
+    with suppress(OSError, ValueError):
+        known = dict(read_json(kept))
+    if isinstance(entry := known.get(key), list) and entry[:2] == stamp and isinstance(entry[-1], str):
+        return entry[-1]
+    found = sha256_file(path)
+    with suppress(OSError):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        temporary = kept.with_name(f".{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")
+        temporary.write_text(canonical_json(known | {key: [*stamp, found]}))
+        temporary.replace(kept)
+    return found

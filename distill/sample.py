@@ -13,7 +13,7 @@ from distill.evaluation.grid import save_samples
 from distill.models.native import load_model
 from distill.stages.outputs import SAMPLED, output_picture
 
-PASSED_ON = ("seed", "steps", "force", "guidance_scale", "guidance_w", "noise_scale")
+PASSED_ON = ("label", "prompt", "seed", "steps", "force", "guidance_scale", "guidance_w", "noise_scale")
 
 
 @dataclass
@@ -24,6 +24,7 @@ class Options:
     out: a PNG; null: grid.png, if it does not exist or was drawn by this command
     count: number of samples
     label: class; null: all classes in turn
+    prompt: of all samples, for models that take prompts; null: those that it was trained with, in turn
     seed: of the noise
     steps: null: the model's own
     force: allow step counts for which the model is not valid
@@ -37,6 +38,7 @@ class Options:
     out: str | None = None
     count: int = 64
     label: int | None = None
+    prompt: str | None = None
     seed: int = 0
     steps: int | None = None
     force: bool = False
@@ -81,12 +83,11 @@ def main() -> None:
         options = parse(sys.argv[1:])
         out = output_picture(options.out, "grid.png")
         generator = load_model(Path(options.model).expanduser(), device=options.device)
-        passed = {name: getattr(options, name) for name in PASSED_ON}
-        samples = generator.sample(options.count, options.label, **passed)
+        samples = generator.sample(options.count, **{name: getattr(options, name) for name in PASSED_ON})
         columns = options.columns or min(options.count, generator.conditions.period or 10, 16)
         save_samples(samples, columns, out, SAMPLED, images=generator.decoder.images)
-        steps = options.steps or generator.spec.steps
-        print(terminal.line(f"{out}: {options.count} samples of {options.model}, {steps} step(s)"))
+        steps = f"{options.steps or generator.spec.steps} step(s)"
+        print(terminal.line(f"{out}: {options.count} samples of {options.model}, {steps}"))
 
 
 if __name__ == "__main__":

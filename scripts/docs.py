@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 WRITTEN = (
     "which_method.md",
     "recipes.md",
+    "teachers.md",
     "score_distillation.md",
     "evaluation.md",
     "python.md",

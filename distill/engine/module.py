@@ -46,6 +46,8 @@ class DistillModule(L.LightningModule):
 
     # Options of the constructor that name model folders. Checkpoints record their weights, not their paths.
     FOLDERS: ClassVar[tuple[str, ...]] = ()
+    # Fields of a batch that the losses need beside its conditions: a source without them is refused.
+    reads: ClassVar[tuple[str, ...]] = ()
     given: Any  # (arguments, options) of the constructor, described by `engine.made` once training begins
 
     def __new__(cls, *args: Any, **options: Any) -> Self:

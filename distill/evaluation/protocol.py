@@ -9,6 +9,8 @@ from typing import Any
 from distill.evaluation.metric import metrics
 from distill.typed import parse
 
+NO_FEATURES = "none"  # in place of a feature space, where nothing real is compared with
+
 
 @dataclass(frozen=True)
 class Protocol:
@@ -81,6 +83,8 @@ class Protocol:
 
     def describe(self) -> str:
         """One line to print beside the numbers."""
+        if self.features == NO_FEATURES:
+            return f"{self.count} samples, seed {self.seed}, compared with no real images"
         balance = "class-balanced samples" if self.class_balanced else "samples"
         weights = f" ({self.features_sha256[:8]})" if self.features_sha256 else ""
         size = "x".join(str(n) for n in self.resolution)

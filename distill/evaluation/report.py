@@ -87,7 +87,7 @@ def report(
     parts = [
         f"# {prose(title)}",
         f"**{prose(note)}**" if note else "",
-        f"![{caption}](grid.png)" if caption else "",
+        f"![{prose(caption)}](grid.png)" if caption else "",
         table(rows, protocol.names()),
         f"Protocol: {prose(protocol.describe())}.",
         legend(protocol, columns(rows)),

@@ -48,6 +48,7 @@ def card(
     if model.coupling == "few_step":
         facts.append("- knows its sampler's times alone: not a start for reflow, no ODE for other solvers")
     label = f", label={min(3, conditions.num_classes - 1)}" if conditions.num_classes else ""
+    label = ', prompt="a photo of a dog"' if conditions.kind == "prompts" else label
     samples = "images" if images else "points"
     use = (
         f'```python\nimport distill\n\n{samples} = distill.load("path/to/this/folder").sample(8{label})  # '

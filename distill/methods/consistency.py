@@ -75,6 +75,8 @@ class Consistency(DistillModule):
         sample_steps: the step counts that the student is sampled with.
     """
 
+    reads = ("x0",)
+
     def __init__(
         self,
         student: Denoiser,

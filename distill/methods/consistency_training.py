@@ -68,6 +68,8 @@ class ConsistencyTraining(DistillModule):
         sample_steps: the step counts that the student is sampled with.
     """
 
+    reads = ("x0",)
+
     def __init__(
         self,
         student: Denoiser,

@@ -46,6 +46,8 @@ class Denoising(DistillModule):
             on x0 with the sigma_data that the net or its process assumes, else 0.5.
     """
 
+    reads = ("x0",)
+
     def __init__(
         self,
         student: Denoiser,

@@ -35,6 +35,8 @@ class FlowMatching(DistillModule):
         null_prob: share of samples whose condition is dropped, so that guidance works afterwards.
     """
 
+    reads = ("x0",)
+
     def __init__(self, student: Denoiser, *, null_prob: float = 0.1) -> None:
         super().__init__(student)
         require_flow(student.process)

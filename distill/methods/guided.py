@@ -44,6 +44,8 @@ class Guided(DistillModule):
         clip: clamp the guided x0 to [-clip, clip]; None: do not.
     """
 
+    reads = ("x0",)
+
     def __init__(
         self,
         student: Denoiser,

@@ -61,6 +61,8 @@ class LCM(DistillModule):
         sample_w: guidance w to sample with; null: w_min.
     """
 
+    reads = ("x0",)
+
     def __init__(
         self,
         student: Denoiser,

@@ -39,6 +39,8 @@ class OneStep(DistillModule):
         t_eps: training and sampling times stay this far below t = 1.
     """
 
+    reads = ("x0", "z")
+
     def __init__(self, student: Denoiser, *, steps: int = 1, t_eps: float = 0.0) -> None:
         super().__init__(student)
         require_flow(student.process)

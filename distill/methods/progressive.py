@@ -51,6 +51,8 @@ class Progressive(DistillModule):
             nets without that input.
     """
 
+    reads = ("x0",)
+
     def __init__(
         self,
         student: Denoiser,

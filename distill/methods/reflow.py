@@ -36,6 +36,8 @@ class Reflow(DistillModule):
         null_prob: share of samples whose condition is dropped.
     """
 
+    reads = ("x0", "z")
+
     def __init__(self, student: Denoiser, *, null_prob: float = 0.1) -> None:
         super().__init__(student)
         require_flow(student.process)

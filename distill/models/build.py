@@ -26,13 +26,19 @@ TARGET = "_target_"
 # What a config may name: base class -> (where its classes are, how messages call them).
 PLACES: dict[type, tuple[str, str]] = {
     Model: (r"distill\.models\.denoiser", "a model under distill.models"),
-    AutoencoderNet: (r"distill\.nets\.\w+", "an autoencoder under distill.nets"),
+    AutoencoderNet: (
+        r"distill\.(nets|models\.families)\.\w+",
+        "an autoencoder under distill.nets or distill.models.families",
+    ),
     nn.Module: (
-        r"distill\.(nets\.\w+|models\.analytic)",
-        "a net under distill.nets or distill.models.analytic",
+        r"distill\.(nets\.\w+|models\.analytic|models\.families\.\w+)",
+        "a net under distill.nets, distill.models.analytic or distill.models.families",
     ),
     Process: (r"distill\.process\.\w+", "a process under distill.process"),
-    Conditions: (r"distill\.models\.conditions", "conditions under distill.models.conditions"),
+    Conditions: (
+        r"distill\.models\.(conditions|prompts)",
+        "conditions of distill.models.conditions or distill.models.prompts",
+    ),
     Decoder: (r"distill\.models\.decoder", "a decoder under distill.models.decoder"),
 }
 # What constructors raise for arguments that make nothing.

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -66,6 +67,14 @@ class Conditions(Configured, ABC):
     @abstractmethod
     def words(self) -> str:
         """In a few words, for messages and cards: "10 classes"."""
+
+    def beside(self, folder: Path) -> Conditions:
+        """The same conditions where a model folder holds what they need."""
+        return self
+
+    def exported(self, folder: Path) -> Conditions:
+        """Those of an export, into whose folder they write what they need."""
+        return self
 
     def accepts(self, data: Conditions) -> None:
         """Raise ValueError where a model with these conditions cannot be trained on data with those."""

@@ -254,7 +254,10 @@ def check_sigma_data(model: Denoiser, sigma_data: float, where: str = "sigma_dat
 
 def embeds_guidance(net: nn.Module) -> bool:
     """Whether a net takes the guidance w as an input."""
-    return any(isinstance(module, GuidanceEmbedding) for module in net.modules())
+    return any(
+        isinstance(module, GuidanceEmbedding) or getattr(module, "embeds_guidance", False) is True
+        for module in net.modules()
+    )
 
 
 def check_same_samples(student: Denoiser, teacher: Denoiser) -> None:

@@ -91,6 +91,7 @@ def sketch_model(folder: Path | str) -> Generator:
 def _built(folder: Path, description: Description) -> Denoiser:
     model = build_model(description.model, f"{folder / DESCRIPTION}: ")
     assert isinstance(model, Denoiser)
+    model.conditions = model.conditions.beside(folder)
     model.sampler = description.sampler
     return model
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from distill.recipe.encoding import encode
 from distill.recipe.halving import halve
 from distill.recipe.references import redirect, references, stage_class, stage_fields
 from distill.typed import check_keys, parse
@@ -41,7 +42,7 @@ def expand(recipe: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     for name, config in stages.items():
         if config["_target_"] == TRAIN and config.get("path") is not None:
             stages[name] = {"_target_": LOAD, "path": config["path"]}
-    stages = in_order(stages)
+    stages = in_order(encode(stages))
     if recipe.get("repeat"):
         stages = repeat(stages, recipe["repeat"])
     if recipe.get("halve"):

@@ -16,7 +16,7 @@ from distill.stages.attached import check_attached
 from distill.stages.base import Settings
 from distill.typed import parse, unknown_key
 
-GROUPS = ("data", "teacher", "features", "gates", "eval", "monitor")
+GROUPS = ("data", "teacher", "student", "features", "gates", "eval", "monitor")
 RUN = ("seed", "runs_dir", "name", "plan", "redo", "trainer", "loggers", "callbacks")
 # Keys that determine the files of a run.
 STAGES = ("stages", "repeat", "halve", "profile")

@@ -1,15 +1,20 @@
-"""Rebuilds a trained model with other net options or another prediction kind."""
+"""Rebuilds a trained model with other net options, another prediction kind, or as a flow."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+from torch import nn
 
 from distill.models.build import build_net
+from distill.models.conditions import of_net
 from distill.models.denoiser import Denoiser
+from distill.nets.converted import Converted
 from distill.process.base import KINDS
+from distill.process.flow import Flow
 
 
 @dataclass(frozen=True)
@@ -19,18 +24,27 @@ class Adapt:
     Attributes:
         kind: the new prediction kind, or None to keep it.
         net: changed options of the net, or None.
+        process: flow makes a flow of a model of another process; None keeps the process.
+        start: of that flow: "converted", which has the trajectories of the model, or "raw": its net, at times scaled to its
+            own, read as a velocity, which it has yet to learn (InstaFlow). Models that are flows stay as they are.
     """
 
     kind: str | None = None
     net: dict[str, Any] | None = None
+    process: Literal["flow"] | None = None
+    start: Literal["converted", "raw"] | None = None
 
     def __post_init__(self) -> None:
         if self.kind is not None and self.kind not in KINDS:
             raise ValueError(f"kind: found {self.kind!r}, expected one of {list(KINDS)}")
+        if self.start is not None and self.process is None:
+            raise ValueError(f"start: found {self.start!r} without `process: flow`")
+        if self.process is not None and self.kind is not None:
+            raise ValueError(f"kind: found {self.kind!r}, but a flow predicts its velocity; expected null")
 
 
 def adapted(student: Denoiser, changes: Mapping[str, Any]) -> Denoiser:
-    """Return the model with changed net options or prediction kind.
+    """Return the model with changed net options, prediction kind or process.
 
     All weights are kept; new parameters have their initial values. The output of the net is not converted to the new kind:
     its predictions are wrong until the method has trained it.
@@ -38,6 +52,8 @@ def adapted(student: Denoiser, changes: Mapping[str, Any]) -> Denoiser:
     Raises:
         ValueError: if the weights do not fit the changed net.
     """
+    if changes.get("process") and not changes.get("net"):
+        return as_flow(student, changes.get("start") or "converted")
     config = merged(student.net_config(), changes.get("net") or {})
     built, state = build_net(config, "adapt.net"), student.net.state_dict()
     try:
@@ -46,7 +62,36 @@ def adapted(student: Denoiser, changes: Mapping[str, Any]) -> Denoiser:
         raise ValueError(f"adapt.net: the weights do not fit the changed net: {error}") from error
     if unexpected or not set(missing) <= set(built.state_dict()) - set(state):
         raise ValueError(f"adapt.net: {config} has no parameters for the weights {list(unexpected)[:4]}")
-    return student.with_(net=built, kind=changes.get("kind") or student.kind, conditions=None)
+    conditions = of_net(built) or student.conditions
+    student = student.with_(net=built, kind=changes.get("kind") or student.kind, conditions=conditions)
+    return as_flow(student, changes.get("start") or "converted") if changes.get("process") else student
+
+
+def as_flow(model: Denoiser, start: str) -> Denoiser:
+    """A model of another process as a flow, see `Adapt.start`; a flow as it is.
+
+    Raises:
+        ValueError: names `adapt.start`: "raw" of a net without `time_scale`, or a model with a boundary.
+    """
+    if isinstance(model.process, Flow):
+        return model
+    if model.boundary is not None or model.coupling != "independent":
+        raise ValueError(
+            f"adapt.process: found flow, but the model is a {model.coupling} student; expected a diffusion model"
+        )
+    if start == "converted":
+        net: nn.Module = Converted(model.net, model.process, model.kind)
+    else:
+        scale = getattr(model.net, "time_scale", None)
+        if not isinstance(scale, float | int):
+            raise ValueError(
+                f"adapt.start: found raw, but the net {type(model.net).__name__} has no time_scale; expected converted"
+            )
+        net = build_net(model.net_config() | {"time_scale": float(scale) * model.process.t_max}, "adapt.net")
+        net.load_state_dict(model.net.state_dict())
+    made = model.with_(net=net, process=Flow(), kind="velocity", conditions=model.conditions)
+    made.sampler = None  # its times were those of the other process
+    return made
 
 
 def merged(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

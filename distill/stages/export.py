@@ -13,10 +13,14 @@ from distill.exporters.card import card
 from distill.files import copy, read_json, write_json, write_text
 from distill.models.description import DESCRIPTION, WEIGHTS
 from distill.models.native import load_model, save_model
+from distill.models.prompts import DESCRIPTION as PROMPTS
+from distill.models.prompts import TENSORS
 from distill.stages.base import MODEL_FILES, ModelStage, Stage, StageContext, check_types, check_which
 from distill.stages.evaluate import Evaluate
 from distill.stages.monitor import model_folder
 from distill.stages.ownership import patterns
+
+PROMPT_FILES = (PROMPTS, TENSORS)
 
 
 @dataclass
@@ -30,7 +34,10 @@ class Export(Stage):
     """
 
     REFERENCES: ClassVar[tuple[str, ...]] = ("student", "evaluate")
-    FILES: ClassVar[tuple[str, ...]] = (*MODEL_FILES, *patterns("README.md", "grid.png", "metrics.json"))
+    FILES: ClassVar[tuple[str, ...]] = (
+        *MODEL_FILES,
+        *patterns("README.md", "grid.png", "metrics.json", *PROMPT_FILES),
+    )
     NEEDED: ClassVar[tuple[str, ...]] = (WEIGHTS, DESCRIPTION, "README.md")
 
     student: str
@@ -64,7 +71,8 @@ class Export(Stage):
             return {}
         source = model_folder(context.inputs["student"], self.which)
         original = load_model(source)
-        save_model(context.folder, original.denoiser, original.spec)
+        conditions = original.conditions.exported(context.folder)
+        save_model(context.folder, original.denoiser.with_(conditions=conditions), original.spec)
         rows, picture, note = [], False, ""
         protocol: Protocol | None = None
         if "evaluate" in context.inputs:

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,18 +22,22 @@ from distill.models.generator import Generator
 from distill.models.native import load_model, sketch_model
 from distill.models.spec import SamplerSpec
 
+if TYPE_CHECKING:
+    from distill.engine.module import DistillModule
+
 # In dry runs, networks with more parameters are built on the meta device, without memory.
 LARGE_PARAMETERS = 5_000_000
 
 
 @dataclass(frozen=True)
 class PairsMade:
-    """The properties of pairs that a training stage checks."""
+    """The properties of pairs that a training stage checks; `has`: fields of their batches beside the conditions."""
 
     sample_shape: tuple[int, ...]
     conditions: Conditions
     decoder: Decoder
     guidance: float
+    has: tuple[str, ...] = ("x0", "z")
 
 
 @dataclass(frozen=True)
@@ -115,3 +119,13 @@ def check_student(student: Denoiser, sample_shape: Sequence[int], conditions: Co
             student(x, t, cond)
     except RuntimeError as error:
         raise ValueError(f"net: does not take samples of shape {tuple(sample_shape)}: {error}") from error
+
+
+def check_reads(method: DistillModule, source: Any, data: str | Mapping[str, Any]) -> None:
+    """Raise ValueError unless a source that declares what its batches hold (`has`) holds what a method reads."""
+    has = getattr(source, "has", None)
+    if has is not None and (missing := [name for name in method.reads if name not in has]):
+        raise ValueError(
+            f"data: {data!r} has no {missing[0]}, which the method {type(method).__name__} reads; expected a stage that "
+            "makes pairs: data=pairs of the stage, from a `generate` stage before it"
+        )

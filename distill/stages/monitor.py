@@ -78,6 +78,16 @@ class Options:
         )
 
 
+def options_of(config: Mapping[str, Any] | None) -> Options | None:
+    """The option `monitor` of a stage. Raises ValueError naming the entry."""
+    if config is not None and config.get("features", "") is None:
+        raise ValueError(
+            "monitor: needs real images and their features, which eval=prompts does not have; expected null: "
+            "type stages.<stage>.monitor=null"
+        )
+    return None if config is None else parse(Options, config, "monitor")
+
+
 class Monitor:
     """Evaluates the student of a running method; called by every process after the same steps.
 

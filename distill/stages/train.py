@@ -29,18 +29,20 @@ from distill.stages.adapt import Adapt, adapted
 from distill.stages.artifact import digest_of, lasting_identity
 from distill.stages.attached import build, stage_options
 from distill.stages.base import TRAINED_FILES, FastDevRun, ModelStage, Stage, StageContext, check_types
+from distill.stages.encode import Encode, source_of
 from distill.stages.extension import seams_after, seams_of
 from distill.stages.generate import Generate
 from distill.stages.made import (
     Made,
     PairsMade,
+    check_reads,
     check_student,
     copied,
     device_of,
     fresh_model,
     try_build,
 )
-from distill.stages.monitor import Monitor, Options
+from distill.stages.monitor import Monitor, options_of
 from distill.stages.nodes import (
     check_path,
     check_recorded,
@@ -115,7 +117,7 @@ class Train(ModelStage):
             if self.init is None:
                 raise ValueError(f"adapt: found {self.adapt}, but no `init`; expected a model to change")
             parse(Adapt, self.adapt, "adapt")
-        self._monitor = None if self.monitor is None else parse(Options, self.monitor, "monitor")
+        self._monitor = options_of(self.monitor)
         if self.init is None and (self.net is None or self.process is None):
             raise ValueError("init: without a stage to start from, both `net` and `process` are needed")
         if self.init is None and self.process is not None:
@@ -169,7 +171,7 @@ class Train(ModelStage):
             raise ValueError(
                 f"teacher: found {self.teacher!r}, but the method {self.method['_target_']} {wants}"
             )
-        if isinstance(self.data, str) and not isinstance(stages[self.data], Generate):
+        if isinstance(self.data, str) and not isinstance(stages[self.data], Generate | Encode):
             found = type(stages[self.data]).__name__
             raise ValueError(f"data: {self.data!r} is a {found} stage, expected a Generate stage")
 
@@ -201,6 +203,7 @@ class Train(ModelStage):
             )
         start = self._start(models.get("init"), 0, source, try_build)
         method = self._method(start.denoiser, models, ())
+        check_reads(method, source, self.data)
         method.prepare(build_optim(self.optim, self.steps), seed=0, stream=self.stream)
         generator = method.as_generator()
         spec = generator.spec
@@ -245,9 +248,7 @@ class Train(ModelStage):
         """Train to `steps`, continuing from the last checkpoint, and save the student (its average where
         there is one)."""
         memory = PeakMemory(context.device)
-        source: Source = (
-            Pairs(context.inputs["data"]) if isinstance(self.data, str) else instantiate(self.data)
-        )
+        source = source_of(self.data, context.inputs)
         models = {role: load_model(context.inputs[role]) for role in self._models()}
         start = self._start(models.get("init"), context.seed, source)
         student = start.denoiser

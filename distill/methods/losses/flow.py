@@ -39,7 +39,10 @@ def flow_matching_loss(pred_velocity: Tensor, x0: Tensor, eps: Tensor, reduction
 def require_flow(process: Process) -> None:
     """Raise ValueError unless velocities are eps - x0, which is what these losses regress."""
     if not isinstance(process, Flow):
-        raise ValueError(f"process: found {process!r}, but this method trains flows; expected Flow()")
+        raise ValueError(
+            f"process: found {process!r}, but this method trains flows; expected Flow() (student=flow, or "
+            "adapt: {process: flow} of the stage, makes a flow of another model)"
+        )
 
 
 def k_step_times(index: Tensor, k: int, t_eps: float = 0.0) -> Tensor:

@@ -1,0 +1,53 @@
+"""Prompts as data: inserts the stage that encodes them, before the first stage that reads them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+PROMPTS = "distill.data.prompts.Prompts"
+ENCODE, PRETRAINED = "distill.stages.encode.Encode", "distill.stages.pretrained.Pretrained"
+NAME = "prompts"
+SHARED = ("path", "negative", "resolution")  # options that the stage takes from the teacher
+
+
+def encode(stages: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Replace configs of prompts in the fields `data` and `prompts` of stages by the name of a stage that encodes them with
+    the text encoders of the recipe's pipeline. Teachers without prompts keep none.
+
+    Raises:
+        ValueError: names the stage: prompts without a pipeline that encodes them, or the stage's name is taken.
+    """
+    changed: dict[str, dict[str, Any]] = {}
+    wanted: Any = None
+    for name, config in stages.items():
+        changed[name] = config = copy.deepcopy(config)
+        for key in ("data", "prompts"):
+            value = config.get(key)
+            if isinstance(value, Mapping) and value.get("_target_") == PROMPTS:
+                if wanted not in (None, value):
+                    raise ValueError(
+                        f"stages.{name}.{key}: found other prompts than before; expected one file"
+                    )
+                wanted, config[key] = dict(value), NAME
+            elif key == "prompts" and config["_target_"] == PRETRAINED and isinstance(value, Mapping):
+                config[key] = None  # other data, which only a teacher without prompts goes with
+    if wanted is None:
+        return changed
+    teachers = {name: config for name, config in changed.items() if config["_target_"] == PRETRAINED}
+    if not teachers:
+        raise ValueError(
+            "data: found prompts, but no stage loads a pipeline with a text encoder; expected teacher=sd, or another one"
+        )
+    first = next(iter(teachers.values()))
+    options = {key: first[key] for key in SHARED if key in first}
+    if others := [
+        name
+        for name, config in teachers.items()
+        if {key: config[key] for key in SHARED if key in config} != options
+    ]:
+        raise ValueError(f"stages.{others[0]}: other options of prompts than {next(iter(teachers))!r} has")
+    if NAME in stages:
+        raise ValueError(f"stages.{NAME}: the stage that encodes prompts needs this name; rename it")
+    return {NAME: {"_target_": ENCODE, **options, "prompts": wanted}, **changed}

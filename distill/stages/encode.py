@@ -1,0 +1,125 @@
+"""The Encode stage: prompts as conditions of a pipeline's text encoders, made once a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from hydra.utils import instantiate
+
+from distill.cache.pairs import MANIFEST, Pairs
+from distill.data.prompts import Prompts as PromptFile
+from distill.data.source import Source
+from distill.models.decoder import Points
+from distill.models.families import family_of
+from distill.models.pretrained import DTYPES, Folder
+from distill.models.prompts import (
+    DESCRIPTION,
+    TENSORS,
+    Prompts,
+    PromptSource,
+    Table,
+    TextEncoders,
+    read_table,
+    write_table,
+)
+from distill.stages.base import Stage, StageContext, check_types
+from distill.stages.made import Made, PairsMade
+from distill.stages.ownership import patterns
+from distill.typed import unknown_key
+
+TARGET = "distill.stages.encode.Encode"
+
+
+@dataclass
+class Encode(Stage):
+    """Encode prompts with the text encoders of a pipeline. The expansion of a recipe inserts it.
+
+    Attributes:
+        path: the pipeline's folder.
+        prompts: config of a `data.prompts.Prompts`.
+        negative: the prompt of the null condition.
+        resolution: see `stages.pretrained.Pretrained`.
+        dtype: of the encoders' weights. batch_size: prompts a call.
+    """
+
+    FILES: ClassVar[tuple[str, ...]] = patterns(DESCRIPTION, TENSORS)
+    NEEDED: ClassVar[tuple[str, ...]] = (DESCRIPTION, TENSORS)
+
+    path: str
+    prompts: dict[str, Any]
+    negative: str = ""
+    resolution: int | None = None
+    dtype: str = "float32"
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype: found {self.dtype!r}, expected one of {', '.join(DTYPES)}")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size: found {self.batch_size}, expected at least 1")
+
+    def _file(self) -> PromptFile:
+        options = {key: value for key, value in self.prompts.items() if key != "_target_"}
+        known = ("path", "key", "limit")
+        if unknown := [key for key in options if key not in known]:
+            raise ValueError(unknown_key("data", unknown[0], known))
+        try:
+            return PromptFile(**options)
+        except (ValueError, OSError) as error:
+            raise type(error)(f"data.{error}") from error
+
+    def fingerprint(self) -> str:
+        """The digests of the prompts and of the text encoders."""
+        encoders = TextEncoders.of(Folder(self.path), self.negative, self.dtype)
+        return f"{self._file().fingerprint()} {encoders.sha256}"
+
+    def dry_run(self, before: Mapping[str, Made]) -> Made:
+        """Read the prompts; conditions of zeros have the shapes of the encoded ones."""
+        prompts, folder = self._file().prompts, Folder(self.path)
+        _, family = family_of(folder)
+        TextEncoders.of(folder, self.negative, self.dtype)
+        shapes = family.text(folder)
+        values = {
+            name: torch.zeros(1, *shape, dtype=dtype).expand(len(prompts), *shape)
+            for name, (shape, dtype) in shapes.items()
+        }
+        nulls = {name: value[:1] for name, value in values.items()} if family.guidable else {}
+        shape = family.shape(folder, self.resolution)
+        conditions = Prompts.of_table(Table(prompts, values, nulls, shape))
+        return Made(pairs=PairsMade(shape, conditions, Points(), 1.0, has=()))
+
+    def run(self, context: StageContext) -> dict[str, Any]:
+        """Encode on the main process, on the CPU, and write the folder."""
+        prompts, folder = self._file().prompts, Folder(self.path)
+        _, family = family_of(folder)
+        if context.world.main:
+            source = TextEncoders.of(folder, self.negative, self.dtype)
+            encoded = source.encode(prompts, self.batch_size)
+            if not all(
+                bool(value.isfinite().all())
+                for value in (*encoded.values.values(), *encoded.nulls.values())
+                if value.is_floating_point()
+            ):
+                raise ValueError(
+                    f"dtype: {self.dtype} makes conditions that are not finite; expected float32"
+                )
+            write_table(context.folder, prompts, source, encoded, family.shape(folder, self.resolution))
+            if encoded.truncated:
+                context.display.line(
+                    f"{encoded.truncated} of {len(prompts)} prompts are longer than the text encoder reads and were cut"
+                )
+        context.world.barrier()
+        return {"count": len(prompts), "truncated": read_table(context.folder).truncated}
+
+
+def source_of(data: str | Mapping[str, Any], inputs: Mapping[str, Path]) -> Source:
+    """The training data of a stage: the pairs or the prompts of its input `data`, or the source of a config."""
+    if not isinstance(data, str):
+        return instantiate(data)
+    pairs = (inputs["data"] / MANIFEST).is_file()
+    return Pairs(inputs["data"]) if pairs else PromptSource(inputs["data"])

@@ -1,0 +1,244 @@
+"""Every family of teachers found on disk: a tiny pipeline, made by the classes of diffusers, is loaded as a real one
+would be and samples what the pipeline samples."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import teacher_support
+import torch
+from torch import Tensor
+
+from distill.data.cond import Cond
+from distill.models.conditions import Nothing
+from distill.models.denoiser import Denoiser
+from distill.models.families import families, family_of
+from distill.models.families.family import Encoded
+from distill.models.generator import Generator
+from distill.models.pretrained import Folder
+from distill.models.prompts import Prompts, Table, TextEncoders
+
+PROMPTS = ["a dog", "a cat on a table, with words that are too many"]
+STEPS = 5  # DDIM of diffusers steps by 1000 // STEPS: its times and its states agree where that divides
+TOLERANCE = 1e-5  # of the largest number
+
+
+def close(ours: Tensor, theirs: Tensor, tolerance: float = TOLERANCE) -> None:
+    assert torch.isfinite(theirs).all()
+    assert float((ours - theirs).abs().max()) <= tolerance * float(theirs.abs().max())
+
+
+def loaded(folder: Path, **options: Any) -> tuple[Generator, Cond]:
+    """A family's model of two samples, and their conditions."""
+    found = Folder(folder)
+    _, family = family_of(found)
+    conditions = family.conditions(found)
+    if conditions is not None:
+        return family.load(found, conditions, **options), conditions.of(torch.tensor([3, 7]))
+    source = TextEncoders.of(found)
+    encoded = source.encode(PROMPTS)
+    table = Table(
+        PROMPTS, encoded.values, encoded.nulls, family.shape(found, options.get("resolution")), source
+    )
+    return family.load(found, Prompts.of_table(table), **options), table.cond(torch.arange(2))
+
+
+def ours(model: Denoiser, z: Tensor, cond: Cond, times: list[float], scale: float, solver: str) -> Tensor:
+    grid = torch.tensor(times, dtype=torch.float64)
+    with torch.no_grad():
+        return model.transport(z, cond, solver=solver, grid=grid, guidance_scale=scale)[0]
+
+
+def noise(model: Denoiser) -> Tensor:
+    return torch.randn(2, *model.sample_shape, generator=torch.Generator().manual_seed(1))
+
+
+def test_all_families_have_a_test() -> None:
+    assert sorted(families()) == sorted(teacher_support.MAKERS)
+    assert len(families()) == 7
+
+
+@pytest.mark.parametrize(
+    ("prediction", "zero_snr"), [("epsilon", False), ("v_prediction", False), ("v_prediction", True)]
+)
+def test_stable_diffusion_is_its_pipeline(tmp_path: Path, prediction: str, zero_snr: bool) -> None:
+    pipeline = teacher_support.sd(tmp_path, prediction=prediction, zero_snr=zero_snr)
+    generator, cond = loaded(tmp_path)
+    model, z = generator.denoiser, noise(generator.denoiser)
+    texts, negative = pipeline.encode_prompt(PROMPTS, "cpu", 1, True)
+    assert torch.equal(cond.values["context"], texts)
+    assert torch.equal(cond.nulls["context"], negative[:1])
+    options = {"num_inference_steps": STEPS, "guidance_scale": 4.0, "latents": z}
+    theirs = pipeline(PROMPTS, output_type="latent", **options).images
+    times = [*map(float, pipeline.scheduler.timesteps), 0.0]
+    made = ours(model, z, cond, times, 4.0, "ddim")
+    close(made, theirs)
+    images = pipeline(PROMPTS, output_type="pt", **options).images
+    close((model.decoder.decode(made) / 2 + 0.5).clamp(0, 1), images)
+    assert model.guidable
+    assert (model.kind, model.process.t_max) == ({"epsilon": "eps"}.get(prediction, "v"), 999)
+
+
+def test_sdxl_is_its_pipeline(tmp_path: Path) -> None:
+    pipeline = teacher_support.sdxl(tmp_path)
+    from diffusers import DDIMScheduler
+
+    pipeline.scheduler = DDIMScheduler.from_config(
+        pipeline.scheduler.config, clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing"
+    )
+    generator, cond = loaded(tmp_path)
+    z = noise(generator.denoiser)
+    theirs = pipeline(
+        PROMPTS,
+        num_inference_steps=STEPS,
+        guidance_scale=4.0,
+        latents=z,
+        output_type="latent",
+        height=16,
+        width=16,
+    ).images
+    times = [*map(float, pipeline.scheduler.timesteps), 0.0]
+    close(ours(generator.denoiser, z, cond, times, 4.0, "ddim"), theirs)
+    with pytest.raises(ValueError, match="size: no such key"):
+        loaded(tmp_path, constants={"size": [1, 1]})
+
+
+def test_pixart_is_its_pipeline(tmp_path: Path) -> None:
+    pipeline = teacher_support.pixart(tmp_path)
+    generator, cond = loaded(tmp_path)
+    z = noise(generator.denoiser)
+    assert cond.values["context_mask"].sum(1).tolist() == [7, 48]
+    theirs = pipeline(
+        PROMPTS,
+        num_inference_steps=STEPS,
+        guidance_scale=4.0,
+        latents=z,
+        output_type="latent",
+        height=16,
+        width=16,
+        use_resolution_binning=False,
+    ).images
+    times = [*map(float, pipeline.scheduler.timesteps), 0.0]
+    close(ours(generator.denoiser, z, cond, times, 4.0, "ddim"), theirs)
+
+
+def test_sd3_is_its_pipeline(tmp_path: Path) -> None:
+    pipeline = teacher_support.sd3(tmp_path)
+    generator, cond = loaded(tmp_path)
+    z = noise(generator.denoiser)
+    theirs = pipeline(
+        PROMPTS,
+        num_inference_steps=STEPS,
+        guidance_scale=4.0,
+        latents=z,
+        output_type="latent",
+        height=16,
+        width=16,
+    ).images
+    times = pipeline.scheduler.sigmas.tolist()
+    close(ours(generator.denoiser, z, cond, times, 4.0, "euler"), theirs)
+
+
+def test_flux_is_its_pipeline(tmp_path: Path) -> None:
+    """With dev's guidance as a constant, and the grid of the pipeline, which depends on the size of the image."""
+    pipeline = teacher_support.flux(tmp_path)
+    generator, cond = loaded(tmp_path, resolution=16, constants={"guidance": 2.5})
+    model, z = generator.denoiser, noise(generator.denoiser)
+    packed = pipeline._pack_latents(z, 2, 4, 8, 8)
+    theirs = pipeline(
+        PROMPTS,
+        num_inference_steps=STEPS,
+        guidance_scale=2.5,
+        latents=packed,
+        output_type="latent",
+        height=16,
+        width=16,
+    ).images
+    theirs = pipeline._unpack_latents(theirs, 16, 16, pipeline.vae_scale_factor)
+    close(ours(model, z, cond, pipeline.scheduler.sigmas.tolist(), 1.0, "euler"), theirs)
+    with torch.no_grad():
+        close(
+            model.transport(z, cond, solver="euler", grid=generator.spec.grid(model.process, STEPS))[0],
+            theirs,
+        )
+    assert not model.guidable
+    with pytest.raises(ValueError, match="resolution: missing"):
+        loaded(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "dit"])
+def test_a_loop_of_network_and_scheduler(tmp_path: Path, name: str) -> None:
+    pipeline = teacher_support.MAKERS[name](tmp_path)
+    generator, cond = loaded(tmp_path)
+    model, scheduler = generator.denoiser, pipeline.scheduler
+    scheduler.set_timesteps(STEPS)
+    x = z = noise(model)
+    for t in scheduler.timesteps:
+        with torch.no_grad():
+            if name == "ddpm":
+                out = pipeline.unet(x, t).sample
+            else:
+                labels = torch.tensor([3, 7, 10, 10])
+                out = pipeline.transformer(
+                    torch.cat([x, x]), timestep=t.expand(4), class_labels=labels
+                ).sample[:, :4]
+                conditional, unconditional = out.chunk(2)
+                out = unconditional + 3 * (conditional - unconditional)
+        x = scheduler.step(out, t, x).prev_sample
+    # The scheduler's last time is 0, and its step from there ends on the predicted data.
+    times = [*map(float, scheduler.timesteps), -1.0]
+    close(ours(model, z, cond, times, 1.0 if name == "ddpm" else 3.0, "ddim"), x)
+    assert model.guidable == (name == "dit")
+
+
+def test_precision_is_the_network_s_own(tmp_path: Path) -> None:
+    teacher_support.sd(tmp_path)
+    full, cond = loaded(tmp_path)
+    half, _ = loaded(tmp_path, dtype="bfloat16")
+    z, t = noise(full.denoiser), torch.full((2,), 500.0)
+    assert {p.dtype for p in half.denoiser.parameters()} == {torch.bfloat16}
+    with torch.no_grad():
+        made, wanted = (each.denoiser(z, t, cond) for each in (half, full))
+    assert made.dtype == torch.float32
+    assert 0 < float((made - wanted).abs().max()) < 0.05 * float(wanted.abs().max())
+
+
+def test_without_weights_nothing_is_allocated(tmp_path: Path) -> None:
+    teacher_support.sd(tmp_path)
+    folder = Folder(tmp_path)
+    _, family = family_of(folder)
+    shape = {name: torch.zeros(1, *of, dtype=kind) for name, (of, kind) in family.text(folder).items()}
+    encoded = Encoded(shape, shape)
+    table = Table(["a"], encoded.values, encoded.nulls, (4, 8, 8))
+    sketch = family.load(folder, Prompts.of_table(table), weights=False)
+    assert {p.device.type for p in sketch.denoiser.parameters()} == {"meta"}
+    cond = table.cond(torch.zeros(2, dtype=torch.int64)).to("meta")
+    assert sketch.denoiser(
+        torch.zeros(2, 4, 8, 8, device="meta"), torch.zeros(2, device="meta"), cond
+    ).shape == (2, 4, 8, 8)
+    assert sketch.shape == (3, 16, 16)
+    real, _ = loaded(tmp_path)
+    assert sum(p.numel() for p in sketch.denoiser.parameters()) == sum(
+        p.numel() for p in real.denoiser.parameters()
+    )
+
+
+def test_digits_import_no_diffusers() -> None:
+    code = (
+        "import sys, lightning; known = set(sys.modules)\n"  # torchmetrics imports transformers where it is installed
+        "import distill.train, distill.stages.train, distill.recipe.run, distill.sample, distill.models.families\n"
+        "found = {'diffusers', 'transformers', 'peft'} & (set(sys.modules) - known); assert not found, found"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_unconditional_pipelines_take_no_prompts(tmp_path: Path) -> None:
+    teacher_support.ddpm(tmp_path)
+    folder = Folder(tmp_path)
+    assert isinstance(family_of(folder)[1].conditions(folder), Nothing)
+    with pytest.raises(ValueError, match="takes no prompts"):
+        TextEncoders.of(folder)

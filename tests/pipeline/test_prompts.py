@@ -1,0 +1,163 @@
+"""Recipes with prompts and a Stable Diffusion folder, from the teacher to the export."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import teacher_support
+import torch
+from tests_support import call_verb, refusal, run_verb
+
+import distill
+from distill.cache.pairs import Pairs
+from distill.models.native import load_model
+
+PROMPTS = ("a dog", "a cat on a table", "a house", "two words that are too long for this text encoder")
+
+
+@pytest.fixture(scope="module")
+def sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a pipeline, and a file of prompts beside it."""
+    folder = tmp_path_factory.mktemp("teacher")
+    teacher_support.sd(folder / "sd")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n\n")
+    return folder
+
+
+def options(folder: Path, *more: str, recipe: str = "instaflow") -> list[str]:
+    return [
+        *(f"recipe={recipe}", "profile=smoke", "teacher=sd", f"teacher.path={folder / 'sd'}"),
+        *("data=prompts", f"data.path={folder / 'prompts.txt'}", "eval=prompts", "student=flow"),
+        *("stages.distill.monitor=null", "eval.models.teacher.steps=[50,1]", *more),
+    ]
+
+
+def test_instaflow_from_a_folder_of_stable_diffusion(sd: Path, tmp_path: Path) -> None:
+    guided = ("stages.pairs.guidance_scale=3", "+eval.models.teacher.guidance_scale=3")
+    command = options(sd, "name=run", "stages.pairs.sampler.solver=ddim", *guided)
+    out = run_verb(tmp_path, "train", *command)
+    run = tmp_path / "runs" / "run"
+    assert "1 of 4 prompts are longer than the text encoder reads" in out.stdout + out.stderr
+    pairs = Pairs(run / "pairs")
+    assert pairs.sample_shape == (4, 8, 8)
+    assert pairs.columns["prompt"].tolist() == [i % 4 for i in range(len(pairs))]
+    batch = pairs.fetch(torch.tensor([1, 5]), torch.arange(2))
+    assert torch.equal(batch.cond.values["context"][0], batch.cond.values["context"][1])
+    rows = {
+        (row["model"], row["steps"]): row for row in json.loads((run / "metrics.json").read_text())["rows"]
+    }
+    assert rows["student", 1]["teacher_mse"] > 0
+    assert all(row["fd"] is None for row in rows.values())
+    report = (run / "report.md").read_text()
+    assert "compared with no real images" in report
+    assert "2. a cat on a table" in report
+    assert (run / "grid.png").is_file()
+    # The student is a flow with the teacher's trajectories, and the VAE is the teacher's.
+    reflow = load_model(run / "reflow")
+    assert type(reflow.denoiser.net).__name__ == "Converted"
+    student = distill.load(run / "export")
+    assert student.sample(2, prompt="a dog").shape == (2, 3, 16, 16)
+    new = student.sample(2, prompt="a bird")  # encoded now, by the teacher's text encoder
+    assert not torch.equal(new, student.sample(2, prompt="a dog"))
+    drawn = call_verb(tmp_path, "sample", "model=runs/run/export", "count=4", "prompt=a dog", "out=dog.png")
+    assert drawn.returncode == 0, drawn.stderr
+    with pytest.raises(ValueError, match="this model takes prompts"):
+        student.sample(1, label=3)
+    again = call_verb(tmp_path, "train", *command)
+    assert again.returncode == 0, again.stderr
+    assert (again.stdout + again.stderr).count("already finished, skipped") == 8
+    # The export holds the prompts that it samples, but no text encoder.
+    samples, cat = student.sample(4), student.sample(1, prompt="a cat on a table", seed=3)
+    shutil.move(run / "export", tmp_path / "moved")
+    shutil.rmtree(run)
+    moved = distill.load(tmp_path / "moved")
+    assert torch.equal(moved.sample(4), samples)
+    assert torch.equal(moved.sample(1, prompt="a cat on a table", seed=3), cat)
+
+
+def test_score_distillation_needs_prompts_alone(sd: Path, tmp_path: Path) -> None:
+    run_verb(tmp_path, "train", *options(sd, "name=sid", "stages.distill.steps=2", recipe="sid"))
+    assert distill.load(tmp_path / "runs" / "sid" / "export").sample(1).shape == (1, 3, 16, 16)
+
+
+def test_latent_consistency_takes_pairs(sd: Path, tmp_path: Path) -> None:
+    """With the guidance as an input of the U-Net, on pairs of the prompts."""
+    pairs = ["+stage@stages.pairs=generate", "stages.pairs.teacher=teacher", "stages.pairs.count=8"]
+    run_verb(tmp_path, "train", *options(sd, "name=lcm", "stages.distill.data=pairs", *pairs, recipe="lcm"))
+    student = distill.load(tmp_path / "runs" / "lcm" / "export")
+    assert student.denoiser.embeds_guidance
+    assert not torch.equal(student.sample(2, guidance_w=0.0), student.sample(2, guidance_w=1.0))
+
+
+def test_methods_that_read_images_are_refused_prompts(sd: Path, tmp_path: Path) -> None:
+    found = refusal(
+        tmp_path, "train", *options(sd, "name=lcm", "stages.distill.adapt=null", recipe="consistency")
+    )
+    assert "stages.distill: data: 'prompts' has no x0, which the method Consistency reads" in found
+
+
+def test_bad_prompts(sd: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n\n")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    (tmp_path / "other.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
+    for file, words in (
+        ("empty.txt", "data.path: empty.txt: holds no prompts"),
+        ("latin.txt", "data.path: latin.txt: is not UTF-8: byte 3"),
+        ("other.jsonl", "data.path: other.jsonl: line 2: prompt: found None, expected a prompt"),
+        ("none.txt", "data.path: none.txt: no such file"),
+    ):
+        assert words in refusal(tmp_path, "train", *options(sd, "name=bad", f"data.path={file}"))
+    assert "data: found prompts, but no stage loads a pipeline with a text encoder" in refusal(
+        tmp_path,
+        "train",
+        "recipe=instaflow",
+        "data=prompts",
+        f"data.path={sd / 'prompts.txt'}",
+        "monitor=digits64",
+    )
+    teacher = ("recipe=instaflow", "teacher=sd", f"teacher.path={sd / 'sd'}", "eval=prompts")
+    unmonitored = "stages.distill.monitor=null"
+    assert "prompts: missing; " in refusal(tmp_path, "train", *teacher, unmonitored)
+    assert "monitor: needs real images" in refusal(tmp_path, "train", *teacher)
+
+
+def test_bad_folders(sd: Path, tmp_path: Path) -> None:
+    def refused(*more: str) -> str:
+        return refusal(tmp_path, "train", *options(sd, "name=bad", *more))
+
+    def broken(name: str) -> Path:
+        shutil.copytree(sd / "sd", tmp_path / name)
+        return tmp_path / name
+
+    def changed(folder: Path, file: str, **entries: object) -> str:
+        path = folder / file
+        path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+        return refused(f"teacher.path={folder}")
+
+    assert "path: nowhere/sd: no such folder" in refused("teacher.path=nowhere/sd")
+    assert "hf download nowhere/sd" in refused("teacher.path=nowhere/sd")
+    assert "no model_index.json in it" in refused(f"teacher.path={sd}")
+    assert "family: found 'dit', but" in refused("teacher.family=dit")
+    folder = broken("part")
+    shutil.rmtree(folder / "unet")
+    assert f"{folder / 'unet'}: missing" in refused(f"teacher.path={folder}")
+    folder = broken("bin")
+    weights = next((folder / "unet").glob("*.safetensors"))
+    weights.rename(weights.with_suffix(".bin"))
+    assert "alone, whose loading can run code; expected safetensors" in refused(f"teacher.path={folder}")
+    scheduler = "scheduler/scheduler_config.json"
+    assert "_class_name: found 'Unheard', expected one of DDIMScheduler" in changed(
+        broken("scheduler"), scheduler, _class_name="Unheard"
+    )
+    assert "prediction_type: found 'noise'" in changed(broken("kind"), scheduler, prediction_type="noise")
+    assert "trained_betas: found a list" in changed(broken("betas"), scheduler, trained_betas=[0.1, 0.2])
+    assert "_class_name: found 'WanPipeline', expected one of" in changed(
+        broken("pipeline"), "model_index.json", _class_name="WanPipeline"
+    )
+    assert "config.addition_embed_type: found 'text_time', expected None" in changed(
+        broken("added"), "unet/config.json", addition_embed_type="text_time"
+    )
+    assert "expected a multiple of 2" in refused("teacher.resolution=15")
