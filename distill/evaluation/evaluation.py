@@ -87,6 +87,7 @@ class Evaluation:
         self.prepare()
         rows: dict[tuple[str, int], dict[str, Any]] = {}
         kept: dict[tuple[str, int], Tensor] = {}
+        raw: Tensor | None = None  # of the row that others follow
         paths: dict[str, Any] = {}
         with warnings.catch_warnings(record=True) as caught:
             # A row whose samples follow the path that straightness is measured on comes first of its model.
@@ -97,7 +98,7 @@ class Evaluation:
                 model = models[label]
                 if label not in paths:
                     self._warm_up(model.generator)
-                samples, seconds, path = self._sample(model, steps)
+                samples, latents, seconds, path = self._sample(model, steps)
                 bar.update()
                 if label not in paths:
                     paths[label] = path or self._path(model.generator)
@@ -107,9 +108,19 @@ class Evaluation:
                 kept[label, steps] = (
                     samples if (label, steps) == self.follows else samples[: self.meter.shown]
                 )
+                raw = latents if (label, steps) == self.follows else raw
                 followed = kept[self.follows] if self.follows and model.follows else None
                 sampled = Sampled(
-                    model.generator, steps, self.count, seconds, samples, followed, paths[label], model.facts
+                    model.generator,
+                    steps,
+                    self.count,
+                    seconds,
+                    samples,
+                    followed,
+                    paths[label],
+                    model.facts,
+                    latents,
+                    None if followed is None else raw,
                 )
                 labels = labels_of(model.generator, self.count) if self.by_class else None
                 rows[label, steps] = self.row(label, steps) | self.of_row(sampled)
@@ -134,7 +145,7 @@ class Evaluation:
 
     def row(self, label: str, steps: int | None) -> dict[str, Any]:
         """A row with null for every metric of the contract."""
-        contract = [known.name for known in metrics() if known.of != "points"]
+        contract = [known.name for known in metrics() if known.of in ("images", "both")]
         return {"model": label, "steps": steps} | dict.fromkeys(contract)
 
     def of_row(self, sampled: Sampled) -> dict[str, float | None]:
@@ -192,17 +203,26 @@ class Evaluation:
         ids = torch.arange(min(self.count, self.batch_size))
         generator.sample_ids(ids, seed=self.seed, stream=self.stream, steps=1, force=True)
 
-    def _sample(self, model: Model, steps: int) -> tuple[Tensor | None, float, EulerPath | None]:
-        """(images clamped to [-1, 1] on the CPU of the main process, seconds, the path where it was followed) of the samples
-        0 .. count - 1."""
-        generator, path, parts = model.generator, None, {}
+    def _sample(
+        self, model: Model, steps: int
+    ) -> tuple[Tensor | None, Tensor | None, float, EulerPath | None]:
+        """(images clamped to [-1, 1] on the CPU of the main process, the same before decoding where the meter asks for it,
+        seconds, the path where it was followed) of the samples 0 .. count - 1."""
+        generator, path, parts, latents = model.generator, None, {}, {}
         along = self._along(model, steps)
         start = time.perf_counter()
         for number, ids in self.world.share(torch.arange(self.count).split(self.batch_size)):
             with watched(generator, self._paths) if along and number == 0 else nullcontext() as sums:
-                parts[number] = generator.sample_ids(ids, seed=self.seed, stream=self.stream, steps=steps)
+                made = generator.sample_ids(
+                    ids, seed=self.seed, stream=self.stream, steps=steps, decode=not self.meter.latents
+                )
+            if self.meter.latents:
+                latents[number], made = made, generator.decoded(made)
+            parts[number] = made
             path = path if sums is None else sums.path()
-        return self.world.collect(parts), time.perf_counter() - start, path
+        seconds = time.perf_counter() - start
+        raw = self.world.collect(latents) if self.meter.latents else None
+        return self.world.collect(parts), raw, seconds, path
 
     @property
     def _paths(self) -> int:

@@ -24,7 +24,7 @@ class Metric:
         measure: the value, None where it is undefined: of a `Samples` that is compared with its `real`, or, for a metric of
             `rows`, of a `Sampled`.
         meaning: what it says, for the legend; or a function of the name of the feature space.
-        of: whose rows have it. rows: it follows from how the samples were made.
+        of: whose rows have it; "both": all. rows: it follows from how the samples were made.
         title: heading of its column, where `Protocol.names` has none; default: the name. form: format of a cell; "": no column.
             scale, unit: cells show value * scale; the unit says so.
         better: "real": the closer to the value of the real set, the better; "": neither is better in itself.
@@ -42,7 +42,7 @@ class Metric:
     order: int
     measure: Callable[[Any], float | None]
     meaning: str | Callable[[str], str] = ""
-    of: Literal["images", "points", "both"] = "both"
+    of: Literal["images", "points", "prompts", "both"] = "both"
     rows: bool = False
     title: str = ""
     form: str = ".3f"
@@ -85,8 +85,9 @@ def in_features(name: str) -> Callable[[str], str]:
 
 @cache
 def metrics(of: str = "") -> tuple[Metric, ...]:
-    """All metrics in the order of their columns; `of`: those of rows of "images" or "points". Raises ValueError for a name that
-    two files declare."""
+    """All metrics in the order of their columns; `of`: those of rows of "images", "points" or "prompts".
+
+    Raises ValueError for a name that two files declare."""
     if of:
         return tuple(metric for metric in metrics() if metric.of in (of, "both"))
     found: dict[str, Metric] = {}

@@ -192,9 +192,10 @@ class Generator:
         guidance_scale: float | None = None,
         guidance_w: float | None = None,
         noise_scale: float | None = None,
+        decode: bool = True,
     ) -> Tensor:
-        """The decoded samples `ids` [n] of `sample`, in one batch. `cond` holds the conditions of all samples, 0 and up;
-        None: the defaults of these ids. Raises FloatingPointError for samples that are not finite."""
+        """The samples `ids` [n] of `sample`, in one batch, decoded or as the model's own. `cond` holds the conditions of all
+        samples, 0 and up; None: the defaults of these ids. Raises FloatingPointError for samples that are not finite."""
         seed, force = integer("seed", seed), flag("force", force)
         limit = None if cond is None else len(cond)
         if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.ndim != 1:
@@ -206,18 +207,22 @@ class Generator:
             )
         z, fresh = self.noises(seed, stream, ids)
         cond = (self.conditions.of(ids) if cond is None else cond.rows(ids)).to(self.device)
-        samples = self.decoder.decode(
-            self.generate(
-                z,
-                cond,
-                steps,
-                force=force,
-                guidance_scale=guidance_scale,
-                guidance_w=guidance_w,
-                noise_scale=noise_scale,
-                noise=fresh,
-            )
+        samples = self.generate(
+            z,
+            cond,
+            steps,
+            force=force,
+            guidance_scale=guidance_scale,
+            guidance_w=guidance_w,
+            noise_scale=noise_scale,
+            noise=fresh,
         )
+        return self.decoded(samples) if decode else samples.cpu()
+
+    @torch.no_grad()
+    def decoded(self, samples: Tensor) -> Tensor:
+        """The model's own samples [n,*S] as `sample` returns them. Raises FloatingPointError for some that are not finite."""
+        samples = self.decoder.decode(samples.to(self.device))
         # Before clamping makes a number of an infinity.
         if bad := int((~samples.isfinite()).flatten(1).any(1).sum()):
             raise FloatingPointError(

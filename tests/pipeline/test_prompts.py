@@ -50,6 +50,8 @@ def test_instaflow_from_a_folder_of_stable_diffusion(sd: Path, tmp_path: Path) -
         (row["model"], row["steps"]): row for row in json.loads((run / "metrics.json").read_text())["rows"]
     }
     assert rows["student", 1]["teacher_mse"] > 0
+    assert rows["student", 1]["teacher_latent_mse"] > 0
+    assert rows["teacher", 50]["teacher_latent_mse"] == 0
     assert all(row["fd"] is None for row in rows.values())
     report = (run / "report.md").read_text()
     assert "compared with no real images" in report

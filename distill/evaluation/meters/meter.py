@@ -33,6 +33,7 @@ class Meter(ABC):
     kind: ClassVar[str]  # whose metrics rows hold: "images" or "points"
     caption: ClassVar[str]  # of the picture
     least: int = 3  # samples that a set needs
+    latents: bool = False  # whether rows compare samples before decoding
     shown: int  # samples of a row in the picture
     real: RealSet  # after `prepare`
     description: str  # the real set in words, after `prepare`

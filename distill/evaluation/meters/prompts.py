@@ -63,7 +63,7 @@ class PromptMeter(Meter):
 
     def __post_init__(self) -> None:
         at_least(self, "columns")
-        self.least = 1
+        self.least, self.latents = 1, True
         self.shown, self.caption = self.columns, "a prompt a column"  # type: ignore[misc]
         self.real = NoImages()
 

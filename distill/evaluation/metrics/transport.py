@@ -20,6 +20,25 @@ def teacher_mse(row: Sampled) -> float | None:
     return float((row.samples - row.followed).double().square().mean())
 
 
+def teacher_latent_mse(row: Sampled) -> float | None:
+    """As `teacher_mse`, before decoding."""
+    if row.latents is None or row.followed_latents is None:
+        return None
+    return float((row.latents - row.followed_latents).double().square().mean())
+
+
+TEACHER_LATENT_MSE = Metric(
+    "teacher_latent_mse",
+    order=165,
+    measure=teacher_latent_mse,
+    meaning="mean squared difference from the teacher's latents of the same noise",
+    of="prompts",
+    rows=True,
+    title="teacher mse, latents",
+    form=".4f",
+    better="lower",
+    comparable=False,  # the teachers differ
+)
 TEACHER_MSE = Metric(
     "teacher_mse",
     order=170,
