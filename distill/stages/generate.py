@@ -16,7 +16,6 @@ from distill.models.autoencoder import entry_of
 from distill.models.denoiser import SOLVERS
 from distill.models.description import WEIGHTS
 from distill.models.generator import Generator
-from distill.models.model import Model
 from distill.models.native import load_model
 from distill.models.time_grid import TimeGrid
 from distill.process.times import MAX_STEPS
@@ -25,6 +24,8 @@ from distill.stages.made import Made, PairsMade
 from distill.stages.ownership import needed, patterns
 from distill.stages.threads import use_threads
 from distill.typed import check_keys
+
+OWN = "teacher"  # the option `sampler` for the teacher's own sampler
 
 
 @dataclass
@@ -35,7 +36,7 @@ class Generate(Stage):
         teacher: name of the stage whose model is sampled.
         count: number of pairs. guidance_scale: g in u + g (c - u), with conditional prediction c and unconditional u.
         sampler: {solver, steps, grid} of the ODE; grid: {name: ..., option: ...}, a key of `process.times.GRIDS` and
-            options of its function; the default is the process's grid.
+            options of its function; the default is the process's grid. "teacher": the teacher's own sampler.
         stream: name of the noise. Stages with the same stream and seed use the same noise.
         batch_size: samples per network call.
         path: an existing pair cache to copy; it must have been made by this teacher with these options.
@@ -50,7 +51,7 @@ class Generate(Stage):
 
     teacher: str
     count: int
-    sampler: dict[str, Any] = field(default_factory=lambda: {"solver": "euler", "steps": 25})
+    sampler: dict[str, Any] | str = field(default_factory=lambda: {"solver": "euler", "steps": 25})
     guidance_scale: float = 1.0
     stream: str = "pairs"
     batch_size: int = 256
@@ -61,18 +62,36 @@ class Generate(Stage):
         check_types(self)
         if self.count < 1 or self.batch_size < 1:
             raise ValueError(f"count, batch_size: expected at least 1, found {self.count}, {self.batch_size}")
+        if isinstance(self.sampler, str):
+            if self.sampler != OWN:
+                raise ValueError(
+                    f"sampler: found {self.sampler!r}, expected {OWN!r} or {{solver, steps, grid}}"
+                )
+            return
         check_keys(self.sampler, ("solver", "steps", "grid"), "sampler")
         solver, steps = self.sampler.get("solver"), self.sampler.get("steps")
         if solver not in SOLVERS:
             raise ValueError(f"sampler.solver: found {solver!r}, expected one of {list(SOLVERS)}")
         if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= MAX_STEPS:
             raise ValueError(f"sampler.steps: found {steps!r}, expected an integer of 1 .. {MAX_STEPS}")
-        self._grid()
+        self._grid(self.sampler)
 
-    def _grid(self) -> TimeGrid | None:
+    @staticmethod
+    def _grid(sampler: Mapping[str, Any]) -> TimeGrid | None:
         """Return the time grid of `sampler`, or None for the default."""
-        named = self.sampler.get("grid")
+        named = sampler.get("grid")
         return None if named is None else TimeGrid.from_dict(named, "sampler.grid")
+
+    def _ode(self, teacher: Generator) -> tuple[str, int, TimeGrid | None]:
+        """Return (solver, steps, grid) of the option `sampler`, or of the teacher's own sampler."""
+        if not isinstance(self.sampler, str):
+            return self.sampler["solver"], self.sampler["steps"], self._grid(self.sampler)
+        spec = teacher.spec
+        if spec.mode != "ode" or spec.steps in spec.times:
+            raise ValueError(
+                f"sampler: found {OWN!r}, but {self.teacher!r} is sampled at times of its own; expected {{solver, steps}}"
+            )
+        return spec.solver, spec.steps, spec.time_grid
 
     def check(self, stages: Mapping[str, Stage]) -> None:
         """Raise ValueError unless the teacher is a stage that makes a model."""
@@ -92,7 +111,7 @@ class Generate(Stage):
         teacher = before[self.teacher].model
         assert teacher is not None
         model = teacher.denoiser
-        self._check_teacher(model)
+        self._check_teacher(teacher)
         if self.path is not None:
             manifest = Path(self.path) / MANIFEST
             found, _ = read_manifest(needed(manifest, "a finished pair cache"))
@@ -109,7 +128,7 @@ class Generate(Stage):
         """Write the cache, starting at the first missing shard, and check it by reading it once."""
         teacher = load_model(context.inputs["teacher"])
         denoiser = teacher.denoiser
-        self._check_teacher(denoiser)
+        self._check_teacher(teacher)
         use_threads(context, sum(p.numel() for p in denoiser.parameters()))
         header = self._header(teacher, context.seed, sha256_file(context.inputs["teacher"] / WEIGHTS))
         if self.path is not None:
@@ -127,21 +146,23 @@ class Generate(Stage):
                     tell=context.display.line,
                 )
         Pairs(context.folder)
-        nfe = denoiser.calls(self.sampler["solver"], self.sampler["steps"], self.guidance_scale)
+        nfe = denoiser.calls(header.solver, header.steps, self.guidance_scale)
         return {"count": self.count, "nfe_per_pair": nfe}
 
-    def _check_teacher(self, model: Model) -> None:
+    def _check_teacher(self, teacher: Generator) -> None:
         """Raise ValueError unless the model is an ODE from noise to data that accepts the guidance scale."""
         try:
-            model.check_transport(self.guidance_scale)
+            teacher.denoiser.check_transport(self.guidance_scale)
         except ValueError as error:
             raise ValueError(f"teacher: {self.teacher!r}: {error}") from error
-        if (grid := self._grid()) is not None:
-            grid.make(model.process, self.sampler["steps"])
+        _, steps, grid = self._ode(teacher)
+        if grid is not None:
+            grid.make(teacher.denoiser.process, steps)
 
     def _header(self, generator: Generator, seed: int, teacher_sha256: str) -> Header:
         """Return the header that the cache must have."""
         teacher = generator.denoiser
+        solver, steps, grid = self._ode(generator)
         return Header(
             sample_shape=teacher.sample_shape,
             count=self.count,
@@ -149,13 +170,13 @@ class Generate(Stage):
             stream=self.stream,
             noise_checksum=noise_checksum(seed, self.stream, teacher.sample_shape),
             teacher=teacher_sha256,
-            solver=self.sampler["solver"],
-            steps=self.sampler["steps"],
+            solver=solver,
+            steps=steps,
             guidance_scale=float(self.guidance_scale),
             conditions=teacher.conditions.config(),
             decoder=entry_of(teacher.decoder),
             guidance_learned=generator.spec.guidance_baked,
-            grid=None if (grid := self._grid()) is None else grid.to_dict(),
+            grid=None if grid is None else grid.to_dict(),
         )
 
     def _check_header(self, header: Header, wanted: Header) -> None:

@@ -37,12 +37,14 @@ def options(folder: Path, *more: str, recipe: str = "instaflow") -> list[str]:
 
 def test_instaflow_from_a_folder_of_stable_diffusion(sd: Path, tmp_path: Path) -> None:
     guided = ("stages.pairs.guidance_scale=3", "+eval.models.teacher.guidance_scale=3")
-    command = options(sd, "name=run", "stages.pairs.sampler.solver=ddim", *guided)
+    command = options(sd, "name=run", "stages.pairs.sampler=teacher", *guided)
     out = run_verb(tmp_path, "train", *command)
     run = tmp_path / "runs" / "run"
     assert "1 of 4 prompts are longer than the text encoder reads" in out.stdout + out.stderr
     pairs = Pairs(run / "pairs")
     assert pairs.sample_shape == (4, 8, 8)
+    assert (pairs.header.solver, pairs.header.steps) == ("ddim", 50)
+    assert pairs.header.grid == {"name": "trailing"}
     assert pairs.columns["prompt"].tolist() == [i % 4 for i in range(len(pairs))]
     batch = pairs.fetch(torch.tensor([1, 5]), torch.arange(2))
     assert torch.equal(batch.cond.values["context"][0], batch.cond.values["context"][1])
