@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,16 @@ INSTALL = "pip install 'distill[diffusers]'"
 class Folder:
     """A pipeline's folder: `model_index.json` and a sub-folder for each part.
 
+    Args:
+        path: the folder. variant: of the weights' files: fp16 for model.fp16.safetensors; None: those without.
+
     Raises:
         FileNotFoundError: names `path`: no such folder (a hub id is not downloaded), or no `model_index.json` in it.
         ValueError: `model_index.json` is not that of a pipeline.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser()
+    def __init__(self, path: str | Path, variant: str | None = None) -> None:
+        self.path, self.variant = Path(path).expanduser(), variant
         if not self.path.is_dir():
             hub = not self.path.is_absolute() and str(path).count("/") == 1 and not str(path).startswith(".")
             more = (
@@ -90,8 +94,16 @@ class Folder:
 
     def weights(self, part: str) -> list[Path]:
         """The weights of a part: safetensors files. Raises FileNotFoundError where it holds others, or none."""
-        if found := sorted((self.path / part).glob("*.safetensors")):
+        files = sorted((self.path / part).glob("*.safetensors"))
+        shard = re.compile(r"-\d+-of-\d+$")
+        wanted = self.variant or ""
+        if found := [file for file in files if shard.sub("", file.stem).partition(".")[2] == wanted]:
             return found
+        if files:
+            raise FileNotFoundError(
+                f"{self.path / part}: found {files[0].name}, expected weights of the variant {self.variant!r}; "
+                "type teacher.variant=NAME, the word before .safetensors (null: none)"
+            )
         others = sorted(
             p.name for p in (self.path / part).glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt")
         )
@@ -118,7 +130,7 @@ class Folder:
         options: dict[str, Any] = {"local_files_only": True}
         if not tokenizer:
             key = "dtype" if library == "transformers" else "torch_dtype"
-            options |= {"use_safetensors": True, key: DTYPES[dtype]}
+            options |= {"use_safetensors": True, key: DTYPES[dtype], "variant": self.variant}
         try:
             loaded = class_named(library, name, f"{self.path / INDEX}: {part}").from_pretrained(
                 self.path / part, **options

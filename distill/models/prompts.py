@@ -37,6 +37,7 @@ class TextEncoders:
     sha256: str
     negative: str = ""
     dtype: str = "float32"
+    variant: str | None = None
 
     @classmethod
     def of(cls, folder: Folder, negative: str = "", dtype: str = "float32") -> TextEncoders:
@@ -49,12 +50,12 @@ class TextEncoders:
             folder.class_of(part)
             if not part.startswith("tokenizer"):
                 folder.weights(part)
-        return cls(str(folder.path.resolve()), folder.digest(parts), negative, dtype)
+        return cls(str(folder.path.resolve()), folder.digest(parts), negative, dtype, folder.variant)
 
     def encode(self, prompts: Sequence[str], batch_size: int = 64) -> Encoded:
         """Encode prompts. Raises ValueError where the folder is gone or holds other encoders."""
         try:
-            folder = Folder(self.path)
+            folder = Folder(self.path, self.variant)
         except FileNotFoundError as error:
             raise ValueError(
                 f"prompt: not among those that were encoded for this model, and its text encoders are gone: {error}"

@@ -9,7 +9,7 @@ from typing import Any
 PROMPTS = "distill.data.prompts.Prompts"
 ENCODE, PRETRAINED = "distill.stages.encode.Encode", "distill.stages.pretrained.Pretrained"
 NAME = "prompts"
-SHARED = ("path", "negative", "resolution")  # options that the stage takes from the teacher
+SHARED = ("path", "negative", "resolution", "variant")  # options that the stage takes from the teacher
 
 
 def encode(stages: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -42,7 +42,7 @@ class Encode(Stage):
         path: the pipeline's folder.
         prompts: config of a `data.prompts.Prompts`.
         negative: the prompt of the null condition.
-        resolution: see `stages.pretrained.Pretrained`.
+        resolution, variant: see `stages.pretrained.Pretrained`.
         dtype: of the encoders' weights. batch_size: prompts a call.
     """
 
@@ -53,6 +53,7 @@ class Encode(Stage):
     prompts: dict[str, Any]
     negative: str = ""
     resolution: int | None = None
+    variant: str | None = None
     dtype: str = "float32"
     batch_size: int = 64
 
@@ -75,12 +76,12 @@ class Encode(Stage):
 
     def fingerprint(self) -> str:
         """The digests of the prompts and of the text encoders."""
-        encoders = TextEncoders.of(Folder(self.path), self.negative, self.dtype)
+        encoders = TextEncoders.of(Folder(self.path, self.variant), self.negative, self.dtype)
         return f"{self._file().fingerprint()} {encoders.sha256}"
 
     def dry_run(self, before: Mapping[str, Made]) -> Made:
         """Read the prompts; conditions of zeros have the shapes of the encoded ones."""
-        prompts, folder = self._file().prompts, Folder(self.path)
+        prompts, folder = self._file().prompts, Folder(self.path, self.variant)
         _, family = family_of(folder)
         TextEncoders.of(folder, self.negative, self.dtype)
         shapes = family.text(folder)
@@ -95,7 +96,7 @@ class Encode(Stage):
 
     def run(self, context: StageContext) -> dict[str, Any]:
         """Encode on the main process, on the CPU, and write the folder."""
-        prompts, folder = self._file().prompts, Folder(self.path)
+        prompts, folder = self._file().prompts, Folder(self.path, self.variant)
         _, family = family_of(folder)
         if context.world.main:
             source = TextEncoders.of(folder, self.negative, self.dtype)

@@ -31,6 +31,7 @@ class Pretrained(ModelStage):
             expansion replaces.)
         negative: prompt of the null condition, used by that stage.
         resolution: side of the images in pixels; None: the network's own.
+        variant: of the weights' files: fp16 for model.fp16.safetensors; None: those without.
         dtype: of the network's weights: float32, bfloat16 or float16.
         constants: constant inputs of the family.
     """
@@ -42,6 +43,7 @@ class Pretrained(ModelStage):
     prompts: str | None = None
     negative: str = ""
     resolution: int | None = None
+    variant: str | None = None
     dtype: str = "float32"
     constants: dict[str, Any] = field(default_factory=dict)
 
@@ -58,7 +60,7 @@ class Pretrained(ModelStage):
 
     def fingerprint(self) -> str:
         """Of the network, its scheduler and the VAE."""
-        folder = Folder(self.path)
+        folder = Folder(self.path, self.variant)
         _, family = family_of(folder, self.family)
         parts = [part for part in (family.network, "scheduler", VAE) if part in folder]
         return folder.digest(parts)
@@ -79,7 +81,7 @@ class Pretrained(ModelStage):
         return {"train_seconds": None, "peak_memory_bytes": None}
 
     def _load(self, prompts: Conditions | None, *, weights: bool = True) -> Generator:
-        folder = Folder(self.path)
+        folder = Folder(self.path, self.variant)
         _, family = family_of(folder, self.family)
         conditions = family.conditions(folder) or prompts
         if conditions is None:

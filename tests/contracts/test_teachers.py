@@ -207,6 +207,22 @@ def test_precision_is_the_network_s_own(tmp_path: Path) -> None:
     assert 0 < float((made - wanted).abs().max()) < 0.05 * float(wanted.abs().max())
 
 
+def test_a_variant_of_the_weights(tmp_path: Path) -> None:
+    pipeline = teacher_support.sd(tmp_path)
+    whole, _ = loaded(tmp_path)
+    for part in ("unet", "text_encoder", "vae"):
+        for file in (tmp_path / part).glob("*.safetensors"):
+            file.unlink()
+    pipeline.save_pretrained(tmp_path, variant="fp16")
+    folder = Folder(tmp_path, "fp16")
+    _, family = family_of(folder)
+    encoded = TextEncoders.of(folder).encode(PROMPTS)
+    table = Table(PROMPTS, encoded.values, encoded.nulls, (4, 8, 8))
+    again = family.load(folder, Prompts.of_table(table))
+    for name, weight in whole.denoiser.state_dict().items():
+        assert torch.equal(again.denoiser.state_dict()[name], weight)
+
+
 def test_without_weights_nothing_is_allocated(tmp_path: Path) -> None:
     teacher_support.sd(tmp_path)
     folder = Folder(tmp_path)

@@ -152,6 +152,12 @@ def test_bad_folders(sd: Path, tmp_path: Path) -> None:
     weights = next((folder / "unet").glob("*.safetensors"))
     weights.rename(weights.with_suffix(".bin"))
     assert "alone, whose loading can run code; expected safetensors" in refused(f"teacher.path={folder}")
+    folder = broken("variant")
+    weights = next((folder / "unet").glob("*.safetensors"))
+    weights.rename(weights.with_suffix(".fp16.safetensors"))
+    assert "expected weights of the variant None; type teacher.variant=NAME" in refused(
+        f"teacher.path={folder}"
+    )
     scheduler = "scheduler/scheduler_config.json"
     assert "_class_name: found 'Unheard', expected one of DDIMScheduler" in changed(
         broken("scheduler"), scheduler, _class_name="Unheard"
