@@ -201,7 +201,9 @@ class Prompts(Conditions):
     @property
     def table(self) -> Table:
         """The encoded prompts."""
-        return read_table(self.folder, self.sha256) if self._made is None else self._made
+        if self._made is None:
+            self._made = read_table(self.folder, self.sha256)
+        return self._made
 
     @property
     def has_null(self) -> bool:  # type: ignore[override]
