@@ -172,4 +172,15 @@ class ScoreDistillation(DistillModule):
 
     def diagnostics(self, batch: Batch, draws: Draws) -> Diagnostics:
         """Samples of the average, predictions of teacher and fake score on them at three noise levels, and errors by level."""
-        return diagnose(self, batch, draws)
+        student, process = self.best(), self.student.process
+        assert isinstance(student, Denoiser)
+        cond = self.conditions(batch, draws)
+        x = self.input.mixture(student, cond, draws)
+        eps = draws.normal("eps", self.student.sample_shape)
+
+        def predict(t: Tensor) -> tuple[Tensor, Tensor]:
+            x_t = process.add_noise(x, eps, t)
+            teacher = self.teacher.x0(x_t, t, cond, self.guidance.teacher)
+            return teacher, self.fake.x0(x_t, t, cond, self.guidance.fake)
+
+        return diagnose(x, batch.x0, self.generator_times(draws), process, predict)

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from distill.data.batch import Batch
-from distill.data.cond import Cond
-from distill.data.rng import Draws
 from distill.engine.update import Diagnostics
-from distill.models.denoiser import Denoiser
+from distill.process.base import Process
 from distill.process.edm import EDM
-
-if TYPE_CHECKING:
-    from distill.methods.families.score import ScoreDistillation
 
 # Noise levels sigma / alpha of the pictures.
 SHOWN_LEVELS = (0.3, 1.0, 3.0)
@@ -26,36 +20,35 @@ BINS = 10
 COLLAPSED = 0.2
 
 
-def diagnose(method: ScoreDistillation, batch: Batch, draws: Draws) -> Diagnostics:
-    """Scalars and rows of images (of the average's samples, and both predictions of x0 at three noise levels)."""
-    student, process = method.best(), method.student.process
-    assert isinstance(student, Denoiser)
-    cond = method.conditions(batch, draws)
-    x = method.input.mixture(student, cond, draws)
-    eps = draws.normal("eps", method.student.sample_shape)
+def diagnose(
+    x: Tensor,
+    data: Tensor | None,
+    t: Tensor,
+    process: Process,
+    predict: Callable[[Tensor], tuple[Tensor, Tensor]],
+) -> Diagnostics:
+    """Scalars and rows of images: the samples, and both predictions of x0 at three noise levels.
+
+    Args:
+        x: samples [B,*S] of the student's average.
+        data: x0 [B,*S] of the batch, to compare their spread with.
+        t: [B] times of the student's loss.
+        process: of the networks.
+        predict: times [B] -> (yT, yF), the predictions of x0 by teacher and fake score at x noised to them.
+    """
     scalars = {"x_mean": x.mean(), "x_std": x.std(), "x_max": x.abs().max()}
-    if batch.x0 is not None:
-        scalars["x_std_data"] = batch.x0.std()
+    if data is not None:
+        scalars["x_std_data"] = data.std()
         _warn_of_collapse(float(scalars["x_std"]), float(scalars["x_std_data"]))
-    t = method.generator_times(draws)
-    y_teacher, y_fake = _predict(method, x, eps, t, cond)
+    y_teacher, y_fake = predict(t)
     scalars |= _by_level(torch.exp(-process.log_ratio(t)), x, y_teacher, y_fake)
     rows = [("student", x)]
     for level in SHOWN_LEVELS:
         t = process.matching_time(EDM(), torch.full((len(x),), level, dtype=torch.float64, device=x.device))
-        y_teacher, y_fake = _predict(method, x, eps, t, cond)
+        y_teacher, y_fake = predict(t)
         scalars[f"gap_{level:g}"] = (y_teacher - y_fake).square().mean()
         rows += [(f"teacher x0, {level:g}", y_teacher), (f"fake x0, {level:g}", y_fake)]
     return Diagnostics(scalars, rows)
-
-
-def _predict(
-    method: ScoreDistillation, x: Tensor, eps: Tensor, t: Tensor, cond: Cond
-) -> tuple[Tensor, Tensor]:
-    """(yT, yF): both predictions of x0 at x noised to t."""
-    x_t = method.student.process.add_noise(x, eps, t)
-    guidance = method.guidance
-    return method.teacher.x0(x_t, t, cond, guidance.teacher), method.fake.x0(x_t, t, cond, guidance.fake)
 
 
 def _by_level(level: Tensor, x: Tensor, y_teacher: Tensor, y_fake: Tensor) -> dict[str, Tensor]:
