@@ -23,9 +23,10 @@ DIGEST = "sha256"  # entry of a decoder's config in a file: of its weights
 
 
 def entry_of(decoder: Decoder) -> dict[str, Any]:
-    """The decoder's config, with the sha256 of its weights file where it has weights."""
+    """The decoder's config, with the sha256 of its weights file where it has weights; of a decoder on the
+    meta device the config alone."""
     weights = decoder.weights()
-    if not weights:
+    if not weights or any(tensor.is_meta for tensor in weights.values()):
         return decoder.config()
     ordered = {name: weights[name].detach().cpu().contiguous() for name in sorted(weights)}
     return decoder.config() | {DIGEST: hashlib.sha256(safetensors.torch.save(ordered)).hexdigest()}

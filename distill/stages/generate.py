@@ -115,8 +115,10 @@ class Generate(Stage):
         if self.path is not None:
             manifest = Path(self.path) / MANIFEST
             found, _ = read_manifest(needed(manifest, "a finished pair cache"))
-            # The weights are compared in `run`, when the teacher exists.
-            self._check_header(found, self._header(teacher, found.seed, found.teacher))
+            # The weights are compared in `run`, when the teacher exists; of a sketch also its decoder and prompts.
+            sketched = any(p.is_meta for p in model.parameters())
+            later = ("decoder", "conditions") if sketched else ()
+            self._check_header(found, self._header(teacher, found.seed, found.teacher), later)
         guidance = teacher.spec.guidance_baked * self.guidance_scale
         return Made(pairs=PairsMade(model.sample_shape, model.conditions, model.decoder, guidance))
 
@@ -179,14 +181,15 @@ class Generate(Stage):
             grid=None if grid is None else grid.to_dict(),
         )
 
-    def _check_header(self, header: Header, wanted: Header) -> None:
-        """Raise ValueError unless the cache at `path` equals the one that this stage would make."""
+    def _check_header(self, header: Header, wanted: Header, later: tuple[str, ...] = ()) -> None:
+        """Raise ValueError unless the cache at `path` equals the one that this stage would make, but for the entries `later`."""
         free = (
             "seed",
             "stream",
             "noise_checksum",
             "torch",
             "noise",
+            *later,
         )  # checked by the reader as far as necessary
         if changed := differing(header, wanted, free):
             what = ", ".join(

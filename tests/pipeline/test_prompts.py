@@ -73,6 +73,9 @@ def test_instaflow_from_a_folder_of_stable_diffusion(sd: Path, tmp_path: Path) -
     again = call_verb(tmp_path, "train", *command)
     assert again.returncode == 0, again.stderr
     assert (again.stdout + again.stderr).count("already finished, skipped") == 8
+    other = ("name=other", f"stages.pairs.path={run / 'pairs'}")
+    planned = call_verb(tmp_path, "train", *command, *other, "plan=true")
+    assert planned.returncode == 0, planned.stderr
     # The export holds the prompts that it samples, but no text encoder.
     samples, cat = student.sample(4), student.sample(1, prompt="a cat on a table", seed=3)
     shutil.move(run / "export", tmp_path / "moved")
