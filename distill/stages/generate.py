@@ -13,6 +13,7 @@ from distill.data.rng import noise_checksum
 from distill.files import copy, sha256_file
 from distill.models.autoencoder import WEIGHTS as DECODER_WEIGHTS
 from distill.models.autoencoder import entry_of
+from distill.models.build import build_conditions
 from distill.models.denoiser import SOLVERS
 from distill.models.description import WEIGHTS
 from distill.models.generator import Generator
@@ -182,7 +183,8 @@ class Generate(Stage):
         )
 
     def _check_header(self, header: Header, wanted: Header, later: tuple[str, ...] = ()) -> None:
-        """Raise ValueError unless the cache at `path` equals the one that this stage would make, but for the entries `later`."""
+        """Raise ValueError unless the cache at `path` equals the one that this stage would make; `later`: entries that are
+        not compared."""
         free = (
             "seed",
             "stream",
@@ -191,7 +193,13 @@ class Generate(Stage):
             "noise",
             *later,
         )  # checked by the reader as far as necessary
-        if changed := differing(header, wanted, free):
+        changed = differing(header, wanted, free)
+        # Prompts are the same wherever they lie.
+        if "conditions" in changed and build_conditions(header.conditions) == build_conditions(
+            wanted.conditions
+        ):
+            changed.remove("conditions")
+        if changed:
             what = ", ".join(
                 f"{key}: found {getattr(header, key)!r}, expected {getattr(wanted, key)!r}" for key in changed
             )
