@@ -1,0 +1,110 @@
+"""Folders of encoded prompts, and the conditions that they are. Nothing here needs a text encoder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from distill.cache.pairs import Header
+from distill.data.prompts import Prompts as PromptFile
+from distill.models.build import build_conditions
+from distill.models.decoder import Pixels
+from distill.models.families.family import Encoded
+from distill.models.prompts import EXPORTED, Prompts, PromptSource, TextEncoders, write_table
+from distill.stages.generate import Generate
+
+PROMPTS = ["a", "b", "a", "d"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return table(tmp_path / "prompts", PROMPTS)
+
+
+def table(folder: Path, prompts: list[str]) -> Path:
+    folder.mkdir()
+    values = {"context": torch.arange(len(prompts) * 6.0).reshape(-1, 3, 2)}
+    encoded = Encoded(values, {"context": torch.full((1, 3, 2), -1.0)}, truncated=1)
+    write_table(folder, prompts, TextEncoders("gone", "0" * 64), encoded, (1, 8, 8))
+    return folder
+
+
+def test_prompts_go_round(folder: Path) -> None:
+    prompts = Prompts.of_folder(folder)
+    cond = prompts.of(torch.tensor([1, 5]))
+    assert torch.equal(cond.values["context"][0], cond.values["context"][1])
+    assert float(cond.null().values["context"].mean()) == -1
+    assert (prompts.period, prompts.has_null, len(PromptSource(folder))) == (4, True, 4)
+    ids = torch.tensor([2, 7])
+    stored = prompts.columns(ids)
+    prompts.check(stored)
+    assert torch.equal(prompts.stored(stored).values["context"], prompts.of(ids).values["context"])
+    with pytest.raises(ValueError, match=r"prompt: found 2 \.\. 4, expected 0 \.\. 3"):
+        prompts.check({"prompt": torch.tensor([2, 4])})
+
+
+def test_known_prompts_need_no_encoder(folder: Path) -> None:
+    prompts = Prompts.of_folder(folder)
+    asked = prompts.ask(count=2, prompt="d").values["context"]
+    assert torch.equal(asked, prompts.of(torch.tensor([3, 3])).values["context"])
+    with pytest.raises(ValueError, match="its text encoders are gone"):
+        prompts.ask(count=1, prompt="new")
+    with pytest.raises(ValueError, match="found 2 prompts, expected one or 3"):
+        prompts.ask(count=3, prompt=["a", "b"])
+
+
+def test_the_same_prompts_elsewhere_are_equal(folder: Path, tmp_path: Path) -> None:
+    here = Prompts.of_folder(folder)
+    shutil.copytree(folder, tmp_path / "copy")
+    there = Prompts.of_folder(tmp_path / "copy")
+    other = Prompts.of_folder(table(tmp_path / "other", ["x"]))
+    assert here == there != other
+    assert build_conditions(here.config()) == here
+    assert here.beside(tmp_path / "copy").folder == str(tmp_path / "copy")
+    assert here.beside(tmp_path) is here
+    header = Header((1, 8, 8), 1, 0, "pairs", "", "", "euler", 1, 1.0, here.config(), Pixels().config())
+    generate = Generate(teacher="teacher", count=1, path="pairs")
+    generate._check_header(header, replace(header, conditions=there.config()))
+    with pytest.raises(ValueError, match="conditions: found"):
+        generate._check_header(header, replace(header, conditions=other.config()))
+
+
+def test_an_export_holds_the_first_prompts(tmp_path: Path) -> None:
+    prompts = Prompts.of_folder(table(tmp_path / "many", [str(n) for n in range(EXPORTED + 9)]))
+    (tmp_path / "export").mkdir()
+    exported = prompts.exported(tmp_path / "export")
+    shutil.rmtree(tmp_path / "many")
+    ids = torch.arange(EXPORTED)
+    assert torch.equal(exported.of(ids).values["context"], prompts.of(ids).values["context"])
+    assert exported.period == EXPORTED
+
+
+def test_changed_folders_are_refused(folder: Path) -> None:
+    prompts = Prompts.of_folder(folder)
+    path = folder / "prompts.json"
+    described = json.loads(path.read_text())
+    path.write_text(json.dumps(described | {"prompts": ["c", *PROMPTS[1:]]}))
+    with pytest.raises(ValueError, match=r"prompts.json: found prompts of digest"):
+        prompts.of(torch.tensor([0]))
+    path.write_text(json.dumps(described | {"tensors": "0" * 64}))
+    with pytest.raises(ValueError, match=r"prompts.safetensors: sha256: found"):
+        Prompts.of_folder(folder).of(torch.tensor([0]))
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"prompts.json: missing"):
+        PromptSource(folder)
+
+
+def test_files_of_prompts(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa dog\r\n\r\n caf\xc3\xa9 \n")
+    assert PromptFile(str(tmp_path / "a.txt")).prompts == ["a dog", "café"]
+    assert PromptFile(str(tmp_path / "a.txt"), limit=1).prompts == ["a dog"]
+    (tmp_path / "b.jsonl").write_text('{"text": "x"}\n\n{"text": "y"}\n')
+    assert PromptFile(str(tmp_path / "b.jsonl"), key="text").prompts == ["x", "y"]
+    (tmp_path / "b.jsonl").write_text("x\n")
+    with pytest.raises(ValueError, match="line 1: is not JSON"):
+        PromptFile(str(tmp_path / "b.jsonl"))
