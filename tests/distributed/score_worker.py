@@ -150,8 +150,8 @@ def train(
         after_step()
         walk.append([float(value) for value in method.state().values()])
 
-    def keep(path: Path, module: DistillModule, config: dict[str, Any]) -> None:
-        save(path, module, config)
+    def keep(path: Path, module: DistillModule, *rest: Any) -> None:
+        save(path, module, *rest)
         if module.world.main and module.progress.step == HALF:
             shutil.copyfile(path, path.with_name("half.ckpt"))
 

@@ -33,7 +33,7 @@ SMOKE = ("recipe=instaflow", "profile=smoke", "name=run")
         # wrong group values
         (
             "data=digit",
-            "data: found 'digit', did you mean digits?; expected digits, folder, latents, ring",
+            "data: found 'digit', did you mean digits?; expected digits, folder, latents, prompts, ring",
         ),
         ("profile=smok", "did you mean smoke?"),
         ("data=mine", "to add an option, write FOLDER/data/NAME.yaml and pass --config-dir FOLDER"),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 from test_ownership import STAGES, go, snapshot
 
 from distill import files
@@ -210,7 +211,7 @@ def dying(monkeypatch: pytest.MonkeyPatch, after: int) -> list[str]:
 
     for name in ("replace", "unlink", "rmdir", "write_bytes"):
         wrap(Path, name)
-    wrap(files, "save_file")
+    wrap(safetensors.torch, "save_file")
     wrap(files, "append_text")
     return done
 
