@@ -6,10 +6,17 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from torch import nn
 
 from distill.evaluation.protocol import Protocol
 from distill.evaluation.report import columns, legend, report, table
 from distill.exporters.card import card
+from distill.models.conditions import Labels
+from distill.models.decoder import Pixels
+from distill.models.denoiser import Denoiser
+from distill.models.generator import Generator
+from distill.models.spec import SamplerSpec
+from distill.process.flow import Flow
 
 
 def protocol(
@@ -121,12 +128,18 @@ class TestPages:
         )
         assert f"| precision_digits64 | recall_digits64{tag} ↑ |" in heading
         assert "cmmd" not in heading
-        model = {
-            "sampler": {"any_steps": False, "times": {"1": [1.0]}, "guidance_scale": 1, "steps": 1, "solver": "euler",
-                        "mode": "ode", "start_scale": 1.0},
-            "num_classes": 10, "sample_shape": [1, 8, 8], "kind": "velocity",
-            "process": {"_target_": "distill.process.flow.Flow"}, "coupling": "endpoint",
-        }  # fmt: skip
+        model = Generator(
+            Denoiser(
+                nn.Identity(),
+                Flow(),
+                "velocity",
+                (1, 8, 8),
+                coupling="endpoint",
+                conditions=Labels(10),
+                decoder=Pixels(),
+            ),
+            SamplerSpec(steps=1, times={1: (1.0, 0.0)}),
+        )
         for page in (
             report("r", [ROW], used, {}, []),
             card("r", model, [ROW], used, grid=False),
