@@ -22,19 +22,25 @@ Prompt = str | Sequence[str]
 
 
 class Conditions(Configured, ABC):
-    """The conditions of a model. Two of the same class and arguments are equal.
+    """The conditions of a model. Two of the same class and arguments are equal; they have no hash.
 
     Attributes:
         kind: the name of the kind.
-        has_null: whether conditions can be dropped, which guidance needs.
-        period: `of(ids)` repeats after so many ids; 0 where all ids have the same condition.
         num_classes: class labels; 0 for kinds without them.
     """
 
     kind: ClassVar[str]
-    has_null: ClassVar[bool] = True
-    period: int = 0
     num_classes: int = 0
+
+    @property
+    def has_null(self) -> bool:
+        """Whether conditions can be dropped, which guidance needs."""
+        return True
+
+    @property
+    def period(self) -> int:
+        """`of(ids)` repeats after so many ids; 0 where all ids have the same condition."""
+        return 0
 
     @abstractmethod
     def of(self, ids: Tensor) -> Cond:
@@ -82,13 +88,15 @@ class Conditions(Configured, ABC):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Conditions) and self.config() == other.config()
 
-    __hash__ = None  # type: ignore[assignment]
-
 
 class Nothing(Conditions):
     """An unconditional model."""
 
-    kind, has_null = "nothing", False
+    kind = "nothing"
+
+    @property
+    def has_null(self) -> bool:
+        return False
 
     def of(self, ids: Tensor) -> Cond:
         return Cond.nothing(len(ids))
@@ -121,7 +129,11 @@ class Labels(Conditions):
     def __init__(self, num_classes: int) -> None:
         if num_classes < 1:
             raise ValueError(f"num_classes: found {num_classes}, expected at least 1")
-        self.num_classes = self.period = num_classes
+        self.num_classes = num_classes
+
+    @property
+    def period(self) -> int:
+        return self.num_classes
 
     def of(self, ids: Tensor) -> Cond:
         return Cond.of_labels(ids % self.num_classes)

@@ -206,12 +206,12 @@ class Prompts(Conditions):
         return self._made
 
     @property
-    def has_null(self) -> bool:  # type: ignore[override]
+    def has_null(self) -> bool:
         """Whether the encoders make a null condition."""
         return bool(self.table.nulls)
 
     @property
-    def period(self) -> int:  # type: ignore[override]
+    def period(self) -> int:
         """The number of prompts."""
         return len(self.table.prompts)
 
@@ -267,9 +267,10 @@ class Prompts(Conditions):
         return Prompts.of_folder(folder)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Prompts) and self.sha256 == other.sha256
-
-    __hash__ = None
+        if not isinstance(other, Prompts):
+            return False
+        # Tables in memory have no digest.
+        return self.sha256 == other.sha256 if self.sha256 else self._made is other._made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Prompts:
         return self  # immutable

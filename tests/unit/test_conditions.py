@@ -125,7 +125,11 @@ class Sentences(Conditions):
     kind = "sentences"
 
     def __init__(self, sentences: Sequence[str]) -> None:
-        self.sentences, self.period = list(sentences), len(sentences)
+        self.sentences = list(sentences)
+
+    @property
+    def period(self) -> int:
+        return len(self.sentences)
 
     def encode(self, texts: Sequence[str]) -> Cond:
         length = max(map(len, texts))

@@ -32,7 +32,6 @@ class ImageMeter(Meter):
     """
 
     kind: ClassVar[str] = "images"
-    caption: ClassVar[str] = "one noise a column"
 
     data: Any
     features: Any
@@ -43,7 +42,7 @@ class ImageMeter(Meter):
     def __post_init__(self) -> None:
         at_least(self, "k", "grid_columns")
         self.data = decoded(self.data)
-        self.least, self.shown = self.k + 2, self.grid_columns
+        self.least, self.shown, self.caption = self.k + 2, self.grid_columns, "one noise a column"
 
     def fingerprint(self) -> str:
         """Of the real images and the extractor's weights."""

@@ -31,7 +31,7 @@ class Meter(ABC):
     Errors of `trial` and of the constructor begin with the option: "data: ...", "features: ..."."""
 
     kind: ClassVar[str]  # whose metrics rows hold: "images" or "points"
-    caption: ClassVar[str]  # of the picture
+    caption: str  # of the picture
     least: int = 3  # samples that a set needs
     latents: bool = False  # whether rows compare samples before decoding
     shown: int  # samples of a row in the picture

@@ -65,14 +65,13 @@ class PointMeter(Meter):
     """
 
     kind: ClassVar[str] = "points"
-    caption: ClassVar[str] = "paths from noise to samples"
 
     data: Any
     paths: int = 60
 
     def __post_init__(self) -> None:
         at_least(self, "paths")
-        self.shown = self.paths
+        self.shown, self.caption = self.paths, "paths from noise to samples"
 
     def fingerprint(self) -> str:
         """Of the data, of which fresh ones are drawn."""

@@ -64,7 +64,7 @@ class PromptMeter(Meter):
     def __post_init__(self) -> None:
         at_least(self, "columns")
         self.least, self.latents = 1, True
-        self.shown, self.caption = self.columns, "a prompt a column"  # type: ignore[misc]
+        self.shown, self.caption = self.columns, "a prompt a column"
         self.real = NoImages()
 
     def fingerprint(self) -> str:
@@ -98,4 +98,4 @@ class PromptMeter(Meter):
                 f"{number + 1}. {table.prompts[number % len(table.prompts)][:QUOTED]}"
                 for number in range(columns)
             ]
-            self.caption = "columns: " + "; ".join(quoted)  # type: ignore[misc]
+            self.caption = "columns: " + "; ".join(quoted)
