@@ -195,8 +195,8 @@ class Evaluation:
 
     def balanced(self, models: Mapping[str, Model]) -> bool:
         """Whether every class has equally many samples."""
-        period = next(iter(models.values())).generator.conditions.period
-        return period > 0 and self.count % period == 0
+        classes = next(iter(models.values())).generator.conditions.num_classes
+        return classes > 0 and self.count % classes == 0
 
     def _warm_up(self, generator: Generator) -> None:
         """One step of a first batch, so that the times of rows are alike."""
@@ -245,6 +245,8 @@ class Evaluation:
 
 def labels_of(generator: Generator, count: int) -> Tensor | None:
     """[count] classes of the samples 0 .. count - 1; None for a model without classes."""
+    if not generator.conditions.num_classes:  # all prompts of an evaluation take gigabytes
+        return None
     return generator.conditions.ask(count=count).get("label")
 
 

@@ -81,6 +81,11 @@ class Protocol:
             raise ValueError(f"protocol: found {plain!r}, expected a mapping")
         return parse(cls, {key: value for key, value in plain.items() if key != "names"}, "protocol")
 
+    @property
+    def of_points(self) -> bool:
+        """Whether points were measured, as they are: without features and neighbours."""
+        return self.features == "points"
+
     def describe(self) -> str:
         """One line to print beside the numbers."""
         if self.features == NO_FEATURES:
@@ -88,7 +93,7 @@ class Protocol:
         balance = "class-balanced samples" if self.class_balanced else "samples"
         weights = f" ({self.features_sha256[:8]})" if self.features_sha256 else ""
         size = "x".join(str(n) for n in self.resolution)
-        points = len(self.resolution) == 1  # measured as they are: no features, no neighbours
+        points = self.of_points
         what = f"real points of {size} coordinates" if points else f"real images of {size}"
         reduced = self.full_count is not None and self.count < self.full_count
         text = (

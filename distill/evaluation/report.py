@@ -82,7 +82,7 @@ def report(
     note: str = "",
 ) -> str:
     """The page `report.md`; `caption`: of grid.png, "" where there is none."""
-    what = "points" if len(protocol.resolution) == 1 else "images"
+    what = "points" if protocol.of_points else "images"
     values = ", ".join(f"{name} {value:.4g}" for name, value in real.items())
     parts = [
         f"# {prose(title)}",

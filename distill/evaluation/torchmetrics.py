@@ -23,7 +23,8 @@ from torchmetrics import Metric
 
 from distill.evaluation.checks import as_rows
 from distill.evaluation.measure import checked, extract
-from distill.evaluation.metric import metrics
+from distill.evaluation.metric import Metric as Declared
+from distill.evaluation.metric import metric, metrics
 from distill.evaluation.samples import Options, Samples
 from distill.process.base import at_least_float32
 
@@ -36,14 +37,19 @@ class SampleMetric(Metric):
     Args:
         name: of a metric of samples: "fd", "recall", "energy", ...
         extractor: the feature space, on the device of the samples; needed for metrics of features and of predicted classes.
-        k, projections, seed, heldout: see `evaluation.samples.Options`.
+        k, projections, seed: see `evaluation.samples.Options`.
         keep_real: `reset` keeps the real set.
+
+    `forward` returns the value of its batch against the real set; real samples are added by `update(..., real=True)`.
+    Over several processes each must have samples of one side at least.
 
     Raises ValueError for another name, or without an extractor that the metric needs.
     """
 
     is_differentiable = False
-    full_state_update = False
+    full_state_update = (
+        True  # else `forward` merges its batch's state, of which the real set is a part, into the whole
+    )
 
     def __init__(
         self,
@@ -53,7 +59,6 @@ class SampleMetric(Metric):
         k: int = 5,
         projections: int = 256,
         seed: int = 0,
-        heldout: int = 400,
         keep_real: bool = True,
         **kwargs: Any,
     ) -> None:
@@ -61,16 +66,21 @@ class SampleMetric(Metric):
         known = {metric.name: metric for metric in metrics() if not metric.rows}
         if name not in known:
             raise ValueError(f"name: found {name!r}, expected one of {', '.join(known)}")
-        self.metric, self.keep_real = known[name], keep_real
+        self.name, self.keep_real = name, keep_real
         self._extractor = [extractor]  # in a list: its weights are no part of the module's checkpoint
         extracted = {"features", "predicted"} & set(self.metric.reads)
         if extracted and extractor is None:
             raise ValueError(f"extractor: found None, but {name!r} is a metric of features")
         space = "" if extractor is None else extractor.name
-        self.options = Options(k, projections, seed, heldout, space)
+        self.options = Options(k, projections, seed, space=space)
         for side in SIDES:
             for key in self.metric.reads:
                 self.add_state(f"{side}_{key}", default=[], dist_reduce_fx="cat")
+
+    @property
+    def metric(self) -> Declared:
+        """The declaration, which holds functions and cannot be pickled."""
+        return metric(self.name)
 
     @property
     def higher_is_better(self) -> bool | None:  # type: ignore[override]
@@ -112,6 +122,14 @@ class SampleMetric(Metric):
                 f"{self.metric.name}: is undefined for these samples, or in {self.options.space!r}"
             )
         return torch.tensor(value, dtype=torch.float64, device=self.device)
+
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """Gather the states of all processes; one without samples of a side joins in with none of their width and type."""
+        for key in self.metric.reads:
+            for side, other in (SIDES, SIDES[::-1]):
+                if not getattr(self, f"{side}_{key}") and (there := getattr(self, f"{other}_{key}")):
+                    setattr(self, f"{side}_{key}", [there[0][:0]])
+        super().sync(*args, **kwargs)
 
     def reset(self) -> None:
         """Forget the samples; with `keep_real`, not the real ones."""

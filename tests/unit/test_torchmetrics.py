@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,18 @@ def paths(part: slice = slice(None)) -> Straightness:
     return metric
 
 
+def uneven(batches: Sequence[int], *, real: bool) -> SampleMetric:
+    """The energy distance of some batches, of different sizes, to one real set."""
+    random = torch.Generator().manual_seed(0)
+    reference, *parts = (torch.randn(size, 2, generator=random) for size in (20, 8, 9, 5))
+    metric = SampleMetric("energy")
+    if real:
+        metric.update(reference, real=True)
+    for number in batches:
+        metric.update(parts[number])
+    return metric
+
+
 def test_are_the_numbers_of_a_row() -> None:
     data, extractor = Digits(), load_digits64()
     reference = Reference(data.images[240:360], data.labels[240:360], extractor)
@@ -71,6 +85,7 @@ def worker(folder: Path, rank: int, port: int) -> None:
     part = slice(rank, None, 2)
     found = {name: float(updated(name, part).compute()) for name in (*IMAGES, *POINTS)}
     found["straightness"] = float(paths(part).compute())
+    found["uneven"] = float(uneven((0, 1) if rank == 0 else (2,), real=rank == 0).compute())
     (folder / f"{rank}.json").write_text(json.dumps(found))
 
 
@@ -80,7 +95,8 @@ def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
     assert [os.waitpid(pid, 0)[1] for pid in running] == [0, 0], (tmp_path / "log0").read_text()
     one, two = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert one == two
-    assert set(one) == {*IMAGES, *POINTS, "straightness"}
+    assert set(one) == {*IMAGES, *POINTS, "straightness", "uneven"}
+    assert one.pop("uneven") == pytest.approx(float(uneven((0, 1, 2), real=True).compute()), rel=1e-7)
     for name, value in one.items():
         expected = float(paths().compute() if name == "straightness" else updated(name).compute())
         counted = name in ("precision", "recall", "density", "coverage", "class_accuracy")
@@ -106,6 +122,22 @@ def test_a_reset_keeps_the_real_set() -> None:
     assert torch.equal(metric.compute(), first)
     assert metric.higher_is_better is False
     assert metric.state_dict() == {}
+
+
+def test_forward_adds_its_batch_and_keeps_the_real_set() -> None:
+    called, random = uneven((), real=True), torch.Generator().manual_seed(1)
+    updated, parts = uneven((), real=True), torch.randn(3, 10, 2, generator=random)
+    for part in parts:
+        alone = uneven((), real=True)
+        alone.update(part)
+        assert float(called(part)) == float(alone.compute())
+        updated.update(part)
+    assert float(called.compute()) == float(updated.compute())
+
+
+def test_can_be_pickled() -> None:
+    metric = uneven((0, 1), real=True)
+    assert float(pickle.loads(pickle.dumps(metric)).compute()) == float(metric.compute())
 
 
 def test_wrong_arguments_are_named() -> None:
