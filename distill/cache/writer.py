@@ -117,9 +117,7 @@ def write_pairs(
                 on_samples=on_samples,
             )
             if x0 is not None:
-                write_safetensors(
-                    path, {"ids": ids, **teacher.conditions.columns(ids), **teacher.columns(x0)}
-                )
+                write_safetensors(path, {"ids": ids, **teacher.conditions.columns(ids), "x0": x0})
                 written[path.name] = sha256_file(path)
                 write_json(folder / WRITTEN, {"header": header.to_dict(), "sha256": written})
         else:

@@ -95,8 +95,8 @@ def floors(runs: Sequence[Run], metric: str) -> list[tuple[float, str]]:
     """(value, what it is) of the real images, each distinct value once; empty where they have none."""
     found: dict[str, tuple[float, str]] = {}
     for run in runs:
-        if known(metric).real_name:
-            value, what = run.real.get(known(metric).real_name), known(metric).real_words
+        if known(metric).real is not None:
+            value, what = run.real.get(known(metric).real_key), known(metric).real_words
         else:
             floor = run.protocol.floor
             count = f" ({floor['half']:.0f})" if "half" in floor else ""

@@ -80,7 +80,7 @@ class RealSet(Samples):
     def references(self, floor: Mapping[str, float] | None = None) -> dict[str, float]:
         """Values that gates may name: those that metrics have for the real set itself (`heldout_nn`, `pixel_std`, `class_std`,
         `class_accuracy`), where defined, and `floor_<metric>` for every entry of `floor`."""
-        real = {m.real_name: self.once(m.real) for m in metrics(self.kind) if m.real is not None}
+        real = {m.real_key: self.once(m.real) for m in metrics(self.kind) if m.real is not None}
         known = {name: value for name, value in real.items() if value is not None}
         return known | {f"floor_{name}": value for name, value in (floor or {}).items()}
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import distill.evaluation.metrics as package
 
+FEATURES: Literal["features"] = "features"
 ARROWS = {"lower": " ↓", "higher": " ↑"}
 
 
@@ -29,13 +30,14 @@ class Metric:
             scale, unit: cells show value * scale; the unit says so.
         better: "real": the closer to the value of the real set, the better; "": neither is better in itself.
         comparable: a best value among several runs means something. plotted: `distill.compare metric=` accepts it.
-        in_space: feature space -> the name in it, None where it is undefined there; set for metrics of features.
+        in_space: feature space -> the name in it, None where it is undefined there; set for metrics of features. FEATURES:
+            `<name>_digits64` in the space `digits64`.
         of_count: its expected value, or what is published, depends on the number of samples, so that the name carries a reduced
             count.
         floor: also measured between two halves of the real set.
         monitored: logged while a student trains; a "lower" one may choose the best model.
         reads: fields of `Samples` that `measure` needs, also those of `real`.
-        real: the value of the real set itself, `real_name` in the file; `real_words` is its label in plots.
+        real: the value of the real set itself, `real_name` (default: `name`) in the file; `real_words` is its label in plots.
     """
 
     name: str
@@ -51,7 +53,7 @@ class Metric:
     better: Literal["lower", "higher", "real", ""] = ""
     comparable: bool = True
     plotted: bool = True
-    in_space: Callable[[str], str | None] | None = None
+    in_space: Callable[[str], str | None] | Literal["features"] | None = None
     of_count: bool = False
     floor: bool = False
     monitored: bool = False
@@ -63,6 +65,17 @@ class Metric:
     def heading(self, names: Mapping[str, str]) -> str:
         """The name under a protocol's `names`, without unit and direction."""
         return names.get(self.name, self.title or self.name)
+
+    def name_in(self, features: str) -> str | None:
+        """The name in a feature space; None where the metric is undefined there."""
+        if self.in_space == FEATURES:
+            return f"{self.name}_{features}"
+        return self.name if self.in_space is None else self.in_space(features)
+
+    @property
+    def real_key(self) -> str:
+        """The name of the real set's value."""
+        return self.real_name or self.name
 
     @property
     def suffix(self) -> str:
@@ -76,11 +89,6 @@ class Metric:
     def sentence(self, features: str) -> str:
         """`meaning` in a feature space."""
         return self.meaning if isinstance(self.meaning, str) else self.meaning(features)
-
-
-def in_features(name: str) -> Callable[[str], str]:
-    """`in_space` of a metric whose name in the space `digits64` is `<name>_digits64`."""
-    return lambda features: f"{name}_{features}"
 
 
 @cache

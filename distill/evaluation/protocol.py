@@ -58,7 +58,7 @@ class Protocol:
         reduced = f"@{count}" if self.full_count is None or count < self.full_count else ""
         names = {}
         for known in metrics():
-            name = known.name if known.in_space is None else known.in_space(self.features)
+            name = known.name_in(self.features)
             if name is not None and (known.in_space or known.of_count):
                 names[known.name] = name + reduced * known.of_count
         return names

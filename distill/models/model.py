@@ -99,10 +99,6 @@ class Model(nn.Module, ABC):
             raise ValueError(f"coupling: found {self.coupling!r}, a {student}; expected an ODE model")
         check_guidance_scale(self.guidable, guidance_scale)
 
-    def columns(self, x0: Tensor) -> dict[str, Tensor]:
-        """What a pair cache stores of data x0 [n,*S]: name -> [n, ...]."""
-        return {"x0": x0}
-
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters that training changes, by name."""
         return dict(self.named_parameters())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distill.evaluation.metric import Metric, in_features
+from distill.evaluation.metric import FEATURES, Metric
 from distill.evaluation.samples import Samples
 
 
@@ -27,9 +27,8 @@ CLASS_ACCURACY = Metric(
     meaning="how often the classifier agrees with the requested class",
     of="images",
     better="real",
-    in_space=in_features("class_accuracy"),
+    in_space=FEATURES,
     monitored=True,
     reads=("predicted", "labels"),
     real=class_accuracy,
-    real_name="class_accuracy",
 )

@@ -62,7 +62,6 @@ CLASS_STD = Metric(
     monitored=True,
     reads=("values", "labels"),
     real=_class_std,
-    real_name="class_std",
 )
 PIXEL_STD = Metric(
     "pixel_std",
@@ -74,5 +73,4 @@ PIXEL_STD = Metric(
     better="real",
     monitored=True,
     real=_pixel_std,
-    real_name="pixel_std",
 )

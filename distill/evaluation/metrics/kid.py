@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distill.evaluation.checks import as_pair, as_rows
-from distill.evaluation.metric import Metric, in_features
+from distill.evaluation.metric import FEATURES, Metric
 from distill.evaluation.samples import Samples
 
 CHUNK = 2048  # rows of a Gram matrix held at once: 2048 x 2048 in float64 is 32 MiB
@@ -60,7 +60,7 @@ KID = Metric(
     scale=1000.0,
     unit="·10³",
     better="lower",
-    in_space=in_features("kid"),
+    in_space=FEATURES,
     of_count=True,  # unbiased, but its spread grows as 1 / N, and what is published is of one count
     floor=True,
     monitored=True,

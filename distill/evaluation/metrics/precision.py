@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from distill.evaluation.checks import as_pair, as_rows
-from distill.evaluation.metric import Metric, in_features
+from distill.evaluation.metric import FEATURES, Metric
 from distill.evaluation.samples import Samples
 
 CHUNK = 2048  # rows of a distance matrix held at once
@@ -110,7 +110,7 @@ PRECISION = _of_balls(
     order=90,
     measure=lambda x: x.once(_manifold).precision,
     meaning="share of samples among real ones; rises when samples collapse to class means",
-    in_space=in_features("precision"),
+    in_space=FEATURES,
 )
 RECALL = _of_balls(
     "recall",
@@ -118,7 +118,7 @@ RECALL = _of_balls(
     measure=lambda x: x.once(_manifold).recall,
     meaning="share of real images among samples; falls when samples collapse to class means",
     better="higher",
-    in_space=in_features("recall"),
+    in_space=FEATURES,
     of_count=True,
     monitored=True,
 )
@@ -127,7 +127,7 @@ DENSITY = _of_balls(
     order=110,
     measure=lambda x: x.once(_manifold).density,
     meaning="as precision, but counts the real neighbourhoods; above 1 for collapsed samples",
-    in_space=in_features("density"),
+    in_space=FEATURES,
 )
 COVERAGE = _of_balls(
     "coverage",
@@ -135,7 +135,7 @@ COVERAGE = _of_balls(
     measure=lambda x: x.once(_manifold).coverage,
     meaning="share of real images with a sample in their neighbourhood; falls with variety",
     better="higher",
-    in_space=in_features("coverage"),
+    in_space=FEATURES,
     of_count=True,
     monitored=True,
 )
