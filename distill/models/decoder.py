@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill.nets.autoencoder import AutoencoderNet
 from distill.typed import Configured
@@ -106,10 +106,12 @@ class Autoencoder(Decoder):
 
     def decode(self, samples: Tensor) -> Tensor:
         scale, shift = self._numbers(samples)
-        return self._net(samples).decode(samples / scale + shift)
+        net = self._net(samples)
+        return net.decode((samples / scale + shift).to(_type(net))).to(samples.dtype)
 
     def encode(self, data: Tensor) -> Tensor:
-        latents = self._net(data).encode(data)
+        net = self._net(data)
+        latents = net.encode(data.to(_type(net))).to(data.dtype)
         scale, shift = self._numbers(latents)
         return (latents - shift) * scale
 
@@ -121,6 +123,10 @@ class Autoencoder(Decoder):
 
     def _net(self, x: Tensor) -> AutoencoderNet:
         """The net on the device of x: the models that share it may lie on several."""
+        if x.is_meta:  # moving the net there would lose its weights
+            raise ValueError(
+                "samples: found a tensor on the meta device, expected values to decode or encode"
+            )
         return self.net.to(x.device)
 
     def _numbers(self, x: Tensor) -> list[Tensor]:
@@ -128,6 +134,11 @@ class Autoencoder(Decoder):
         return [
             n.to(x.device, x.dtype).reshape(-1, *(1,) * (x.dim() - 2)) for n in (self._scale, self._shift)
         ]
+
+
+def _type(net: nn.Module) -> torch.dtype:
+    """The type of a net's weights; float32 for a net without any."""
+    return next((p.dtype for p in net.parameters()), torch.float32)
 
 
 def of_source(source: Any) -> Decoder:

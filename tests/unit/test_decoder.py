@@ -7,6 +7,7 @@ import json
 import math
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,9 +42,9 @@ ANY = SamplerSpec(steps=2, any_steps=True)
 ADAM = Optim(partial(torch.optim.Adam, lr=1e-3), Linear(2))
 
 
-def autoencoder(**options: object) -> Autoencoder:
+def autoencoder(**options: Any) -> Autoencoder:
     torch.manual_seed(0)
-    return Autoencoder(ConvAutoencoder(latent=2, width=4), **options)  # type: ignore[arg-type]
+    return Autoencoder(ConvAutoencoder(latent=2, width=4), **options)
 
 
 def model(
@@ -239,3 +240,14 @@ def test_a_config_makes_the_model_again() -> None:
             missing = {k: v for k, v in first.config().items() if k != key}
             with pytest.raises(ValueError, match=rf"model.{key}: missing"):
                 build_model(missing)
+
+
+def test_decodes_other_types_and_keeps_its_weights() -> None:
+    decoder = autoencoder(scale=2.0)
+    z = torch.randn(2, 2, 4, 4)
+    images = decoder.decode(z)
+    assert decoder.decode(z.double()).dtype == torch.float64
+    assert torch.allclose(decoder.decode(z.double()).float(), images, atol=1e-6)
+    with pytest.raises(ValueError, match="samples: found a tensor on the meta device"):
+        decoder.decode(z.to("meta"))
+    assert torch.equal(decoder.decode(z), images)
