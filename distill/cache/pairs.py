@@ -150,9 +150,13 @@ class Shard:
 
 
 def differing(a: Header, b: Header, but: Collection[str] = ()) -> list[str]:
-    """Names of the entries in which two headers differ, in order; `but` are not compared."""
+    """Names of the entries in which two headers differ, in order; `but` are not compared. Conditions are equal wherever their
+    files are."""
     names = (f.name for f in fields(Header) if f.compare and f.name not in but)
-    return sorted(name for name in names if getattr(a, name) != getattr(b, name))
+    found = sorted(name for name in names if getattr(a, name) != getattr(b, name))
+    if "conditions" in found and build_conditions(a.conditions) == build_conditions(b.conditions):
+        found.remove("conditions")
+    return found
 
 
 def read_manifest(path: Path) -> tuple[Header, list[Shard]]:
@@ -190,7 +194,7 @@ class Pairs:
                 f"{path}: missing; {folder} is no finished pair cache (its writer continues it)"
             )
         self.header, self.shards = header, _ = read_manifest(path)
-        self.conditions = build_conditions(header.conditions, f"{path}: header.conditions")
+        self.conditions = build_conditions(header.conditions, f"{path}: header.conditions").beside(folder)
         self.decoder = read_decoder(folder, header.decoder, path)
         self._check_noise(path)
         tables = [self._read_shard(shard) for shard in self.shards]

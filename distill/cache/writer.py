@@ -91,8 +91,7 @@ def write_pairs(
     shard and the main one writes."""
     device, world, teacher = torch.device(device), world or World(), teacher.to(device).eval()
     begun = folder / HEADER
-    if begun.is_file() and (found := _begun(begun)) != header:
-        changed = differing(found, header)
+    if begun.is_file() and (changed := differing(found := _begun(begun), header)):
         raise ValueError(f"{begun}: begun with other {changed}: found {[getattr(found, k) for k in changed]}")
     written = recorded(folder, header)
     world.barrier()
@@ -135,11 +134,11 @@ def recorded(folder: Path, header: Header) -> dict[str, str]:
     """sha256 of every shard by its name, as noted when it was written: by a manifest, or by a writer that was killed."""
     with suppress(FileNotFoundError, ValueError):
         found, shards = read_manifest(folder / MANIFEST)
-        if found == header:
+        if not differing(found, header):
             return {shard.file: shard.sha256 for shard in shards}
     with suppress(FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         noted = read_json(folder / WRITTEN)
-        if Header.from_dict(noted["header"], WRITTEN) == header:
+        if not differing(Header.from_dict(noted["header"], WRITTEN), header):
             return {str(name): str(sha) for name, sha in noted["sha256"].items()}
     return {}
 

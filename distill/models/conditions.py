@@ -75,8 +75,11 @@ class Conditions(Configured, ABC):
         """In a few words, for messages and cards: "10 classes"."""
 
     def beside(self, folder: Path) -> Conditions:
-        """The same conditions where a model folder holds what they need."""
+        """The same conditions; what they need is read from a folder of a model or of pairs, or from beside it, if it is there."""
         return self
+
+    def copy_to(self, folder: Path) -> None:
+        """Copy into a stage's folder what `beside` would not find there."""
 
     def exported(self, folder: Path) -> Conditions:
         """Those of an export, into whose folder they write what they need."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 from distill.data.batch import Batch
 from distill.data.cond import Cond
 from distill.data.rng import Draws
-from distill.files import canonical_json, read_json, sha256_kept, write_json, write_safetensors
+from distill.files import canonical_json, copy, read_json, sha256_kept, write_json, write_safetensors
 from distill.models.conditions import Conditions, Label, Prompt
 from distill.models.families import family_of
 from distill.models.families.family import Encoded
@@ -24,7 +25,7 @@ from distill.models.pretrained import Folder
 from distill.typed import parse
 
 SCHEMA = 1
-DESCRIPTION, TENSORS = "prompts.json", "prompts.safetensors"
+DESCRIPTION, TENSORS = FILES = "prompts.json", "prompts.safetensors"
 EXPORTED = 64  # prompts that an export holds
 
 
@@ -253,8 +254,27 @@ class Prompts(Conditions):
     def words(self) -> str:
         return "prompts"
 
+    def _near(self, folder: Path) -> Path | None:
+        """The copy of these prompts in a folder of a model or of pairs, or in the stage's folder of the same run."""
+        if (folder / DESCRIPTION).is_file():
+            return folder
+        name, absolute = Path(self.folder).name, folder.absolute()
+        for run in (absolute.parent, absolute.parent.parent) if name else ():  # the second: of STAGE/best
+            with suppress(OSError, ValueError):
+                if digest_of(run / name) == self.sha256:
+                    return run / name
+        return None
+
     def beside(self, folder: Path) -> Prompts:
-        return Prompts(str(folder), self.sha256) if (folder / DESCRIPTION).is_file() else self
+        near = self._near(folder)
+        return self if near is None or str(near) == self.folder else Prompts(str(near), self.sha256)
+
+    def copy_to(self, folder: Path) -> None:
+        near = self._near(folder)
+        if near is None or digest_of(near) != self.sha256:
+            read_table(self.folder, self.sha256)  # raises where they are gone or changed
+            for name in FILES:
+                copy(Path(self.folder) / name, folder / name)
 
     def exported(self, folder: Path) -> Prompts:
         """The first prompts, of which samples without a prompt are made, and the null condition."""

@@ -13,14 +13,11 @@ from distill.exporters.card import card
 from distill.files import copy, read_json, write_json, write_text
 from distill.models.description import DESCRIPTION, WEIGHTS
 from distill.models.native import load_model, save_model
-from distill.models.prompts import DESCRIPTION as PROMPTS
-from distill.models.prompts import TENSORS
+from distill.models.prompts import FILES as PROMPT_FILES
 from distill.stages.base import MODEL_FILES, ModelStage, Stage, StageContext, check_types, check_which
 from distill.stages.evaluate import Evaluate
 from distill.stages.monitor import model_folder
 from distill.stages.ownership import patterns
-
-PROMPT_FILES = (PROMPTS, TENSORS)
 
 
 @dataclass

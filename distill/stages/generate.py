@@ -13,11 +13,11 @@ from distill.data.rng import noise_checksum
 from distill.files import copy, sha256_file
 from distill.models.autoencoder import WEIGHTS as DECODER_WEIGHTS
 from distill.models.autoencoder import entry_of
-from distill.models.build import build_conditions
 from distill.models.denoiser import SOLVERS
 from distill.models.description import WEIGHTS
 from distill.models.generator import Generator
 from distill.models.native import load_model
+from distill.models.prompts import FILES as PROMPT_FILES
 from distill.models.time_grid import TimeGrid
 from distill.process.times import MAX_STEPS
 from distill.stages.base import ModelStage, Stage, StageContext, check_types
@@ -46,7 +46,7 @@ class Generate(Stage):
     REFERENCES: ClassVar[tuple[str, ...]] = ("teacher",)
     FILES: ClassVar[tuple[str, ...]] = (
         r"pairs-\d{5,}\.safetensors",
-        *patterns(MANIFEST, HEADER, WRITTEN, DECODER_WEIGHTS),
+        *patterns(MANIFEST, HEADER, WRITTEN, DECODER_WEIGHTS, *PROMPT_FILES),
     )
     NEEDED: ClassVar[tuple[str, ...]] = (MANIFEST,)
 
@@ -194,11 +194,6 @@ class Generate(Stage):
             *later,
         )  # checked by the reader as far as necessary
         changed = differing(header, wanted, free)
-        # Prompts are the same wherever they lie.
-        if "conditions" in changed and build_conditions(header.conditions) == build_conditions(
-            wanted.conditions
-        ):
-            changed.remove("conditions")
         if changed:
             what = ", ".join(
                 f"{key}: found {getattr(header, key)!r}, expected {getattr(wanted, key)!r}" for key in changed
@@ -218,6 +213,7 @@ class Generate(Stage):
                 copy(source / shard.file, context.folder / shard.file)
             if (source / DECODER_WEIGHTS).is_file():
                 copy(source / DECODER_WEIGHTS, context.folder / DECODER_WEIGHTS)
+            pairs.conditions.copy_to(context.folder)
             copy(source / MANIFEST, context.folder / MANIFEST)
             if self._found not in (None, sha256_file(context.folder / MANIFEST)):
                 raise ValueError(f"{source / MANIFEST}: changed during the run; start the run again")

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from distill.files import copy, sha256_file
 from distill.models.description import DESCRIPTION, WEIGHTS, Description
-from distill.models.native import load_model
-from distill.stages.base import ModelStage, StageContext
+from distill.models.native import load_model, sketch_model
+from distill.models.prompts import FILES as PROMPT_FILES
+from distill.stages.base import MODEL_FILES, ModelStage, StageContext
 from distill.stages.made import Made, try_model
-from distill.stages.ownership import needed
+from distill.stages.ownership import needed, patterns
 
 
 @dataclass
@@ -23,11 +24,13 @@ class Load(ModelStage):
         path: a model folder (model.safetensors and model.json).
     """
 
+    FILES: ClassVar[tuple[str, ...]] = (*MODEL_FILES, *patterns(*PROMPT_FILES))
+
     path: str
     _found: str | None = field(default=None, init=False, repr=False)  # digest of the model at `path`
 
     def fingerprint(self) -> str:
-        """Return the sha256 of the weights and of their description."""
+        """Return the sha256 of the weights and of their description, which names the digest of prompts."""
         self._found = self._digest(Path(self.path))
         return self._found
 
@@ -40,6 +43,8 @@ class Load(ModelStage):
         source = Path(self.path)
         for name in (WEIGHTS, DESCRIPTION) if context.world.main else ():
             copy(source / name, context.folder / name)
+        if context.world.main:
+            sketch_model(source).denoiser.conditions.copy_to(context.folder)
         context.world.barrier()
         if self._found not in (None, self._digest(context.folder)):
             raise ValueError(f"path: {source} changed during the run; start the run again")

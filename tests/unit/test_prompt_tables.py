@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill.cache.pairs import Header
+from distill.cache.pairs import Header, Pairs, differing
+from distill.cache.writer import recorded
 from distill.data.prompts import Prompts as PromptFile
+from distill.data.rng import noise_checksum
+from distill.files import sha256_file, write_json, write_safetensors
 from distill.models.build import build_conditions
 from distill.models.decoder import Pixels
 from distill.models.families.family import Encoded
@@ -19,6 +22,8 @@ from distill.models.prompts import EXPORTED, Prompts, PromptSource, TextEncoders
 from distill.stages.generate import Generate
 
 PROMPTS = ["a", "b", "a", "d"]
+NOISE = noise_checksum(0, "pairs", (1, 8, 8))
+HEADER = Header((1, 8, 8), 1, 0, "pairs", NOISE, "", "euler", 1, 1.0, {}, Pixels().config())
 
 
 @pytest.fixture
@@ -67,11 +72,65 @@ def test_the_same_prompts_elsewhere_are_equal(folder: Path, tmp_path: Path) -> N
     assert build_conditions(here.config()) == here
     assert here.beside(tmp_path / "copy").folder == str(tmp_path / "copy")
     assert here.beside(tmp_path) is here
-    header = Header((1, 8, 8), 1, 0, "pairs", "", "", "euler", 1, 1.0, here.config(), Pixels().config())
+    header = replace(HEADER, conditions=here.config())
     generate = Generate(teacher="teacher", count=1, path="pairs")
     generate._check_header(header, replace(header, conditions=there.config()))
     with pytest.raises(ValueError, match="conditions: found"):
         generate._check_header(header, replace(header, conditions=other.config()))
+
+
+def test_a_moved_run_reads_its_own_prompts(folder: Path, tmp_path: Path) -> None:
+    """Models, their best/ and pairs read the stage's folder of the run that they lie in now."""
+    prompts, run = Prompts.of_folder(folder), tmp_path / "moved"
+    header = replace(HEADER, conditions=prompts.config())
+    run.mkdir()
+    shutil.move(folder, run / "prompts")
+    for place in (run / "teacher", run / "teacher" / "best"):
+        place.mkdir()
+        found = prompts.beside(place)
+        assert found.folder == str(run / "prompts")
+        assert found.of(torch.tensor([1])).values["context"].shape == (1, 3, 2)
+    table(run / "others", ["x"])
+    (run / "prompts").rename(run / "away")
+    (run / "others").rename(run / "prompts")
+    assert prompts.beside(run / "teacher") is prompts, "other prompts of that name are not these"
+    (run / "prompts").rename(run / "others")
+    (run / "away").rename(run / "prompts")
+    written(run / "pairs", header)
+    assert Pairs(run / "pairs").fetch(torch.tensor([1]), torch.arange(1)).cond.values["context"][0, 0, 0] == 6
+    moved = replace(header, conditions=prompts.beside(run / "pairs").config())
+    assert differing(header, moved) == []
+    (run / "pairs" / "manifest.json").unlink()
+    write_json(run / "pairs" / "shards.json", {"header": header.to_dict(), "sha256": {"a": "b"}})
+    assert recorded(run / "pairs", moved) == {"a": "b"}, "a moved writer continues"
+
+
+def test_adopted_prompts_are_copied_unless_the_run_has_them(folder: Path, tmp_path: Path) -> None:
+    prompts = Prompts.of_folder(folder)
+    own, other = tmp_path / "run" / "pairs", tmp_path / "other" / "pairs"
+    own.mkdir(parents=True)
+    other.mkdir(parents=True)
+    shutil.copytree(folder, tmp_path / "run" / "prompts")
+    prompts.copy_to(own)
+    assert not list(own.iterdir())
+    prompts.copy_to(other)
+    shutil.rmtree(folder)
+    assert prompts.beside(other).of(torch.tensor([1])).values["context"][0, 0, 0] == 6
+
+
+def written(folder: Path, header: Header) -> None:
+    """A cache of one pair, of prompt 1."""
+    z, columns = (
+        torch.randn(1, 1, 8, 8),
+        {"ids": torch.tensor([1]), "prompt": torch.tensor([1], dtype=torch.int32)},
+    )
+    write_safetensors(folder / "pairs-00000.safetensors", {"x0": z, **columns})
+    shard = {
+        "file": "pairs-00000.safetensors",
+        "count": 1,
+        "sha256": sha256_file(folder / "pairs-00000.safetensors"),
+    }
+    write_json(folder / "manifest.json", {"header": header.to_dict(), "shards": [shard]})
 
 
 def test_an_export_holds_the_first_prompts(tmp_path: Path) -> None:
