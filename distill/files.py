@@ -10,6 +10,7 @@ import os
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -264,26 +265,40 @@ def sha256_file(path: Path) -> str:
 
 
 KEPT_ABOVE = 64 * 2**20  # bytes; smaller files are read faster than a record of them
+KEPT_AFTER = 2 * 10**9  # nanoseconds; a younger file may be changed again within one tick of its times
 
 
 def sha256_kept(path: Path) -> str:
-    """`sha256_file`, computed once for a large file: the digest is kept by path, size and time of modification, in
-    `distill/digests.json` of the user's cache folder ($XDG_CACHE_HOME, or ~/.cache). A cache that cannot be read or
-    written is not used."""
-    status = path.stat()
-    if status.st_size < KEPT_ABOVE:
+    """`sha256_file`, computed once for a large file: the digest is kept by path, size, inode and times of modification and of
+    change, in `distill/digests.json` of the user's cache folder ($XDG_CACHE_HOME, or ~/.cache). A cache that cannot be read
+    or written is not used."""
+    if path.stat().st_size < KEPT_ABOVE:
         return sha256_file(path)
-    kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distill" / "digests.json"
-    key, stamp = str(path.resolve()), [status.st_size, status.st_mtime_ns]
-    known: dict[str, Any] = {}
-    with suppress(OSError, ValueError):
-        known = dict(read_json(kept))
-    if isinstance(entry := known.get(key), list) and entry[:2] == stamp and isinstance(entry[-1], str):
+    key, stamp, known, kept = str(path.resolve()), _stamp(path), {}, _digests()
+    with suppress(OSError, ValueError, TypeError):
+        known = {} if kept is None else dict(read_json(kept))
+    if isinstance(entry := known.get(key), list) and entry[:-1] == stamp and isinstance(entry[-1], str):
         return entry[-1]
     found = sha256_file(path)
+    settled = time.time_ns() - max(stamp[1:3]) > KEPT_AFTER and stamp == _stamp(path)
+    if kept is None or not settled:
+        return found
     with suppress(OSError):
         kept.parent.mkdir(parents=True, exist_ok=True)
         temporary = kept.with_name(f".{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")
         temporary.write_text(canonical_json(known | {key: [*stamp, found]}))
         temporary.replace(kept)
     return found
+
+
+def _stamp(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
+def _digests() -> Path | None:
+    """The file of kept digests; None for a user without a home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distill" / "digests.json"
+    except RuntimeError:
+        return None
