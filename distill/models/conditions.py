@@ -75,7 +75,7 @@ class Conditions(Configured, ABC):
         """In a few words, for messages and cards: "10 classes"."""
 
     def beside(self, folder: Path) -> Conditions:
-        """The same conditions; what they need is read from a folder of a model or of pairs, or from beside it, if it is there."""
+        """The same conditions; what they need is read from a folder of a model or of pairs, or beside it, if it is there."""
         return self
 
     def copy_to(self, folder: Path) -> None:

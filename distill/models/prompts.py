@@ -17,7 +17,7 @@ from torch import Tensor
 from distill.data.batch import Batch
 from distill.data.cond import Cond
 from distill.data.rng import Draws
-from distill.files import canonical_json, copy, read_json, sha256_kept, write_json, write_safetensors
+from distill.files import canonical_json, copy, read_json, sha256_file, write_json, write_safetensors
 from distill.models.conditions import Conditions, Label, Prompt
 from distill.models.families import family_of
 from distill.models.families.family import Encoded
@@ -47,8 +47,8 @@ class TextEncoders:
         if not family.encoders:
             raise ValueError(f"prompts: {folder.path} holds a {folder.pipeline}, which takes no prompts")
         parts = family.used_encoders(folder)
-        for part in parts:
-            folder.class_of(part)
+        for part, classes in parts.items():
+            folder.class_of(part, classes)
             if not part.startswith("tokenizer"):
                 folder.weights(part)
         return cls(str(folder.path.resolve()), folder.digest(parts), negative, dtype, folder.variant)
@@ -70,8 +70,16 @@ class TextEncoders:
 
 
 @dataclass(frozen=True)
+class Whole:
+    """The table of `count` prompts, with its digest, of which an export holds the first."""
+
+    sha256: str
+    count: int
+
+
+@dataclass(frozen=True)
 class _Description:
-    """prompts.json; `tensors`: sha256 of prompts.safetensors."""
+    """prompts.json; `tensors`: sha256 of prompts.safetensors; `truncated`: of the whole table."""
 
     schema: int
     source: TextEncoders
@@ -79,11 +87,12 @@ class _Description:
     tensors: str
     truncated: int
     sample_shape: list[int]
+    whole: Whole | None = None
 
 
 @dataclass
 class Table:
-    """Encoded prompts in memory."""
+    """Encoded prompts in memory; with `whole`, the first ones of a larger table."""
 
     prompts: list[str]
     values: dict[str, Tensor]
@@ -91,20 +100,31 @@ class Table:
     sample_shape: tuple[int, ...]
     source: TextEncoders | None = None
     truncated: int = 0
+    whole: Whole | None = None
     rows: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.rows = {prompt: row for row, prompt in reversed(list(enumerate(self.prompts)))}
 
     def cond(self, rows: Tensor) -> Cond:
-        """The conditions of some rows [n] int64."""
+        """The conditions of some rows [n] int64. Raises ValueError naming `prompt` for rows that are not here."""
+        if len(rows) and (last := int(rows.max())) >= len(self.prompts):
+            raise ValueError(
+                f"prompt: found number {last}, but this folder holds the first {len(self.prompts)} prompts alone; "
+                "expected fewer samples, or type prompt=TEXT"
+            )
         return Cond(len(rows), {name: value[rows] for name, value in self.values.items()}, self.nulls)
 
 
 def write_table(
-    folder: Path, prompts: Sequence[str], source: TextEncoders, encoded: Encoded, sample_shape: Sequence[int]
+    folder: Path,
+    prompts: Sequence[str],
+    source: TextEncoders,
+    encoded: Encoded,
+    sample_shape: Sequence[int],
+    whole: Whole | None = None,
 ) -> None:
-    """Write a folder of encoded prompts: the tensors, then their description."""
+    """Write a folder of encoded prompts: the tensors, then their description; `whole`: they are the first of those."""
     values = {f"values.{name}": value.contiguous() for name, value in encoded.values.items()}
     nulls = {f"nulls.{name}": value.contiguous() for name, value in encoded.nulls.items()}
     write_safetensors(folder / TENSORS, values | nulls)
@@ -114,10 +134,11 @@ def write_table(
             "schema": SCHEMA,
             "source": vars(source),
             "prompts": list(prompts),
-            "tensors": sha256_kept(folder / TENSORS),
+            "tensors": sha256_file(folder / TENSORS),
             "truncated": encoded.truncated,
             "sample_shape": list(sample_shape),
-        },
+        }
+        | ({} if whole is None else {"whole": vars(whole)}),
     )
 
 
@@ -127,6 +148,7 @@ def digest_of(folder: Path) -> str:
     found = _described(folder)
     source = vars(found.source) | {"path": ""}
     content = [found.prompts, found.tensors, source, found.sample_shape]
+    content += [] if found.whole is None else [vars(found.whole)]
     return hashlib.sha256(canonical_json(content).encode()).hexdigest()
 
 
@@ -155,7 +177,7 @@ def read_table(folder: Path | str, sha256: str | None = None) -> Table:
 @lru_cache(maxsize=2)
 def _table(folder: Path, sha256: str) -> Table:
     described = _described(folder)
-    if (found := sha256_kept(folder / TENSORS)) != described.tensors:
+    if (found := sha256_file(folder / TENSORS)) != described.tensors:
         raise ValueError(
             f"{folder / TENSORS}: sha256: found {found[:12]}, {DESCRIPTION} expects {described.tensors[:12]}"
         )
@@ -171,6 +193,7 @@ def _table(folder: Path, sha256: str) -> Table:
         tuple(described.sample_shape),
         described.source,
         described.truncated,
+        described.whole,
     )
 
 
@@ -179,18 +202,20 @@ class Prompts(Conditions):
 
     Args:
         folder: of `write_table`. sha256: its digest. It is read when conditions are first asked for.
+        whole: the digest of the table that these are the first prompts of, if any. Prompts of the same table are equal.
     """
 
     kind = "prompts"
 
-    def __init__(self, folder: str, sha256: str) -> None:
-        self.folder, self.sha256 = folder, sha256
+    def __init__(self, folder: str, sha256: str, whole: str | None = None) -> None:
+        self.folder, self.sha256, self.whole = folder, sha256, whole
         self._made: Table | None = None
 
     @classmethod
     def of_folder(cls, folder: Path | str) -> Prompts:
         """Those of a folder."""
-        return cls(str(Path(folder).resolve()), digest_of(Path(folder)))
+        place, whole = Path(folder).resolve(), _described(Path(folder)).whole
+        return cls(str(place), digest_of(place), *([] if whole is None else [whole.sha256]))
 
     @classmethod
     def of_table(cls, table: Table) -> Prompts:
@@ -213,8 +238,9 @@ class Prompts(Conditions):
 
     @property
     def period(self) -> int:
-        """The number of prompts."""
-        return len(self.table.prompts)
+        """The number of prompts, of the whole table."""
+        whole = self.table.whole
+        return len(self.table.prompts) if whole is None else whole.count
 
     def of(self, ids: Tensor) -> Cond:
         return self.table.cond((ids % self.period).cpu())
@@ -254,23 +280,26 @@ class Prompts(Conditions):
     def words(self) -> str:
         return "prompts"
 
-    def _near(self, folder: Path) -> Path | None:
-        """The copy of these prompts in a folder of a model or of pairs, or in the stage's folder of the same run."""
+    def _near(self, folder: Path, depth: int) -> Path | None:
+        """The copy of these prompts in a folder of a model or of pairs, or in another stage's folder of the same run: beside
+        `folder`, or beside one of the `depth - 1` folders above it."""
         if (folder / DESCRIPTION).is_file():
             return folder
-        name, absolute = Path(self.folder).name, folder.absolute()
-        for run in (absolute.parent, absolute.parent.parent) if name else ():  # the second: of STAGE/best
+        name = Path(self.folder).name
+        for run in folder.absolute().parents[:depth] if name else ():
             with suppress(OSError, ValueError):
                 if digest_of(run / name) == self.sha256:
                     return run / name
         return None
 
     def beside(self, folder: Path) -> Prompts:
-        near = self._near(folder)
-        return self if near is None or str(near) == self.folder else Prompts(str(near), self.sha256)
+        near = self._near(folder, depth=3)  # of STAGE/nodes/000
+        if near is None or str(near) == self.folder:
+            return self
+        return Prompts(str(near), self.sha256, *([] if self.whole is None else [self.whole]))
 
     def copy_to(self, folder: Path) -> None:
-        near = self._near(folder)
+        near = self._near(folder, depth=1)
         if near is None or digest_of(near) != self.sha256:
             read_table(self.folder, self.sha256)  # raises where they are gone or changed
             for name in FILES:
@@ -283,14 +312,16 @@ class Prompts(Conditions):
             raise ValueError("prompts: found a table in memory, expected prompts of a folder")
         values = {name: value[:EXPORTED].clone() for name, value in table.values.items()}
         encoded = Encoded(values, table.nulls, table.truncated)
-        write_table(folder, table.prompts[:EXPORTED], table.source, encoded, table.sample_shape)
+        whole = table.whole or Whole(self.sha256, self.period) if self.period > EXPORTED else None
+        write_table(folder, table.prompts[:EXPORTED], table.source, encoded, table.sample_shape, whole)
         return Prompts.of_folder(folder)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Prompts):
             return False
         # Tables in memory have no digest.
-        return self.sha256 == other.sha256 if self.sha256 else self._made is other._made
+        mine, theirs = self.whole or self.sha256, other.whole or other.sha256
+        return mine == theirs if mine else self._made is other._made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Prompts:
         return self  # immutable

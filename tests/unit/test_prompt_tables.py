@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -71,7 +72,7 @@ def test_the_same_prompts_elsewhere_are_equal(folder: Path, tmp_path: Path) -> N
     assert here == there != other
     assert build_conditions(here.config()) == here
     assert here.beside(tmp_path / "copy").folder == str(tmp_path / "copy")
-    assert here.beside(tmp_path) is here
+    assert here.beside(tmp_path / "new") is here
     header = replace(HEADER, conditions=here.config())
     generate = Generate(teacher="teacher", count=1, path="pairs")
     generate._check_header(header, replace(header, conditions=there.config()))
@@ -85,8 +86,8 @@ def test_a_moved_run_reads_its_own_prompts(folder: Path, tmp_path: Path) -> None
     header = replace(HEADER, conditions=prompts.config())
     run.mkdir()
     shutil.move(folder, run / "prompts")
-    for place in (run / "teacher", run / "teacher" / "best"):
-        place.mkdir()
+    for place in (run / "teacher" / "best", run / "teacher" / "nodes" / "000", run / "teacher"):
+        place.mkdir(parents=True, exist_ok=True)
         found = prompts.beside(place)
         assert found.folder == str(run / "prompts")
         assert found.of(torch.tensor([1])).values["context"].shape == (1, 3, 2)
@@ -97,7 +98,7 @@ def test_a_moved_run_reads_its_own_prompts(folder: Path, tmp_path: Path) -> None
     (run / "prompts").rename(run / "others")
     (run / "away").rename(run / "prompts")
     written(run / "pairs", header)
-    assert Pairs(run / "pairs").fetch(torch.tensor([1]), torch.arange(1)).cond.values["context"][0, 0, 0] == 6
+    assert Pairs(run / "pairs").fetch(torch.tensor([0]), torch.arange(1)).cond.values["context"][0, 0, 0] == 6
     moved = replace(header, conditions=prompts.beside(run / "pairs").config())
     assert differing(header, moved) == []
     (run / "pairs" / "manifest.json").unlink()
@@ -137,10 +138,21 @@ def test_an_export_holds_the_first_prompts(tmp_path: Path) -> None:
     prompts = Prompts.of_folder(table(tmp_path / "many", [str(n) for n in range(EXPORTED + 9)]))
     (tmp_path / "export").mkdir()
     exported = prompts.exported(tmp_path / "export")
+    prompts_1 = prompts.of(torch.tensor([1])).values["context"]
     shutil.rmtree(tmp_path / "many")
     ids = torch.arange(EXPORTED)
     assert torch.equal(exported.of(ids).values["context"], prompts.of(ids).values["context"])
-    assert exported.period == EXPORTED
+    assert (exported.period, exported) == (EXPORTED + 9, prompts), (
+        "the same prompts, of which it holds the first"
+    )
+    assert exported.ask(count=EXPORTED).values["context"].shape == (EXPORTED, 3, 2)
+    for ask in (lambda: exported.ask(count=EXPORTED + 1), lambda: exported.of(torch.tensor([EXPORTED + 1]))):
+        with pytest.raises(ValueError, match=r"holds the first 64 prompts alone; .* type prompt=TEXT"):
+            ask()
+    assert torch.equal(exported.of(torch.tensor([EXPORTED + 10])).values["context"], prompts_1)
+    (tmp_path / "again").mkdir()
+    again = build_conditions(exported.exported(tmp_path / "again").config()).beside(tmp_path / "again")
+    assert (again, again.period) == (prompts, EXPORTED + 9)
 
 
 def test_changed_folders_are_refused(folder: Path) -> None:
@@ -159,11 +171,34 @@ def test_changed_folders_are_refused(folder: Path) -> None:
 
 
 def test_files_of_prompts(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa dog\r\n\r\n caf\xc3\xa9 \n")
-    assert PromptFile(str(tmp_path / "a.txt")).prompts == ["a dog", "café"]
-    assert PromptFile(str(tmp_path / "a.txt"), limit=1).prompts == ["a dog"]
-    (tmp_path / "b.jsonl").write_text('{"text": "x"}\n\n{"text": "y"}\n')
-    assert PromptFile(str(tmp_path / "b.jsonl"), key="text").prompts == ["x", "y"]
-    (tmp_path / "b.jsonl").write_text("x\n")
-    with pytest.raises(ValueError, match="line 1: is not JSON"):
-        PromptFile(str(tmp_path / "b.jsonl"))
+    def read(content: bytes, name: str = "a.txt", **options: Any) -> list[str]:
+        (tmp_path / name).write_bytes(content)
+        return PromptFile(str(tmp_path / name), **options).prompts
+
+    text = b"\xef\xbb\xbfa dog\r\n\r\n caf\xc3\xa9 \rold\ta\xe2\x80\xa8b\n"
+    assert read(text) == ["a dog", "café", "old\ta\u2028b"]
+    assert read(text, limit=1) == ["a dog"]
+    lines = b'{"text": "x"}\r\n\r\n{"text": "y\\n\\ud83d\\ude00", "score": NaN}'
+    assert read(lines, "b.JSONL", key="text") == ["x", "y\n\U0001f600"]
+    surrogate = b'{"prompt": "\\ud83d"}'
+    for content, name, words in (
+        (b"x", "b.jsonl", "line 1: is not JSON"),
+        (b'{"prompt": "a", "prompt": "b"}', "b.jsonl", "line 1: is not JSON: found the key 'prompt' twice"),
+        (b'{"prompt": "a"}\n' + b"[" * 10**5, "b.jsonl", "line 2: is not JSON: nested too deeply"),
+        (b'["a"]', "b.jsonl", r"line 1: prompt: found \['a'\], expected a prompt"),
+        (b'{"prompt": ' + b"9" * 5000 + b"}", "b.jsonl", "line 1: is not JSON"),
+        (surrogate, "b.jsonl", "line 1: found half of a surrogate pair at position 0"),
+        (b'{"prompt": "a\\u0000"}', "b.jsonl", "line 1: found a NUL character at position 1"),
+        (b"a\r\rb\0", "a.txt", "line 3: found a NUL character at position 1"),
+        (b"a\r\ncaf\xe9", "a.txt", "line 2: is not UTF-8: byte 6"),
+        ("a dog".encode("utf-16"), "a.txt", "line 1: is not UTF-8"),
+        (b"a\n" + b"b" * (2**20 + 1), "a.txt", "line 2: has 1048577 characters, expected at most 1048576"),
+        (b'["a"]', "a.json", r"a.json: found a .json file, expected text .* or JSON lines"),
+        (b"id,prompt", "a.csv", r"a.csv: found a .csv file"),
+    ):
+        with pytest.raises(ValueError, match=words) as found:
+            read(content, name)
+        assert str(found.value).startswith(f"path: {tmp_path / name}: ")
+    for options, words in (({"limit": True}, "limit: found True"), ({"key": 3}, "key: found 3")):
+        with pytest.raises(ValueError, match=words):
+            read(b"a", **options)
