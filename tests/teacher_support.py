@@ -70,6 +70,21 @@ def unet(**more: Any) -> Any:
     return UNet2DConditionModel(**(options | more)).eval()
 
 
+def saved(pipeline: Any, folder: Path) -> Any:
+    """Write a pipeline's folder, and return it without its progress bar."""
+    pipeline.save_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def shaken(net: Any) -> Any:
+    """A network without zeros at the start, where conditions would do nothing."""
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return net.eval()
+
+
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 
@@ -97,9 +112,7 @@ def sd(folder: Path, *, prediction: str = "v_prediction", zero_snr: bool = False
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipeline.save_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return saved(pipeline, folder)
 
 
 def ddpm(folder: Path) -> Any:
@@ -116,9 +129,7 @@ def ddpm(folder: Path) -> Any:
         norm_num_groups=4,
         attention_head_dim=4,
     ).eval()
-    pipeline = DDIMPipeline(net, DDIMScheduler(clip_sample=False))
-    pipeline.save_pretrained(folder)
-    return pipeline
+    return saved(DDIMPipeline(net, DDIMScheduler(clip_sample=False)), folder)
 
 
 def dit(folder: Path) -> Any:
@@ -134,13 +145,8 @@ def dit(folder: Path) -> Any:
         num_layers=2,
         sample_size=8,
         num_embeds_ada_norm=10,
-    ).eval()
-    with torch.no_grad():  # zero at the start: every condition would do nothing
-        for parameter in net.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.2)
-    pipeline = DiTPipeline(net, vae(), DDIMScheduler(clip_sample=False))
-    pipeline.save_pretrained(folder)
-    return pipeline
+    )
+    return saved(DiTPipeline(shaken(net), vae(), DDIMScheduler(clip_sample=False)), folder)
 
 
 def t5_tokenizer() -> Any:
@@ -162,21 +168,6 @@ def t5_encoder(width: int) -> Any:
         vocab_size=32, d_model=width, d_kv=8, d_ff=2 * width, num_layers=2, num_heads=2, dropout_rate=0.0
     )
     return T5EncoderModel(config).eval()
-
-
-def saved(pipeline: Any, folder: Path) -> Any:
-    """Write a pipeline's folder, and return it without its progress bar."""
-    pipeline.save_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def shaken(net: Any) -> Any:
-    """A network without zeros at the start, where conditions would do nothing."""
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return net.eval()
 
 
 def sdxl(folder: Path) -> Any:

@@ -69,12 +69,15 @@ class Folder:
     def class_of(self, part: str, expected: Collection[str] = ()) -> str:
         """The class of a part, one of `expected`. Raises ValueError or FileNotFoundError naming the part."""
         if part not in self:
-            raise ValueError(
-                f"{self.path / INDEX}: {part}: missing; a {self.pipeline} needs it ({' or '.join(expected)})"
-            )
+            kinds = f" ({' or '.join(expected)})" if expected else ""
+            raise ValueError(f"{self.path / INDEX}: {part}: missing; a {self.pipeline} needs it{kinds}")
         if not (self.path / part).is_dir():
             raise FileNotFoundError(f"{self.path / part}: missing; {INDEX} names it ({self.index[part][1]})")
-        found = str(self.index[part][1])
+        library, found = (str(each) for each in self.index[part])
+        if library not in LIBRARIES:
+            raise ValueError(
+                f"{self.path / INDEX}: {part}: found the library {library!r}, expected {' or '.join(LIBRARIES)}"
+            )
         if expected and found not in expected:
             raise ValueError(
                 f"{self.path / INDEX}: {part}: found {found!r}, expected {' or '.join(expected)}"
@@ -128,6 +131,8 @@ class Folder:
             self.weights(part)
         library = self.index[part][0]
         options: dict[str, Any] = {"local_files_only": True}
+        if library == "transformers":
+            options["trust_remote_code"] = False
         if not tokenizer:
             key = "dtype" if library == "transformers" else "torch_dtype"
             options |= {"use_safetensors": True, key: DTYPES[dtype], "variant": self.variant}
@@ -152,8 +157,6 @@ class Folder:
 
 def class_named(library: str, name: str, where: str) -> Any:
     """A class of diffusers or transformers. Raises ImportError without the extra, ValueError for an unknown class."""
-    if library not in LIBRARIES:
-        raise ValueError(f"{where}: found the library {library!r}, expected {' or '.join(LIBRARIES)}")
     try:
         module = importlib.import_module(library)
     except ImportError as error:

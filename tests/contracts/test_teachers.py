@@ -3,6 +3,7 @@ would be and samples what the pipeline samples."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 from distill.data.cond import Cond
 from distill.models.conditions import Nothing
 from distill.models.denoiser import Denoiser
-from distill.models.families import families, family_of
+from distill.models.families import families, family_of, schedulers
 from distill.models.families.family import Encoded
 from distill.models.generator import Generator
 from distill.models.pretrained import Folder
@@ -53,6 +54,18 @@ def ours(model: Denoiser, z: Tensor, cond: Cond, times: list[float], scale: floa
         return model.transport(z, cond, solver=solver, grid=grid, guidance_scale=scale)[0]
 
 
+def theirs(pipeline: Any, latents: Tensor, scale: float = 4.0, output: str = "latent", **more: Any) -> Tensor:
+    """What a pipeline makes of `PROMPTS`, of images of 16 pixels."""
+    options = {"num_inference_steps": STEPS, "guidance_scale": scale, "height": 16, "width": 16}
+    made: Tensor = pipeline(PROMPTS, latents=latents, output_type=output, **options, **more).images
+    return made
+
+
+def truncated(folder: Path, letters: int) -> int:
+    """How many of two prompts an encoder cut, with a null condition of so many letters."""
+    return TextEncoders.of(Folder(folder), "a " * letters).encode(["a dog", "b " * letters]).truncated
+
+
 def noise(model: Denoiser) -> Tensor:
     return torch.randn(2, *model.sample_shape, generator=torch.Generator().manual_seed(1))
 
@@ -72,13 +85,12 @@ def test_stable_diffusion_is_its_pipeline(tmp_path: Path, prediction: str, zero_
     texts, negative = pipeline.encode_prompt(PROMPTS, "cpu", 1, True)
     assert torch.equal(cond.values["context"], texts)
     assert torch.equal(cond.nulls["context"], negative[:1])
-    options = {"num_inference_steps": STEPS, "guidance_scale": 4.0, "latents": z}
-    theirs = pipeline(PROMPTS, output_type="latent", **options).images
+    found = theirs(pipeline, z)
     times = [*map(float, pipeline.scheduler.timesteps), 0.0]
     made = ours(model, z, cond, times, 4.0, "ddim")
-    close(made, theirs)
-    images = pipeline(PROMPTS, output_type="pt", **options).images
-    close((model.decoder.decode(made) / 2 + 0.5).clamp(0, 1), images)
+    close(made, found)
+    close((model.decoder.decode(made) / 2 + 0.5).clamp(0, 1), theirs(pipeline, z, output="pt"))
+    assert truncated(tmp_path, 16) == 1, "not the null condition"
     assert model.guidable
     assert (model.kind, model.process.t_max) == ({"epsilon": "eps"}.get(prediction, "v"), 999)
 
@@ -92,17 +104,10 @@ def test_sdxl_is_its_pipeline(tmp_path: Path) -> None:
     )
     generator, cond = loaded(tmp_path)
     z = noise(generator.denoiser)
-    theirs = pipeline(
-        PROMPTS,
-        num_inference_steps=STEPS,
-        guidance_scale=4.0,
-        latents=z,
-        output_type="latent",
-        height=16,
-        width=16,
-    ).images
+    found = theirs(pipeline, z)
     times = [*map(float, pipeline.scheduler.timesteps), 0.0]
-    close(ours(generator.denoiser, z, cond, times, 4.0, "ddim"), theirs)
+    close(ours(generator.denoiser, z, cond, times, 4.0, "ddim"), found)
+    assert truncated(tmp_path, 16) == 1, "not the null condition"
     with pytest.raises(ValueError, match="size: no such key"):
         loaded(tmp_path, constants={"size": [1, 1]})
 
@@ -112,35 +117,24 @@ def test_pixart_is_its_pipeline(tmp_path: Path) -> None:
     generator, cond = loaded(tmp_path)
     z = noise(generator.denoiser)
     assert cond.values["context_mask"].sum(1).tolist() == [7, 48]
-    theirs = pipeline(
-        PROMPTS,
-        num_inference_steps=STEPS,
-        guidance_scale=4.0,
-        latents=z,
-        output_type="latent",
-        height=16,
-        width=16,
-        use_resolution_binning=False,
-    ).images
+    found = theirs(pipeline, z, use_resolution_binning=False)
     times = [*map(float, pipeline.scheduler.timesteps), 0.0]
-    close(ours(generator.denoiser, z, cond, times, 4.0, "ddim"), theirs)
+    close(ours(generator.denoiser, z, cond, times, 4.0, "ddim"), found)
+    assert truncated(tmp_path, 100) == 1, "not the null condition"
 
 
 def test_sd3_is_its_pipeline(tmp_path: Path) -> None:
     pipeline = teacher_support.sd3(tmp_path)
     generator, cond = loaded(tmp_path)
     z = noise(generator.denoiser)
-    theirs = pipeline(
-        PROMPTS,
-        num_inference_steps=STEPS,
-        guidance_scale=4.0,
-        latents=z,
-        output_type="latent",
-        height=16,
-        width=16,
-    ).images
-    times = pipeline.scheduler.sigmas.tolist()
-    close(ours(generator.denoiser, z, cond, times, 4.0, "euler"), theirs)
+    found = theirs(pipeline, z)
+    close(ours(generator.denoiser, z, cond, pipeline.scheduler.sigmas.tolist(), 4.0, "euler"), found)
+    assert truncated(tmp_path, 16) == 1, "not the null condition"
+    index = tmp_path / "model_index.json"
+    parts = json.loads(index.read_text())
+    index.write_text(json.dumps(parts | {"tokenizer_3": [None, None]}))
+    with pytest.raises(ValueError, match="tokenizer_3: missing; expected both"):
+        TextEncoders.of(Folder(tmp_path))
 
 
 def test_flux_is_its_pipeline(tmp_path: Path) -> None:
@@ -148,26 +142,51 @@ def test_flux_is_its_pipeline(tmp_path: Path) -> None:
     pipeline = teacher_support.flux(tmp_path)
     generator, cond = loaded(tmp_path, resolution=16, constants={"guidance": 2.5})
     model, z = generator.denoiser, noise(generator.denoiser)
-    packed = pipeline._pack_latents(z, 2, 4, 8, 8)
-    theirs = pipeline(
-        PROMPTS,
-        num_inference_steps=STEPS,
-        guidance_scale=2.5,
-        latents=packed,
-        output_type="latent",
-        height=16,
-        width=16,
-    ).images
-    theirs = pipeline._unpack_latents(theirs, 16, 16, pipeline.vae_scale_factor)
-    close(ours(model, z, cond, pipeline.scheduler.sigmas.tolist(), 1.0, "euler"), theirs)
+    found = theirs(pipeline, pipeline._pack_latents(z, 2, 4, 8, 8), 2.5)
+    found = pipeline._unpack_latents(found, 16, 16, pipeline.vae_scale_factor)
+    close(ours(model, z, cond, pipeline.scheduler.sigmas.tolist(), 1.0, "euler"), found)
     with torch.no_grad():
-        close(
-            model.transport(z, cond, solver="euler", grid=generator.spec.grid(model.process, STEPS))[0],
-            theirs,
-        )
+        grid = generator.spec.grid(model.process, STEPS)
+        close(model.transport(z, cond, solver="euler", grid=grid)[0], found)
     assert not model.guidable
     with pytest.raises(ValueError, match="resolution: missing"):
         loaded(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "LCMScheduler", "HeunDiscreteScheduler", "PNDMScheduler"])
+def test_missing_options_of_schedulers_are_the_class_s(name: str) -> None:
+    import diffusers
+
+    options = {"num_train_timesteps": 500, "clip_sample": False}  # PNDM has no clip_sample, and ignores it
+    found = schedulers.meaning({"_class_name": name, **options}, "config", 16)
+    wanted = getattr(diffusers, name)(num_train_timesteps=500).alphas_cumprod
+    close(found.process.alpha(torch.arange(500, dtype=torch.float64)).float() ** 2, wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "entry", "words"),
+    [
+        ("DDIMScheduler", {}, "clip_sample: found True, the default of DDIMScheduler, expected False"),
+        ("DDPMScheduler", {"clip_sample": True}, "clip_sample: found True, expected False"),
+        ("DPMSolverMultistepScheduler", {"thresholding": True}, "thresholding: found True, expected False"),
+        ("UniPCMultistepScheduler", {"use_flow_sigmas": True}, "use_flow_sigmas: found True, expected False"),
+        ("EulerDiscreteScheduler", {"timestep_type": "continuous"}, "timestep_type: found 'continuous'"),
+        ("PNDMScheduler", {"num_train_timesteps": "9"}, "num_train_timesteps: found '9', expected int"),
+        ("LCMScheduler", {"beta_end": None}, "beta_end: found None, expected float"),
+        (
+            "FlowMatchEulerDiscreteScheduler",
+            {"shift_terminal": 0.1},
+            "shift_terminal: found 0.1, expected None",
+        ),
+        ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}, "stochastic_sampling: found True"),
+        ("FlowMatchEulerDiscreteScheduler", {"use_karras_sigmas": True}, "use_karras_sigmas: found True"),
+        ("FlowMatchEulerDiscreteScheduler", {"time_shift_type": "linear"}, "time_shift_type: found 'linear'"),
+        ("FlowMatchHeunDiscreteScheduler", {"num_train_timesteps": 500}, "num_train_timesteps: found 500"),
+    ],
+)
+def test_options_of_schedulers_are_refused_by_name(name: str, entry: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=f"^config: {words}"):
+        schedulers.meaning({"_class_name": name, **entry}, "config", 16)
 
 
 @pytest.mark.parametrize("name", ["ddpm", "dit"])

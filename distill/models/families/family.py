@@ -41,7 +41,7 @@ class Family(ABC):
 
     Attributes:
         pipelines: its classes in `model_index.json`. core: its net. network: the part that holds it.
-        encoders: parts that make conditions of prompts; empty for families without.
+        encoders: parts that make conditions of prompts -> classes that they may have; empty for families without.
         guidable: it knows a null condition.
         time_scale: see `Core`.
     """
@@ -49,7 +49,7 @@ class Family(ABC):
     pipelines: tuple[str, ...]
     core: type[Core]
     network: str
-    encoders: tuple[str, ...] = ()
+    encoders: Mapping[str, tuple[str, ...]] = {}
     guidable: bool = True
     time_scale: float = 1.0
 
@@ -65,7 +65,7 @@ class Family(ABC):
         tokens = shape[-2] * shape[-1] // 4  # of the transformers whose times depend on it: patches of 2x2
         return meaning(folder.config(SCHEDULER), str(folder.path / SCHEDULER / CONFIGS[1]), tokens)
 
-    def used_encoders(self, folder: Folder) -> tuple[str, ...]:
+    def used_encoders(self, folder: Folder) -> Mapping[str, tuple[str, ...]]:
         """Those of `encoders` that a folder must have."""
         return self.encoders
 

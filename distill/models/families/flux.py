@@ -13,7 +13,7 @@ from distill.data.cond import Cond
 from distill.models.families.core import Core
 from distill.models.families.family import Encoded, Family
 from distill.models.families.schedulers import Meaning
-from distill.models.families.text import clip_states, t5_states
+from distill.models.families.text import CLIP, CLIP_TOKENIZER, T5, T5_TOKENIZER, clip_states, t5_states
 from distill.models.pretrained import Folder
 from distill.typed import check_keys, parse
 
@@ -77,7 +77,10 @@ class FluxFamily(Family):
 
     pipelines = ("FluxPipeline",)
     core, network = Flux, "transformer"
-    encoders = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
+    encoders = {  # noqa: RUF012 (read only)
+        **{"tokenizer": CLIP_TOKENIZER, "text_encoder": CLIP},
+        **{"tokenizer_2": T5_TOKENIZER, "text_encoder_2": T5},
+    }
     guidable = False
 
     def _embeds(self, folder: Folder) -> bool:
@@ -132,7 +135,7 @@ class FluxFamily(Family):
             folder, "_2", prompts=prompts, length=length, dtype=dtype, batch_size=batch_size, masked=False
         )
         assert clip.pooled is not None
-        return Encoded({"context": long.last, "pooled": clip.pooled}, {}, long.truncated)
+        return Encoded({"context": long.last, "pooled": clip.pooled}, {}, int(long.cut.sum()))
 
 
 FAMILY = FluxFamily()

@@ -11,7 +11,7 @@ from torch import Tensor
 from distill.data.cond import Cond
 from distill.models.families.core import Core
 from distill.models.families.family import Encoded, Family
-from distill.models.families.text import t5_states
+from distill.models.families.text import T5, T5_TOKENIZER, t5_states
 from distill.models.pretrained import Folder
 
 LENGTHS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}  # tokens
@@ -52,7 +52,7 @@ class PixArtFamily(Family):
 
     pipelines = tuple(LENGTHS)
     core, network = PixArt, "transformer"
-    encoders = ("tokenizer", "text_encoder")
+    encoders = {"tokenizer": T5_TOKENIZER, "text_encoder": T5}  # noqa: RUF012 (read only)
 
     def text(self, folder: Folder) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         length, width = LENGTHS[folder.pipeline], int(folder.config("text_encoder")["d_model"])
@@ -75,7 +75,7 @@ class PixArtFamily(Family):
         return Encoded(
             {name: value[:-1] for name, value in values.items()},
             {name: value[-1:] for name, value in values.items()},
-            states.truncated,
+            int(states.cut[:-1].sum()),
         )
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from distill.models.pretrained import class_named
 from distill.models.spec import SamplerSpec
 from distill.models.time_grid import TimeGrid
 from distill.process.base import Process
 from distill.process.flow import Flow
 from distill.process.vp import VPCosineIDDPM, VPLinearBetas, VPScaledLinear
+from distill.typed import parse
 
 # Schedulers that add noise by one table of betas, which their configs give in the same entries.
 TABLES = (
@@ -25,6 +29,41 @@ KINDS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")
 STEPS = 50  # the default of most pipelines
 
+# Options of schedulers that only one value is implemented of -> that value, and what another one would mean.
+ONLY: dict[str, tuple[Any, str]] = {
+    "clip_sample": (False, "samples are not clipped between the steps here"),
+    "thresholding": (False, "samples are not clipped between the steps here"),
+    "timestep_type": ("discrete", "other times of the network are not implemented"),
+    "use_flow_sigmas": (False, f"its times are rounded to integers; use {FLOWS[0]}"),
+}
+ONLY_OF_FLOWS: dict[str, tuple[Any, str]] = {
+    "num_train_timesteps": (1000, "the network's times are 1000 times those of the flow, or those"),
+    "stochastic_sampling": (False, "samples get no noise between the steps here"),
+    "time_shift_type": ("exponential", "no other shift is implemented"),
+    **{
+        key: (value, "the steps are those of the shifted grid")
+        for key, value in (
+            ("shift_terminal", None),
+            *((f"use_{kind}_sigmas", False) for kind in ("karras", "exponential", "beta")),
+            ("invert_sigmas", False),
+        )
+    },
+}
+READ = {
+    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"),
+    *("rescale_betas_zero_snr", "shift", "use_dynamic_shifting", "base_shift", "max_shift"),
+    *("base_image_seq_len", "max_image_seq_len"),
+}
+# Of solvers and time grids: teachers have their own, see `meaning`.
+SOLVERS = {
+    *("set_alpha_to_one", "steps_offset", "timestep_spacing", "variance_type", "skip_prk_steps"),
+    *("clip_sample_range", "sample_max_value", "dynamic_thresholding_ratio", "interpolation_type"),
+    *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "sigma_min"),
+    *("sigma_max", "final_sigmas_type", "solver_order", "solver_type", "solver_p", "algorithm_type"),
+    *("lower_order_final", "euler_at_final", "lambda_min_clipped", "predict_x0", "disable_corrector"),
+    *("flow_shift", "time_shift_type", "shift_terminal", "original_inference_steps", "timestep_scaling"),
+}
+
 
 @dataclass(frozen=True)
 class Meaning:
@@ -37,24 +76,20 @@ class Meaning:
 
 def meaning(config: Mapping[str, Any], where: str, tokens: int) -> Meaning:
     """The meaning by a scheduler's config. `where`: its file, for messages. `tokens`: of an image, which shifts of some flows
-    depend on.
+    depend on. Entries that are missing have the defaults of the scheduler's class.
 
     Raises:
         ValueError: names the entry: an unknown scheduler, schedule or prediction, or one that this version cannot represent.
     """
     name = config.get("_class_name")
-    if name in FLOWS:
-        return _flow(config, where, tokens)
-    if name not in TABLES:
+    if name not in (*TABLES, *FLOWS):
         raise ValueError(
             f"{where}: _class_name: found {name!r}, expected one of {', '.join((*TABLES, *FLOWS))}"
         )
-    if config.get("use_flow_sigmas"):
-        raise ValueError(
-            f"{where}: use_flow_sigmas: found true, whose times are rounded to integers; expected the pipeline's "
-            f"own {FLOWS[0]}"
-        )
-    kind = KINDS.get(str(config.get("prediction_type", "epsilon")))
+    config = _complete(config, str(name), where)
+    if name in FLOWS:
+        return _flow(config, where, tokens)
+    kind = KINDS.get(str(config["prediction_type"]))
     if kind is None:
         raise ValueError(
             f"{where}: prediction_type: found {config['prediction_type']!r}, expected one of {list(KINDS)}"
@@ -64,10 +99,32 @@ def meaning(config: Mapping[str, Any], where: str, tokens: int) -> Meaning:
     return Meaning(_table(config, where), kind, sampler)
 
 
+def _complete(config: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
+    """The options of a scheduler, as its class takes them: entries that it does not have are left out, as diffusers does."""
+    parameters = inspect.signature(
+        class_named("diffusers", name, f"{where}: _class_name").__init__
+    ).parameters
+    known = {key: p.default for key, p in parameters.items() if key != "self"}
+    found = {key: config.get(key, default) for key, default in known.items()}
+    only = ONLY | (ONLY_OF_FLOWS if name in FLOWS else {})
+    for key, value in found.items():
+        expected, why = only.get(key, (known[key], "this version does not know it"))
+        if (key in only or key not in READ | SOLVERS) and value != expected:
+            default = "" if key in config else f", the default of {name}"
+            raise ValueError(
+                f"{where}: {key}: found {value!r}{default}, expected {expected!r}: {why}; write "
+                f"{json.dumps({key: expected})[1:-1]} there if the model works so"
+            )
+    return found
+
+
 def _table(config: Mapping[str, Any], where: str) -> Process:
-    if config.get("trained_betas") is not None:
+    if config["trained_betas"] is not None:
         raise ValueError(f"{where}: trained_betas: found a list, expected null and a `beta_schedule`")
-    schedule, count = config.get("beta_schedule", "linear"), int(config.get("num_train_timesteps", 1000))
+    schedule, count = (
+        config["beta_schedule"],
+        parse(int, config["num_train_timesteps"], f"{where}: num_train_timesteps"),
+    )
     zero = bool(config.get("rescale_betas_zero_snr", False))
     if schedule not in BETAS:
         raise ValueError(f"{where}: beta_schedule: found {schedule!r}, expected one of {list(BETAS)}")
@@ -76,20 +133,15 @@ def _table(config: Mapping[str, Any], where: str) -> Process:
             raise ValueError(f"{where}: rescale_betas_zero_snr: found true with {schedule!r}, expected false")
         return VPCosineIDDPM(num_timesteps=count)
     table = VPScaledLinear if schedule == "scaled_linear" else VPLinearBetas
-    start, end = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
+    start, end = (parse(float, config[key], f"{where}: {key}") for key in ("beta_start", "beta_end"))
     return table(start, end, count, zero_terminal_snr=zero)
 
 
 def _flow(config: Mapping[str, Any], where: str, tokens: int) -> Meaning:
-    for key in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas"):
-        if config.get(key):
-            raise ValueError(f"{where}: {key}: found true, expected false")
-    factor = float(config.get("shift", 1.0))
+    factor = float(config["shift"])
     if config.get("use_dynamic_shifting"):
-        if (kind := config.get("time_shift_type", "exponential")) != "exponential":
-            raise ValueError(f"{where}: time_shift_type: found {kind!r}, expected 'exponential'")
-        least, most = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-        low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+        least, most = config["base_image_seq_len"], config["max_image_seq_len"]
+        low, high = config["base_shift"], config["max_shift"]
         factor = math.exp(low + (high - low) * (tokens - least) / (most - least))
     grid = None if factor == 1 else TimeGrid("shifted", {"factor": factor})
     return Meaning(Flow(), "velocity", SamplerSpec(steps=28, any_steps=True, solver="euler", time_grid=grid))

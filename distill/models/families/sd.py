@@ -10,7 +10,7 @@ from torch import Tensor
 from distill.data.cond import Cond
 from distill.models.families.core import TextUNet
 from distill.models.families.family import Encoded, Family
-from distill.models.families.text import clip_states, token_length
+from distill.models.families.text import CLIP, CLIP_TOKENIZER, clip_states, token_length
 from distill.models.pretrained import Folder
 
 
@@ -40,7 +40,7 @@ class StableDiffusion(Family):
 
     pipelines = ("StableDiffusionPipeline",)
     core, network = SD, "unet"
-    encoders = ("tokenizer", "text_encoder")
+    encoders = {"tokenizer": CLIP_TOKENIZER, "text_encoder": CLIP}  # noqa: RUF012 (read only)
 
     def text(self, folder: Folder) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         width = int(folder.config("text_encoder")["hidden_size"])
@@ -50,7 +50,8 @@ class StableDiffusion(Family):
         self, folder: Folder, prompts: Sequence[str], negative: str, dtype: str, batch_size: int
     ) -> Encoded:
         states = clip_states(folder, "", prompts=[*prompts, negative], dtype=dtype, batch_size=batch_size)
-        return Encoded({"context": states.last[:-1]}, {"context": states.last[-1:]}, states.truncated)
+        truncated = int(states.cut[:-1].sum())
+        return Encoded({"context": states.last[:-1]}, {"context": states.last[-1:]}, truncated)
 
 
 FAMILY = StableDiffusion()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,11 +12,19 @@ from torch.nn.functional import pad
 from distill.data.cond import Cond
 from distill.models.families.core import Core
 from distill.models.families.family import Encoded, Family
-from distill.models.families.text import clip_states, t5_states, token_length
-from distill.models.pretrained import Folder
+from distill.models.families.text import (
+    CLIP_PROJECTED,
+    CLIP_TOKENIZER,
+    T5,
+    T5_TOKENIZER,
+    clip_states,
+    t5_states,
+    token_length,
+)
+from distill.models.pretrained import INDEX, Folder
 
 T5_LENGTH = 256
-T5 = ("tokenizer_3", "text_encoder_3")
+OPTIONAL = {"tokenizer_3": T5_TOKENIZER, "text_encoder_3": T5}
 
 
 class SD3(Core):
@@ -45,11 +53,22 @@ class StableDiffusion3(Family):
 
     pipelines = ("StableDiffusion3Pipeline",)
     core, network = SD3, "transformer"
-    encoders = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2", *T5)
+    encoders = {  # noqa: RUF012 (read only)
+        **{"tokenizer": CLIP_TOKENIZER, "text_encoder": CLIP_PROJECTED},
+        **{"tokenizer_2": CLIP_TOKENIZER, "text_encoder_2": CLIP_PROJECTED},
+        **OPTIONAL,
+    }
     time_scale = 1000.0
 
-    def used_encoders(self, folder: Folder) -> tuple[str, ...]:
-        return tuple(part for part in self.encoders if part not in T5 or part in folder)
+    def used_encoders(self, folder: Folder) -> Mapping[str, tuple[str, ...]]:
+        used = {
+            part: classes for part, classes in self.encoders.items() if part not in OPTIONAL or part in folder
+        }
+        if len(missing := [part for part in OPTIONAL if part not in used]) == 1:
+            raise ValueError(
+                f"{folder.path / INDEX}: {missing[0]}: missing; expected both of {', '.join(OPTIONAL)}, or none"
+            )
+        return used
 
     def text(self, folder: Folder) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         pooled = sum(int(folder.config(f"text_encoder{suffix}")["projection_dim"]) for suffix in ("", "_2"))
@@ -71,8 +90,8 @@ class StableDiffusion3(Family):
             for suffix in ("", "_2")
         ]
         clip = torch.cat([each.penultimate for each in states if each.penultimate is not None], -1)
-        width, truncated = self._width(folder), max(each.truncated for each in states)
-        if T5[1] in folder:
+        width, cut = self._width(folder), states[0].cut | states[1].cut
+        if "text_encoder_3" in folder:
             long = t5_states(
                 folder,
                 "_3",
@@ -90,7 +109,7 @@ class StableDiffusion3(Family):
         return Encoded(
             {"context": context[:-1], "pooled": pooled[:-1]},
             {"context": context[-1:], "pooled": pooled[-1:]},
-            truncated,
+            int(cut[:-1].sum()),
         )
 
 

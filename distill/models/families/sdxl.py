@@ -11,7 +11,7 @@ from torch import Tensor
 from distill.data.cond import Cond
 from distill.models.families.core import TextUNet
 from distill.models.families.family import Encoded, Family
-from distill.models.families.text import clip_states, token_length
+from distill.models.families.text import CLIP, CLIP_PROJECTED, CLIP_TOKENIZER, clip_states, token_length
 from distill.models.pretrained import Folder
 from distill.typed import check_keys, parse
 
@@ -66,7 +66,10 @@ class StableDiffusionXL(Family):
 
     pipelines = ("StableDiffusionXLPipeline",)
     core, network = SDXL, "unet"
-    encoders = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
+    encoders = {  # noqa: RUF012 (read only)
+        **{"tokenizer": CLIP_TOKENIZER, "text_encoder": CLIP},
+        **{"tokenizer_2": CLIP_TOKENIZER, "text_encoder_2": CLIP_PROJECTED},
+    }
 
     def options(self, folder: Folder, shape: Sequence[int], constants: Mapping[str, Any]) -> dict[str, Any]:
         check_keys(constants, SIZES, "constants")
@@ -104,7 +107,7 @@ class StableDiffusionXL(Family):
         return Encoded(
             {"context": context[:-1], "pooled": pooled[:-1]},
             {"context": keep * context[-1:], "pooled": keep * pooled[-1:]},
-            max(each.truncated for each in states),
+            int((states[0].cut | states[1].cut)[:-1].sum()),
         )
 
 

@@ -13,7 +13,13 @@ from torch import Tensor
 from distill.files import read_json
 from distill.models.pretrained import Folder
 
-CLIP_LENGTH = 77
+# Classes of transformers that are loaded; what another class would do is unknown.
+CLIP_TOKENIZER, CLIP = (
+    ("CLIPTokenizer", "CLIPTokenizerFast"),
+    ("CLIPTextModel", "CLIPTextModelWithProjection"),
+)
+CLIP_PROJECTED = CLIP[1:]
+T5_TOKENIZER, T5 = ("T5Tokenizer", "T5TokenizerFast"), ("T5EncoderModel",)
 
 
 @dataclass
@@ -22,13 +28,13 @@ class States:
 
     Attributes:
         last: [n, L, C] final hidden states. penultimate: those of the layer before; None where they are not asked for.
-        pooled: [n, C]; None for encoders without. mask: [n, L] bool, true where there is a token. truncated: prompts that
-            were cut.
+        pooled: [n, C]; None for encoders without. mask: [n, L] bool, true where there is a token. cut: [n] bool, true
+            for prompts that are longer than L tokens.
     """
 
     last: Tensor
     mask: Tensor
-    truncated: int
+    cut: Tensor
     pooled: Tensor | None = None
     penultimate: Tensor | None = None
 
@@ -49,12 +55,9 @@ def clip_states(
     before it returns.
 
     hidden: also those of the layer before the last."""
-    ids, mask, truncated = tokens(
-        folder, f"tokenizer{suffix}", prompts, token_length(folder, f"tokenizer{suffix}")
-    )
-    encoder = folder.load(
-        f"text_encoder{suffix}", ("CLIPTextModel", "CLIPTextModelWithProjection"), dtype=dtype
-    )
+    tokenizer = f"tokenizer{suffix}"
+    ids, mask, cut = tokens(folder, tokenizer, CLIP_TOKENIZER, prompts, token_length(folder, tokenizer))
+    encoder = folder.load(f"text_encoder{suffix}", CLIP, dtype=dtype)
     attend = bool(getattr(encoder.config, "use_attention_mask", False))
     parts: list[tuple[Tensor, ...]] = []
     with torch.no_grad():
@@ -67,7 +70,7 @@ def clip_states(
     del encoder
     gc.collect()
     last, pooled, *rest = (torch.cat(each).float() for each in zip(*parts, strict=True))
-    return States(last, mask, truncated, pooled, rest[0] if rest else None)
+    return States(last, mask, cut, pooled, rest[0] if rest else None)
 
 
 def t5_states(
@@ -81,8 +84,8 @@ def t5_states(
     masked: bool,
 ) -> States:
     """States of the T5 encoder `text_encoder<suffix>`; `masked`: padding is not attended."""
-    ids, mask, truncated = tokens(folder, f"tokenizer{suffix}", prompts, length)
-    encoder = folder.load(f"text_encoder{suffix}", ("T5EncoderModel",), dtype=dtype)
+    ids, mask, cut = tokens(folder, f"tokenizer{suffix}", T5_TOKENIZER, prompts, length)
+    encoder = folder.load(f"text_encoder{suffix}", T5, dtype=dtype)
     with torch.no_grad():
         parts = [
             encoder(part, attention_mask=here.long() if masked else None)[0]
@@ -90,15 +93,17 @@ def t5_states(
         ]
     del encoder
     gc.collect()
-    return States(torch.cat(parts).float(), mask, truncated)
+    return States(torch.cat(parts).float(), mask, cut)
 
 
-def tokens(folder: Folder, name: str, prompts: Sequence[str], length: int) -> tuple[Tensor, Tensor, int]:
-    """(ids [n, length], mask [n, length] bool, prompts that were cut)."""
-    tokenizer = folder.load(name)
+def tokens(
+    folder: Folder, name: str, classes: Sequence[str], prompts: Sequence[str], length: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids [n, length], mask [n, length] bool, cut [n] bool: longer than `length`)."""
+    tokenizer = folder.load(name, classes)
     found = tokenizer(
         list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
     )
     longer = tokenizer(list(prompts), padding=False, truncation=True, max_length=length + 1)["input_ids"]
-    truncated = sum(len(each) > length for each in longer)
-    return found["input_ids"], found["attention_mask"].bool(), truncated
+    cut = torch.tensor([len(each) > length for each in longer])
+    return found["input_ids"], found["attention_mask"].bool(), cut
