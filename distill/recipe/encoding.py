@@ -10,6 +10,7 @@ PROMPTS = "distill.data.prompts.Prompts"
 ENCODE, PRETRAINED = "distill.stages.encode.Encode", "distill.stages.pretrained.Pretrained"
 NAME = "prompts"
 SHARED = ("path", "negative", "resolution", "variant")  # options that the stage takes from the teacher
+OWN = {"encoder_dtype": "dtype", "encoder_batch_size": "batch_size"}  # option of the prompts -> of the stage
 
 
 def encode(stages: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -50,4 +51,5 @@ def encode(stages: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         raise ValueError(f"stages.{others[0]}: other options of prompts than {next(iter(teachers))!r} has")
     if NAME in stages:
         raise ValueError(f"stages.{NAME}: the stage that encodes prompts needs this name; rename it")
+    options |= {OWN[key]: wanted.pop(key) for key in OWN if key in wanted}
     return {NAME: {"_target_": ENCODE, **options, "prompts": wanted}, **changed}

@@ -150,7 +150,8 @@ def plan(recipe: Mapping[str, Any], run_folder: Path, seed: int) -> list[Planned
         config, folder = dict(configs[name]), run_folder / name
         inputs = {role: digests[target] for role, target in stage.inputs().items()}
         try:
-            content = identity(config, stage.REFERENCES, inputs, seed, stage.fingerprint())
+            hashed = {key: value for key, value in config.items() if key not in stage.BY_CONTENT}
+            content = identity(hashed, stage.REFERENCES, inputs, seed, stage.fingerprint())
         except InstantiationException as error:
             raise ValueError(f"stages.{name}: {error.__cause__ or error}") from error
         except (ValueError, OSError) as error:

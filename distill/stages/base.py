@@ -136,6 +136,7 @@ class Stage(ABC):
     Attributes:
         LENGTH: the field that may be increased to continue a finished stage, such as `steps`; empty if there is none.
         REFERENCES: fields whose value is the name of another stage.
+        BY_CONTENT: fields that are no part of the digest; the fingerprint has the content that they name.
         FILES: files that the stage makes, relative to its folder: regular expressions that match each path component.
             Only these are recorded when the stage finishes, and deleted when it is made again.
         NEEDED: files that must exist when it finishes.
@@ -143,6 +144,7 @@ class Stage(ABC):
 
     LENGTH: ClassVar[str] = ""
     REFERENCES: ClassVar[tuple[str, ...]] = ()
+    BY_CONTENT: ClassVar[tuple[str, ...]] = ()
     FILES: ClassVar[tuple[str, ...]] = ()
     NEEDED: ClassVar[tuple[str, ...]] = ()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ from hydra.utils import instantiate
 from distill.cache.pairs import MANIFEST, Pairs
 from distill.data.prompts import Prompts as PromptFile
 from distill.data.source import Source
+from distill.files import canonical_json, sha256_text
 from distill.models.decoder import Points
 from distill.models.families import family_of
 from distill.models.pretrained import DTYPES, Folder
@@ -43,11 +46,13 @@ class Encode(Stage):
         prompts: config of a `data.prompts.Prompts`.
         negative: the prompt of the null condition.
         resolution, variant: see `stages.pretrained.Pretrained`.
-        dtype: of the encoders' weights. batch_size: prompts a call.
+        dtype: of the encoders' weights. batch_size: prompts a call. (In recipes: `data.encoder_dtype` and
+            `data.encoder_batch_size`.)
     """
 
     FILES: ClassVar[tuple[str, ...]] = patterns(DESCRIPTION, TENSORS)
     NEEDED: ClassVar[tuple[str, ...]] = (DESCRIPTION, TENSORS)
+    BY_CONTENT: ClassVar[tuple[str, ...]] = ("prompts",)
 
     path: str
     prompts: dict[str, Any]
@@ -60,9 +65,13 @@ class Encode(Stage):
     def __post_init__(self) -> None:
         check_types(self)
         if self.dtype not in DTYPES:
-            raise ValueError(f"dtype: found {self.dtype!r}, expected one of {', '.join(DTYPES)}")
+            raise ValueError(
+                f"dtype: found {self.dtype!r} (data.encoder_dtype), expected one of {', '.join(DTYPES)}"
+            )
         if self.batch_size < 1:
-            raise ValueError(f"batch_size: found {self.batch_size}, expected at least 1")
+            raise ValueError(
+                f"batch_size: found {self.batch_size} (data.encoder_batch_size), expected at least 1"
+            )
 
     def _file(self) -> PromptFile:
         options = {key: value for key, value in self.prompts.items() if key != "_target_"}
@@ -75,9 +84,13 @@ class Encode(Stage):
             raise type(error)(f"data.{error}") from error
 
     def fingerprint(self) -> str:
-        """The digests of the prompts and of the text encoders."""
-        encoders = TextEncoders.of(Folder(self.path, self.variant), self.negative, self.dtype)
-        return f"{self._file().fingerprint()} {encoders.sha256}"
+        """The digests of the prompts and of the text encoders, and the shapes of samples and conditions."""
+        folder = Folder(self.path, self.variant)
+        _, family = family_of(folder)
+        encoders = TextEncoders.of(folder, self.negative, self.dtype)
+        shapes = {name: shape for name, (shape, _) in family.text(folder).items()}
+        shapes |= {"sample": family.shape(folder, self.resolution)}
+        return f"{self._file().fingerprint()} {encoders.sha256} {sha256_text(canonical_json(shapes))}"
 
     def dry_run(self, before: Mapping[str, Made]) -> Made:
         """Read the prompts; conditions of zeros have the shapes of the encoded ones."""
@@ -85,6 +98,9 @@ class Encode(Stage):
         _, family = family_of(folder)
         TextEncoders.of(folder, self.negative, self.dtype)
         shapes = family.text(folder)
+        self._check_memory(
+            len(prompts), sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes.values())
+        )
         values = {
             name: torch.zeros(1, *shape, dtype=dtype).expand(len(prompts), *shape)
             for name, (shape, dtype) in shapes.items()
@@ -93,6 +109,15 @@ class Encode(Stage):
         shape = family.shape(folder, self.resolution)
         conditions = Prompts.of_table(Table(prompts, values, nulls, shape))
         return Made(pairs=PairsMade(shape, conditions, Points(), 1.0, has=()))
+
+    def _check_memory(self, count: int, row: int) -> None:
+        """Raise ValueError where `count` encoded prompts of `row` bytes, which stay in memory while a stage uses them, take
+        more than half of this machine's."""
+        if (total := count * row) > (memory := machine_memory()) // 2:
+            raise ValueError(
+                f"data.limit: found {self.prompts.get('limit')}: {count} encoded prompts take {total} bytes, {row} each, and "
+                f"this machine has {memory} bytes of memory; expected at most {memory // 2 // row} prompts"
+            )
 
     def run(self, context: StageContext) -> dict[str, Any]:
         """Encode on the main process, on the CPU, and write the folder."""
@@ -116,6 +141,11 @@ class Encode(Stage):
                 )
         context.world.barrier()
         return {"count": len(prompts), "truncated": read_table(context.folder).truncated}
+
+
+def machine_memory() -> int:
+    """Bytes of memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def source_of(data: str | Mapping[str, Any], inputs: Mapping[str, Path]) -> Source:
