@@ -16,7 +16,8 @@ from distill.stages.attached import check_attached
 from distill.stages.base import Settings
 from distill.typed import parse, unknown_key
 
-GROUPS = ("data", "teacher", "student", "features", "gates", "eval", "monitor")
+GROUPS = ("data", "teacher", "features", "gates", "eval", "monitor")
+CHANGES = ("student",)  # groups that are null by default, and change what a recipe reads of them
 RUN = ("seed", "runs_dir", "name", "plan", "redo", "trainer", "loggers", "callbacks")
 # Keys that determine the files of a run.
 STAGES = ("stages", "repeat", "halve", "profile")
@@ -79,10 +80,11 @@ def refuse_outside(cfg: DictConfig, keys: tuple[str, ...]) -> None:
 
 
 def refuse_unread(cfg: DictConfig, plain: Mapping[str, Any]) -> None:
-    """Raise ValueError for a top-level key that is not an option of a run and that no interpolation reads.
+    """Raise ValueError for a top-level key that is not an option of a run and that no interpolation reads, or a chosen option
+    of `CHANGES` that none reads.
 
     A key is read if the rest of the config resolves differently, or not at all, without it."""
-    known = [*STAGES, *GROUPS, *RUN]
+    known = [*STAGES, *GROUPS, *RUN, *(key for key in CHANGES if plain.get(key) is None)]
     raw = OmegaConf.to_container(cfg, resolve=False)
     assert isinstance(raw, dict)
     for key in raw:
@@ -95,6 +97,11 @@ def refuse_unread(cfg: DictConfig, plain: Mapping[str, Any]) -> None:
             continue  # an interpolation reads it
         if same == {other: value for other, value in plain.items() if other != key}:
             name = str(key)
+            if name in CHANGES:
+                raise ValueError(
+                    f"{name}: found {plain[name]}, but no stage of this recipe reads ${{{name}}}, so that it has no effect; "
+                    f"remove {name}=..."
+                )
             message = unknown_key("", name, known)
             raise ValueError(f"{message}, or a key that an interpolation ${{{name}}} reads")
 

@@ -121,11 +121,20 @@ def check_student(student: Denoiser, sample_shape: Sequence[int], conditions: Co
         raise ValueError(f"net: does not take samples of shape {tuple(sample_shape)}: {error}") from error
 
 
-def check_reads(method: DistillModule, source: Any, data: str | Mapping[str, Any]) -> None:
-    """Raise ValueError unless a source that declares what its batches hold (`has`) holds what a method reads."""
+def check_reads(
+    method: DistillModule, source: Any, data: str | Mapping[str, Any], before: Mapping[str, Made]
+) -> None:
+    """Raise ValueError unless a source that declares what its batches hold (`has`) holds what a method reads: always, or
+    with the options that need real samples. `before`: the stages before, for the message."""
+    needed = method.reads
+    if getattr(method, "gan", None) is not None or getattr(method, "real_noised", False):
+        needed = (*needed, "x0")
     has = getattr(source, "has", None)
-    if has is not None and (missing := [name for name in method.reads if name not in has]):
-        raise ValueError(
-            f"data: {data!r} has no {missing[0]}, which the method {type(method).__name__} reads; expected a stage that "
-            "makes pairs: data=pairs of the stage, from a `generate` stage before it"
-        )
+    if has is None or not (missing := [name for name in needed if name not in has]):
+        return
+    made = [name for name, each in before.items() if each.pairs is not None and missing[0] in each.pairs.has]
+    add = "+stage@stages.pairs=generate stages.pairs.teacher=teacher stages.pairs.count=2048 "
+    raise ValueError(
+        f"data: {data!r} has no {missing[0]}, which the method {type(method).__name__} reads; expected pairs: "
+        f"type {'' if made else add}stages.<stage>.data={made[0] if made else 'pairs'}"
+    )

@@ -203,7 +203,7 @@ class Train(ModelStage):
             )
         start = self._start(models.get("init"), 0, source, try_build)
         method = self._method(start.denoiser, models, ())
-        check_reads(method, source, self.data)
+        check_reads(method, source, self.data, before)
         method.prepare(build_optim(self.optim, self.steps), seed=0, stream=self.stream)
         generator = method.as_generator()
         spec = generator.spec

@@ -14,6 +14,7 @@ from tests_support import call_verb, refusal, run_verb
 import distill
 from distill.cache.pairs import Pairs
 from distill.models.native import load_model
+from distill.stages import encode
 
 PROMPTS = ("a dog", "a cat on a table", "a house", "two words that are too long for this text encoder")
 
@@ -30,8 +31,10 @@ def sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def options(folder: Path, *more: str, recipe: str = "instaflow") -> list[str]:
     return [
         *(f"recipe={recipe}", "profile=smoke", "teacher=sd", f"teacher.path={folder / 'sd'}"),
-        *("data=prompts", f"data.path={folder / 'prompts.txt'}", "eval=prompts", "student=flow"),
-        *("stages.distill.monitor=null", "eval.models.teacher.steps=[50,1]", *more),
+        *("data=prompts", f"data.path={folder / 'prompts.txt'}", "eval=prompts"),
+        *("stages.distill.monitor=null", "eval.models.teacher.steps=[50,1]"),
+        *(["student=flow"] if recipe == "instaflow" else []),
+        *more,
     ]
 
 
@@ -76,17 +79,40 @@ def test_instaflow_from_a_folder_of_stable_diffusion(sd: Path, tmp_path: Path) -
     other = ("name=other", f"stages.pairs.path={run / 'pairs'}")
     planned = call_verb(tmp_path, "train", *command, *other, "plan=true")
     assert planned.returncode == 0, planned.stderr
-    # The export holds the prompts that it samples, but no text encoder.
+    # A moved run reads its own prompts and is finished there, with the same prompts in another file too.
     samples, cat = student.sample(4), student.sample(1, prompt="a cat on a table", seed=3)
+    shutil.move(tmp_path / "runs", tmp_path / "elsewhere" / "runs")
+    run = tmp_path / "elsewhere" / "runs" / "run"
+    (tmp_path / "copy.txt").write_text("\r\n".join(PROMPTS))
+    copied = [
+        f"data.path={tmp_path / 'copy.txt'}" if each.startswith("data.path=") else each for each in command
+    ]
+    again = call_verb(tmp_path / "elsewhere", "train", *copied)
+    assert (again.stdout + again.stderr).count("already finished, skipped") == 8, again.stderr
+    # Another run that takes its pairs and its model copies the prompts.
+    rest = (f"stages.{name}=null" for name in ("reflow", "pairs2", "distill", "evaluate", "export"))
+    taken = ("teacher=pretrained", f"teacher.path={run / 'teacher'}", f"stages.pairs.path={run / 'pairs'}")
+    same = ("stages.pairs.sampler=teacher", guided[0], "profile=smoke", "repeat=null")
+    call_verb(
+        tmp_path, "train", "recipe=instaflow", "name=taken", "~rounds", *taken, *same, *rest, check=True
+    )
+    # The export holds the prompts that it samples, but no text encoder.
     shutil.move(run / "export", tmp_path / "moved")
     shutil.rmtree(run)
+    taken_pairs = Pairs(tmp_path / "runs" / "taken" / "pairs")
+    assert taken_pairs.fetch(torch.tensor([1]), torch.arange(1)).cond.values["context"].shape == (1, 16, 16)
+    assert load_model(tmp_path / "runs" / "taken" / "teacher").sample(1).shape == (1, 3, 16, 16)
     moved = distill.load(tmp_path / "moved")
     assert torch.equal(moved.sample(4), samples)
     assert torch.equal(moved.sample(1, prompt="a cat on a table", seed=3), cat)
 
 
 def test_score_distillation_needs_prompts_alone(sd: Path, tmp_path: Path) -> None:
-    run_verb(tmp_path, "train", *options(sd, "name=sid", "stages.distill.steps=2", recipe="sid"))
+    encoders = ("data.encoder_dtype=bfloat16", "data.encoder_batch_size=2")
+    run_verb(tmp_path, "train", *options(sd, "name=sid", "stages.distill.steps=2", *encoders, recipe="sid"))
+    prompts = tmp_path / "runs" / "sid" / "prompts"
+    assert json.loads((prompts / "prompts.json").read_text())["source"]["dtype"] == "bfloat16"
+    assert "batch_size: 2" in (prompts / "config.yaml").read_text()
     assert distill.load(tmp_path / "runs" / "sid" / "export").sample(1).shape == (1, 3, 16, 16)
 
 
@@ -100,10 +126,23 @@ def test_latent_consistency_takes_pairs(sd: Path, tmp_path: Path) -> None:
 
 
 def test_methods_that_read_images_are_refused_prompts(sd: Path, tmp_path: Path) -> None:
-    found = refusal(
-        tmp_path, "train", *options(sd, "name=lcm", "stages.distill.adapt=null", recipe="consistency")
-    )
+    def refused(recipe: str, *more: str) -> str:
+        return refusal(tmp_path, "train", *options(sd, "name=bad", *more, recipe=recipe))
+
+    found = refused("consistency", "stages.distill.adapt=null")
     assert "stages.distill: data: 'prompts' has no x0, which the method Consistency reads" in found
+    pairs = ["+stage@stages.pairs=generate", "stages.pairs.teacher=teacher", "stages.pairs.count=2048"]
+    assert f"expected pairs: type {' '.join(pairs)} stages.<stage>.data=pairs" in found
+    found = refused("dmd", "stages.distill.method.gan={}")
+    assert "has no x0, which the method DMD reads; expected pairs: type +stage@stages.pairs" in found
+    found = refused("instaflow", "stages.distill.data=${data}")
+    assert (
+        "has no x0, which the method OneStep reads; expected pairs: type stages.<stage>.data=pairs" in found
+    )
+    found = refused("consistency", "student=flow")
+    assert (
+        "student: found {'process': 'flow', 'start': 'converted'}, but no stage of this recipe reads" in found
+    )
 
 
 def test_bad_prompts(sd: Path, tmp_path: Path) -> None:
@@ -112,7 +151,7 @@ def test_bad_prompts(sd: Path, tmp_path: Path) -> None:
     (tmp_path / "other.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
     for file, words in (
         ("empty.txt", "data.path: empty.txt: holds no prompts"),
-        ("latin.txt", "data.path: latin.txt: is not UTF-8: byte 3"),
+        ("latin.txt", "data.path: latin.txt: line 1: is not UTF-8: byte 3"),
         ("other.jsonl", "data.path: other.jsonl: line 2: prompt: found None, expected a prompt"),
         ("none.txt", "data.path: none.txt: no such file"),
     ):
@@ -131,7 +170,7 @@ def test_bad_prompts(sd: Path, tmp_path: Path) -> None:
     assert "monitor: needs real images" in refusal(tmp_path, "train", *teacher)
 
 
-def test_bad_folders(sd: Path, tmp_path: Path) -> None:
+def test_bad_folders(sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*more: str) -> str:
         return refusal(tmp_path, "train", *options(sd, "name=bad", *more))
 
@@ -167,6 +206,24 @@ def test_bad_folders(sd: Path, tmp_path: Path) -> None:
     )
     assert "prediction_type: found 'noise'" in changed(broken("kind"), scheduler, prediction_type="noise")
     assert "trained_betas: found a list" in changed(broken("betas"), scheduler, trained_betas=[0.1, 0.2])
+    index = broken("index")
+    for entry, words in (
+        (
+            {"text_encoder": ["transformers", "BertModel"]},
+            "text_encoder: found 'BertModel', expected CLIPTextModel",
+        ),
+        (
+            {"tokenizer": ["transformers", "AutoTokenizer"]},
+            "tokenizer: found 'AutoTokenizer', expected CLIPTok",
+        ),
+        (
+            {"tokenizer": ["mine", "CLIPTokenizer"]},
+            "tokenizer: found the library 'mine', expected diffusers or",
+        ),
+    ):
+        kept = (index / "model_index.json").read_text()
+        assert words in changed(index, "model_index.json", **entry)
+        (index / "model_index.json").write_text(kept)
     assert "_class_name: found 'WanPipeline', expected one of" in changed(
         broken("pipeline"), "model_index.json", _class_name="WanPipeline"
     )
@@ -174,3 +231,20 @@ def test_bad_folders(sd: Path, tmp_path: Path) -> None:
         broken("added"), "unet/config.json", addition_embed_type="text_time"
     )
     assert "expected a multiple of 2" in refused("teacher.resolution=15")
+    assert "sample_shape: found [8, 8, 8], but the autoencoder has latents [4,h,w]" in changed(
+        broken("latents"), "unet/config.json", in_channels=8
+    )
+    guided = ("recipe=instaflow", "teacher=pipeline", f"teacher.path={tmp_path / 'ddpm'}", "student=flow")
+    teacher_support.ddpm(tmp_path / "ddpm")
+    assert "guidance_scale: " in refusal(tmp_path, "train", *guided, "stages.pairs.guidance_scale=3")
+    monkeypatch.setattr(encode, "machine_memory", lambda: 6000)
+    assert "data.limit: found None: 4 encoded prompts take 4096 bytes, 1024 each, and this" in (
+        few := refused()
+    )
+    assert "expected at most 2 prompts" in few
+    assert call_verb(tmp_path, "train", *options(sd, "data.limit=2", "plan=true")).returncode == 0
+    stage = encode.Encode(str(folder := broken("size")), {"path": str(sd / "prompts.txt")})
+    before = stage.fingerprint()
+    changed(folder, "unet/config.json", sample_size=4)
+    assert stage.fingerprint() != before, "samples of another shape"
+    assert "dtype: found 'int8' (data.encoder_dtype), expected one of" in refused("data.encoder_dtype=int8")
