@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from distill.engine.params import trained_by
-from distill.models.denoiser import Denoiser
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -38,11 +37,6 @@ def check_apart(role: str, network: nn.Module, student: nn.Module) -> None:
             f"{role}: shares weights with the student, which training changes; expected another model, such as "
             "copy.deepcopy(student)"
         )
-
-
-def in_training(network: nn.Module) -> bool:
-    """Whether a network is in training mode; of a denoiser, its net, which several denoisers may share."""
-    return network.net.training if isinstance(network, Denoiser) else network.training
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from distill.data.rng import Draws
 from distill.data.source import Source
 from distill.engine.logging import lines_of, read_entries
 from distill.engine.module import STUDENT, DistillModule
+from distill.engine.networks import modes_kept
 from distill.evaluation.evaluation import labels_of
 from distill.evaluation.grid import image_grid, save_png, tile
 from distill.evaluation.meters.images import ImageMeter
@@ -186,12 +187,10 @@ class Monitor:
         rows = torch.arange(min(DIAGNOSED, len(self.source)))
         draws = Draws(self.context.seed, "diagnostics", 0, rows.to(module.device))
         networks = [*module.networks.values(), *module.ema.values()]
-        training = [network.training for network in networks]
-        for network in networks:
-            network.eval()
-        found = module.diagnostics(self.source.fetch(rows, rows).to(module.device), draws)
-        for network, mode in zip(networks, training, strict=True):
-            network.train(mode)
+        with modes_kept(networks):
+            for network in networks:
+                network.eval()
+            found = module.diagnostics(self.source.fetch(rows, rows).to(module.device), draws)
         if found.rows and self.context.world.main:
             decoder = module.student.decoder
             shown = [
@@ -205,16 +204,16 @@ class Monitor:
         """Samples 0 .. count - 1 on the main process. Every process makes the same number of network calls: the
         networks may be sharded over them."""
         model, world = module.best(STUDENT), self.context.world
-        training, _ = model.training, model.eval()
-        generator = module.as_generator()
         chunks = list(torch.arange(self.options.count).split(self.options.batch_size))
         parts: dict[int, Tensor] = {}
-        for number in range(world.rank, -(-len(chunks) // world.size) * world.size, world.size):
-            ids = chunks[number] if number < len(chunks) else chunks[0]
-            images = generator.sample_ids(ids, seed=self.context.seed, stream=STREAM)
-            if number < len(chunks):
-                parts[number] = images
-        model.train(training)
+        with modes_kept([model]):
+            model.eval()
+            generator = module.as_generator()
+            for number in range(world.rank, -(-len(chunks) // world.size) * world.size, world.size):
+                ids = chunks[number] if number < len(chunks) else chunks[0]
+                images = generator.sample_ids(ids, seed=self.context.seed, stream=STREAM)
+                if number < len(chunks):
+                    parts[number] = images
         return world.collect(parts)
 
     def _measure(self, module: DistillModule, samples: Tensor) -> dict[str, float]:
