@@ -207,8 +207,8 @@ class DistillModule(L.LightningModule):
         self._running = None
 
     def parameters_of(self, update: Update) -> list[nn.Parameter]:
-        """All parameters that an update trains."""
-        return [p for role in update.trains for p in self.trained[role].parameters()]
+        """All parameters that an update trains, each once: two of its roles may share some."""
+        return list(dict.fromkeys(p for role in update.trains for p in self.trained[role].parameters()))
 
     def _running_of(self, update: Update) -> Running:
         """The cached parts of an update; call it once the networks are on their devices."""
@@ -227,12 +227,10 @@ class DistillModule(L.LightningModule):
             ]
             trained = [self.trained[role] for role in update.trains]
             # A target is in the mode of the network that it follows.
-            trained += [
-                self.averaged[n] for n, average in self.further.items() if average.of in update.trains
-            ]
-            training = trained if update.mode == "train" else []
+            targets = [self.averaged[n] for n, average in self.further.items() if average.of in update.trains]
+            training = [*trained, *targets] if update.mode == "train" else []
             others = [*self.networks.values(), *(self.ema[name] for name in self.further)]
-            cache = Running(self.parameters_of(update), updaters, training, others)
+            cache = Running(self.parameters_of(update), trained, updaters, training, others)
             self._step_caches[update.name] = cache
         return cache
 
@@ -249,10 +247,7 @@ class DistillModule(L.LightningModule):
         """update -> an optimizer of its networks' parameters as they are now."""
         updates = sorted(self.plan, key=lambda update: update.name)
         return {
-            update.name: self.optim[update.name].optimizer(
-                list({id(p): p for p in self.parameters_of(update)}.values())
-            )
-            for update in updates
+            update.name: self.optim[update.name].optimizer(self.parameters_of(update)) for update in updates
         }
 
     def parameter_names(self) -> dict[int, str]:

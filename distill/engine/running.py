@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from distill.engine.ema import EmaUpdater
-from distill.engine.networks import in_training
 from distill.engine.parallel import sharded_modules, sync_gradients
 from distill.engine.params import ParameterSet, joined
 
@@ -19,12 +18,14 @@ class Running:
 
     Attributes:
         parameters: what it trains.
+        trained: the parameter sets of these.
         updaters: averages, each with its decay as a function of the update's step.
         training: parameter sets whose networks are in training mode while the update runs.
         others: networks that are in eval mode then.
     """
 
     parameters: list[nn.Parameter]
+    trained: list[ParameterSet]
     updaters: list[tuple[Callable[[int], float], EmaUpdater]]
     training: list[ParameterSet]
     others: list[nn.Module]
@@ -32,19 +33,19 @@ class Running:
 
     def __post_init__(self) -> None:
         self.training = joined(self.training)
-        self.sharded = sharded_modules(p.network for p in self.training)
-        trained = {id(parameters.network) for parameters in self.training}
-        self.others = [network for network in self.others if id(network) not in trained]
+        self.sharded = sharded_modules(parameters.network for parameters in self.trained)
+        training = {id(parameters.network) for parameters in self.training}
+        self.others = [network for network in self.others if id(network) not in training]
 
     def start(self, before: Running | None) -> None:
         """Set modes and gradient flags for this update; `before` is the one that ran last; its parameters are
-        frozen again. Does nothing if that is this one and the modes have not been changed since."""
+        frozen again. Does nothing if that is this one and no module's mode has been changed since."""
         if before is not self:
             for parameter in before.parameters if before is not None else ():
                 parameter.requires_grad_(False)
             for parameter in self.parameters:
                 parameter.requires_grad_(True)
-        elif all(in_training(p.network) for p in self.training) and not any(map(in_training, self.others)):
+        elif all(module.training == mode for module, mode in self._modes):
             return
         if not self._modes:
             for network in self.others:

@@ -115,7 +115,10 @@ def test_root_weights_are_never_stale(results):
 
 
 def test_averages_are_shard_local(results):
-    assert load(results, "local") == {"width": 2, "all sharded": True, "same shards": True, "units": 3}
+    found = load(results, "local")
+    # Micro batches before the last one reduce nothing, also in an update whose networks are in eval mode.
+    assert found.pop("synced") == 1
+    assert found == {"width": 2, "all sharded": True, "same shards": True, "units": 3}
 
 
 def test_blocks_in_blocks_and_methods_beside_forward_have_the_gradients_of_the_whole_net(results):

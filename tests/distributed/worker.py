@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -237,6 +238,7 @@ def job_local(world: World, folder: Path) -> None:
         ),
         "same shards": all(a.to_local().shape == b.to_local().shape for a, b in pairs),
         "units": len(units(unet, least=1)),
+        "synced": len(method._running_of(replace(method.plan[0], mode="eval")).sharded),
     }
     if world.main:
         torch.save(found, folder / "local.pt")

@@ -178,10 +178,16 @@ def test_accumulation_equals_the_whole_batch(tmp_path):
     assert any(not torch.equal(value, weights(make())[name]) for name, value in parts.items())
 
 
-def test_clip_bounds_the_step_and_ema_follows(tmp_path):
+@pytest.mark.parametrize("twice", [False, True])
+def test_clip_bounds_the_step_and_ema_follows(tmp_path, twice):
+    """Also where an update trains the same parameters in two roles."""
     before = weights(make())
-    plain = partial(torch.optim.SGD, lr=1.0)
-    after = weights(fit(make(optimizer=plain, clip=1e-3, ema=0.5, ema_ramp=False), tmp_path, steps=1))
+    method = make(optimizer=partial(torch.optim.SGD, lr=1.0), clip=1e-3, ema=0.5, ema_ramp=False)
+    if twice:
+        both = {"student": method.student, "again": method.student.with_()}
+        method.updates = lambda: [Update("student", both, method.student_loss)]
+        method.prepare({"student": method.optim["student"]}, seed=5)
+    after = weights(fit(method, tmp_path, steps=1))
     moved = torch.cat([after[f"net.net.{k}"] - before[f"net.net.{k}"] for k in "wb"])
     assert torch.isclose(moved.norm(), torch.tensor(1e-3), rtol=1e-3)
     for k in "wb":

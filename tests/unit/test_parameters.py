@@ -6,6 +6,7 @@ import os
 import signal
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,9 @@ from distill.data.cond import Cond
 from distill.engine import checkpoint
 from distill.engine.fit import Fit, train
 from distill.engine.params import ParameterSet
-from distill.engine.update import Loss, Update
+from distill.engine.update import Diagnostics, Loss, Update
+from distill.stages.monitor import Monitor, Options
+from distill.world import World
 
 HEAD = ["net.head.0.bias", "net.head.0.weight", "net.head.3.bias", "net.head.3.weight"]
 
@@ -54,12 +57,30 @@ def test_the_frozen_part_of_a_trained_network_is_in_eval_mode(tmp_path: Path) ->
     def noted(network: Any, batch: Any, step: Any) -> Loss:
         net = network.net
         seen.append((net.training, net.head[2].training, net.base.training, net.base[3].training))
-        return loss(network, batch, step)
+        found = loss(network, batch, step)
+        net.base.train()  # as a callback may: the next step finds the root in training mode, as it left it
+        return found
 
     method.plan = [Update("student", method.plan[0].trains, partial(noted, method.student))]
     method.student_update = method.plan[0]
     fit(method, tmp_path, steps=2)
     assert seen == [(True, True, False, False)] * 2
+
+
+def test_an_evaluation_leaves_every_module_in_its_mode(tmp_path: Path) -> None:
+    method = head_only()
+    for network in (method.student, method.ema["student"]):
+        network.train()
+        network.net.base.eval()
+    before = {name: module.training for name, module in method.named_modules()}
+    seen: list[bool] = []
+    method.diagnostics = lambda batch, draws: seen.append(method.student.net.training) or Diagnostics()
+    context = SimpleNamespace(seed=0, world=World(), folder=tmp_path)
+    monitor = Monitor(Options(1, {}, {}, count=8), context, lambda folder: None, Points())
+    monitor._diagnose(method)
+    assert monitor._sample(method).shape == (8, *SHAPE)
+    assert seen == [False]
+    assert {name: module.training for name, module in method.named_modules()} == before
 
 
 def kill_at(folder: Path, at: int | None) -> None:
