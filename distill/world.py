@@ -43,11 +43,23 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
+        return self.largest(int(flag)) > 0
+
+    def largest(self, value: int) -> int:
+        """The largest of the values of all ranks, on each of them."""
         if self.size == 1:
-            return flag
-        value = torch.tensor([float(flag)])
-        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.control)
-        return bool(value.item())
+            return value
+        found = torch.tensor([value])
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.control)
+        return int(found.item())
+
+    def broadcast(self, value: Any, source: int = 0) -> Any:
+        """The value of one rank, by default the main process's, on each of them. It is pickled."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=source, group=self.control)
+        return values[0]
 
     def gather(self, value: Any) -> list[Any] | None:
         """The values of all ranks in their order, on the main process; None elsewhere."""

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill.engine.made import feed
 from distill.engine.module import DistillModule
@@ -26,6 +27,7 @@ from distill.typed import parse
 
 SCHEMA = 2
 NAME = "last.ckpt"
+PLAIN = (type(None), bool, int, float, str)
 PARTS = ("networks", "ema", "optimizers", "progress", "nonfinite", "sampler", "method", "record")
 
 
@@ -60,19 +62,32 @@ def save(
     path: Path, module: DistillModule, record: Mapping[str, Any], callbacks: Sequence[Callback] = ()
 ) -> None:
     """Write a checkpoint atomically: a killed writer leaves the previous one. Collective; the main process
-    writes. Raises FloatingPointError, on every process, where a number in it is not finite, and ValueError for a callback
-    whose state is not made of plain containers, numbers, strings and tensors."""
+    writes. Raises, on every process and before it writes, FloatingPointError where a number in it is not finite, and ValueError
+    where a callback or the method has a state that `read` could not read again."""
     state = state_of(module, record, callbacks)
-    for key, found in state.get("callbacks", {}).items():
-        _check_plain(found, f"callbacks: {key}: state_dict")
-    wrong = next(not_finite(state), None) if module.world.main else None
-    if module.world.any(wrong is not None):
-        kept = f"{path} stays as it was" if path.is_file() else "none was saved yet"
-        raise FloatingPointError(f"{wrong or 'a number is not finite'}; last good checkpoint: {kept}")
+    wrong = module.world.broadcast(_wrong(state, path) if module.world.main else None)
+    if wrong is not None:
+        raise wrong
     if module.world.main:
         state["sha256"] = content_digest(state)
         write_atomic(path, lambda temporary: torch.save(state, temporary))
     module.world.barrier()
+
+
+def _wrong(state: Mapping[str, Any], path: Path) -> Exception | None:
+    """Why a state must not be saved at `path`."""
+    try:
+        for part, found in state.items():
+            if part == "callbacks":
+                for key, own in found.items():
+                    check_plain(own, f"callbacks: {key}: state_dict")
+            check_plain(found, part)
+    except ValueError as error:
+        return error
+    if (sentence := next(not_finite(state), None)) is None:
+        return None
+    kept = f"{path} stays as it was" if path.is_file() else "none was saved yet"
+    return FloatingPointError(f"{sentence}; last good checkpoint: {kept}")
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -200,17 +215,23 @@ def checked_progress(state: Mapping[str, Any], module: DistillModule, where: Pat
     return progress
 
 
-def _check_plain(value: Any, where: str) -> None:
-    """Refuse what `torch.load(weights_only=True)` would not read again."""
-    if isinstance(value, Mapping):
+def check_plain(value: Any, where: str) -> None:
+    """Raise ValueError for what `torch.load(weights_only=True)` does not read, or not as it was. Types must be exact: pickle saves
+    a subclass by the name of its class."""
+    kind = type(value)
+    if kind in (dict, OrderedDict):
         for key, entry in value.items():
-            _check_plain(entry, f"{where}[{key!r}]")
-    elif isinstance(value, list | tuple):
+            if type(key) not in PLAIN:
+                raise ValueError(
+                    f"{where}: found the key {key!r} ({type(key).__name__}), expected a string or a number"
+                )
+            check_plain(entry, f"{where}[{key!r}]")
+    elif kind in (list, tuple):
         for number, entry in enumerate(value):
-            _check_plain(entry, f"{where}[{number}]")
-    elif not (value is None or type(value) in (bool, int, float, str) or isinstance(value, Tensor)):
+            check_plain(entry, f"{where}[{number}]")
+    elif kind not in (*PLAIN, Tensor, nn.Parameter):
         raise ValueError(
-            f"{where}: found {type(value).__name__}, expected None, numbers, strings, tensors, lists and dicts of them"
+            f"{where}: found {kind.__name__}, expected None, numbers, strings, tensors, lists and dicts of them"
         )
 
 

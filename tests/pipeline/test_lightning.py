@@ -115,14 +115,6 @@ def test_a_callback_that_ends_training_early_is_refused_with_a_checkpoint(
     assert state["progress"]["step"] == 3
 
 
-def test_a_state_that_could_not_be_read_again_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Noting, "state_dict", lambda self: {"path": [Path("x")]})
-    with pytest.raises(ValueError, match=r"callbacks: Noting: state_dict\['path'\]\[0\]: found PosixPath"):
-        start(tmp_path, callbacks=OWN)
-
-
 def test_a_profiler_writes_its_table(tmp_path: Path) -> None:
     stage = start(tmp_path, {"profiler": "simple"})
     (table,) = (stage / "logs").glob("*profile*.txt")

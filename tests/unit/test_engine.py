@@ -7,11 +7,14 @@ import copy
 import math
 import struct
 import zipfile
+from collections import Counter, OrderedDict, defaultdict
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from distill.data.batch import Batch
@@ -266,6 +269,51 @@ def test_weights_that_are_not_finite_never_replace_a_checkpoint(tmp_path):
     ):
         checkpoint.save(path, method, {})
     assert path.read_bytes() == good
+
+
+class Text(str):
+    """A string of another class."""
+
+
+class Keeping(Callback):
+    """A callback with the state `kept`."""
+
+    def __init__(self, kept) -> None:
+        self.kept = kept
+
+    def state_dict(self):
+        return self.kept
+
+
+UNREADABLE = {
+    r"\['a'\]\[0\]: found PosixPath": {"a": [Path("x")]},
+    r"\['a'\]: found defaultdict": {"a": defaultdict(int, b=1)},
+    r"\['a'\]: found Counter": {"a": Counter("ab")},
+    r": found the key PosixPath\('x'\) \(PosixPath\)": {Path("x"): 1},
+    r"\['a'\]: found Text": {"a": Text("b")},
+    r": found the key 'b' \(Text\)": {Text("b"): 1},
+    r"\['a'\]: found float64": {"a": np.float64(1)},
+    r"\['a'\]\[0\]: found set": {"a": ({1},)},
+}
+
+
+def test_a_state_that_cannot_be_read_again_never_replaces_a_checkpoint(tmp_path):
+    method = fit(make(), tmp_path, steps=1)
+    path = tmp_path / checkpoint.NAME
+    before, record = path.read_bytes(), checkpoint.read(path)["record"]
+    for message, kept in UNREADABLE.items():
+        with pytest.raises(ValueError, match="callbacks: Keeping: state_dict" + message):
+            checkpoint.save(path, method, record, [Keeping(kept)])
+    method.state = lambda: {"a": Text("b")}
+    with pytest.raises(ValueError, match=r"method\['a'\]: found Text"):
+        checkpoint.save(path, method, record)
+    assert path.read_bytes() == before
+    method.state = dict
+    kept = {"a": OrderedDict(b=(1, None, True)), 3: [1.5, nn.Parameter(torch.ones(2))], "": {}}
+    checkpoint.save(path, method, record, [Keeping(kept)])
+    found = checkpoint.read(path)["callbacks"]["Keeping"]
+    assert torch.equal(found[3].pop(), kept[3].pop())
+    assert found == kept
 
 
 def test_a_flipped_bit_in_a_checkpoint_is_found(tmp_path):
