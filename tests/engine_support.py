@@ -58,7 +58,7 @@ class Headed(nn.Module):
 
 
 class LoraBase(nn.Module):
-    """A linear map with low-rank adapters by name, one of which is switched on."""
+    """A linear map with low-rank adapters by name, one of which is switched on, or none."""
 
     def __init__(self, names: tuple[str, ...]) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class LoraBase(nn.Module):
         self.active = ""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.base(x) + self.adapters[self.active](x)
+        return self.base(x) + (self.adapters[self.active](x) if self.active else 0.0)
 
 
 class Adapted(nn.Module):
@@ -90,6 +90,18 @@ class Adapted(nn.Module):
         name = f"{self.name}_{len(base.adapters)}"
         base.adapters[name] = copy.deepcopy(self.adapter, memo)
         return Adapted(base, name)
+
+
+class Bare(nn.Module):
+    """The base with its adapters off. It holds the base as a module of its own, with all adapters."""
+
+    def __init__(self, base: LoraBase) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, cond: Cond) -> torch.Tensor:
+        self.base.active = ""
+        return self.base(torch.cat([x, t[:, None]], dim=1))
 
 
 def denoiser(net: nn.Module) -> Denoiser:
@@ -122,6 +134,9 @@ class Matching(DistillModule):
         eps, t = step.draws.normal("eps", SHAPE), step.draws.uniform("t")
         x_t = (1 - t[:, None]) * batch.x0 + t[:, None] * eps
         target = eps - batch.x0
+        if "teacher" in self.frozen:
+            with torch.no_grad():
+                target = target + 0.5 * self.frozen["teacher"](x_t, t, batch.cond)
         if network is self.fake:  # sees what the student makes
             with torch.no_grad():
                 target = self.student(x_t, t, batch.cond) - target
@@ -151,8 +166,10 @@ def two_heads(world: World | None = None) -> Any:
 
 
 def two_adapters(world: World | None = None) -> Any:
-    """A student and a fake network that are adapters of one base."""
+    """A student and a fake network that are adapters of one base, and a frozen teacher that is the base itself."""
     torch.manual_seed(0)
     lora = LoraBase(("student", "fake"))
     nets = [denoiser(Adapted(lora, name)) for name in ("student", "fake")]
-    return prepared(Matching(*nets, parts=""), world)
+    method = Matching(*nets, parts="")
+    method.frozen["teacher"] = denoiser(Bare(lora))
+    return prepared(method, world)

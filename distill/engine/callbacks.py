@@ -1,20 +1,20 @@
-"""What happens between iterations, as Lightning callbacks: evaluation and snapshots, logging, checkpoints and signals.
+"""What happens between iterations, as Lightning callbacks: evaluation and snapshots, logging, checkpoints and stops.
 
-Order: evaluation, logging, the user's callbacks, checkpoints. So a checkpoint holds the state of the user's callbacks after
-the step, and a kill between an evaluation and the checkpoint of the same step repeats both. All of it runs outside of the
-precision that the step is computed in: what is measured is what is saved.
+Order: evaluation, logging, the user's callbacks, checkpoints (Lightning moves a user's `Checkpoint` behind other callbacks, and
+ours stays behind it). So a checkpoint holds the state of the user's callbacks after the step, and a kill between an evaluation
+and the checkpoint of the same step repeats both. All of it runs outside of the precision that the step is computed in: what is
+measured is what is saved.
 """
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Checkpoint
 from torch import Tensor
 
 from distill.engine import checkpoint
@@ -24,9 +24,12 @@ from distill.engine.nonfinite import WINDOW
 from distill.engine.record import Record
 from distill.interrupt import Interrupted, reinstall, requested
 
+STOP = 256  # `trainer.should_stop` among the numbers of signals, which are smaller
+
 
 class Evaluation(Protocol):
-    """Measures the student while it is trained; every process calls it after the same steps."""
+    """Measures the student while it is trained; every process calls it after the same steps. What the main process found counts
+    on all of them, so that callbacks decide alike."""
 
     def due(self, before: int, now: int) -> bool:
         """Whether an evaluation falls between two counts of images."""
@@ -69,7 +72,7 @@ class EvaluationCallback(Callback):
             module.restart_clock()
         if self.evaluation is not None and (step == self.steps or self.evaluation.due(before, self.images)):
             with modes_kept([*module.networks.values(), *module.ema.values()]):
-                module.evaluated = self.evaluation(module)
+                module.evaluated = module.world.broadcast(dict(self.evaluation(module)))
             module.restart_clock()
 
 
@@ -87,13 +90,15 @@ class LoggingCallback(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Counters go on from the checkpoint."""
-        self.seen = pl_module.progress.step
+        self.seen = trainer.fit_loop.epoch_loop._batches_that_stepped = pl_module.progress.step
         self._count(trainer, self.seen)
 
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """The number of entries of Lightning's callbacks in this iteration: the student's steps before it."""
+        trainer.fit_loop.epoch_loop._batches_that_stepped = pl_module.progress.step
+
     def _count(self, trainer: L.Trainer, step: int) -> None:
-        loop = trainer.fit_loop.epoch_loop
-        loop.manual_optimization.optim_step_progress.total.completed = step
-        loop._batches_that_stepped = max(step - 1, 0)
+        trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total.completed = step
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -126,12 +131,15 @@ class LoggingCallback(Callback):
         self.on_progress(module.progress.step, f"loss {entry.get('student/loss', float('nan')):.4g}")
 
 
-class CheckpointCallback(Callback):
-    """Restores what needs the optimizers to exist, saves checkpoints, and ends training with one after a signal, or without
-    one after too many non-finite steps.
+class CheckpointCallback(Checkpoint):
+    """Restores callbacks and optimizers when Lightning would, saves checkpoints, and ends training: with a checkpoint after a
+    signal, or without one after too many non-finite steps. A signal to one process, or `trainer.should_stop` of one, ends
+    training on all of them after the same iteration.
+
+    A `Checkpoint` of Lightning's, so that no callback of the user's runs after it.
 
     Args:
-        path, record: where checkpoints are saved, and what they record.
+        path, record: where checkpoints are saved, and what they record; None: a trial saves none.
         callbacks: the user's, whose state is saved with them.
         resumed: the checkpoint that training goes on from.
         every: student steps between checkpoints. steps: length of training.
@@ -142,7 +150,7 @@ class CheckpointCallback(Callback):
     def __init__(
         self,
         path: Path,
-        record: Record,
+        record: Record | None,
         callbacks: Sequence[Callback],
         resumed: dict[str, Any] | None,
         *,
@@ -152,41 +160,60 @@ class CheckpointCallback(Callback):
         max_nonfinite: int,
         max_nonfinite_share: float,
     ) -> None:
-        self.path, self.record, self.callbacks, self.resumed = path, record.to_dict(), callbacks, resumed
+        self.path, self.record, self.callbacks, self.resumed = path, record, callbacks, resumed
         self.every, self.steps, self.log_every = every, steps, log_every
         self.max_nonfinite, self.max_nonfinite_share = max_nonfinite, max_nonfinite_share
         self.seen = 0
         self.saved: int | None = None  # the step of the checkpoint on disk
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Optimizers exist now: on a resumed run they get their state back."""
-        reinstall()  # Lightning has put a handler of its own before ours, which ends the run unsaved
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        """Restore the callbacks' states, after their `setup` and before `on_fit_start`."""
+        if self.resumed is not None:
+            checkpoint.restore_callbacks(self.resumed, self.callbacks, where=self.path)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Optimizers exist now: restore them, before `on_train_start`."""
         self.seen = pl_module.progress.step
         if self.resumed is not None:
             checkpoint.restore_optimizers(self.resumed, pl_module, where=self.path)
-            checkpoint.restore_callbacks(self.resumed, self.callbacks, where=self.path)
             self.resumed, self.saved = None, self.seen
+        self._agree(trainer, pl_module)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Before the first iteration."""
+        reinstall()  # Lightning has put a handler of its own before ours, which ends the run unsaved
+        self._agree(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """The last hook before the first iteration."""
+        self._agree(trainer, pl_module)
+
+    def _agree(self, trainer: L.Trainer, module: DistillModule) -> int:
+        """Set `should_stop` on every process if it is set on one; else return the number of a signal that one of them received,
+        or 0."""
+        found = module.world.largest(STOP if trainer.should_stop else requested() or 0)
+        trainer.should_stop = found == STOP
+        return found % STOP
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """After an iteration."""
         module: DistillModule = pl_module
-        step = module.progress.step
+        step, signum = module.progress.step, self._agree(trainer, pl_module)
         stepped, self.seen = step != self.seen, step
         if module.device.type == "cpu" or (stepped and step % self.log_every == 0):
             self._stop_if_nonfinite(module)
-        if stepped and step % self.every == 0 and step < self.steps:
+        if signum or (stepped and step % self.every == 0 and step < self.steps):
             self.save(module)
-        signum = requested()
-        if module.world.any(signum is not None):
-            self.save(module)
-            raise Interrupted(signum or signal.SIGTERM)
+        if signum:
+            raise Interrupted(signum)
 
     def save(self, module: DistillModule) -> None:
-        """Save a checkpoint now. Collective."""
-        checkpoint.save(self.path, module, self.record, self.callbacks)
-        self.saved = module.progress.step
+        """Save a checkpoint now, unless this is a trial. Collective."""
+        if self.record is not None:
+            checkpoint.save(self.path, module, self.record.to_dict(), self.callbacks)
+            self.saved = module.progress.step
 
     def _stop_if_nonfinite(self, module: DistillModule) -> None:
         """Stop after `max_nonfinite` skipped steps in a row, or too many of a thousand; the same on every process."""

@@ -216,8 +216,8 @@ def checked_progress(state: Mapping[str, Any], module: DistillModule, where: Pat
 
 
 def check_plain(value: Any, where: str) -> None:
-    """Raise ValueError for what `torch.load(weights_only=True)` does not read, or not as it was. Types must be exact: pickle saves
-    a subclass by the name of its class."""
+    """Raise ValueError for what `torch.load(weights_only=True)` does not read, or not as it was. Types must be exact, because
+    pickle saves a subclass by the name of its class."""
     kind = type(value)
     if kind in (dict, OrderedDict):
         for key, entry in value.items():

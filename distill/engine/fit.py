@@ -1,19 +1,19 @@
 """Trains a method under `lightning.Trainer`, with callbacks, loggers and a profiler of Lightning's.
 
-Lightning runs the loop, moves batches, sets the precision and calls every hook of the user's callbacks. Four things stay
-ours. Draws have no state: they are functions of (seed, stream, step, sample), so they need no saved generators and do not
-depend on the number of processes. Resuming is bit-equal: a checkpoint of ours holds what is trained, every optimizer, the
-counters and the callbacks' states, is checked for changes, and a start from it seeks in the data instead of reading up to it;
-Lightning's restarts an epoch. Several optimizers step in one iteration, with clipping, averages and skipped non-finite steps
-each: hence manual optimization, and `global_step` set by `LoggingCallback`. Sharding works on parts of a module that may be
-shared between networks, where `ModelParallelStrategy` takes a module whole; to Lightning each process is therefore a world of
-its own, with its rank set.
+Lightning runs the loop, moves batches, sets the precision and calls the hooks of the user's callbacks (those within a step:
+`engine.hooks`). Four things stay ours. Draws have no state: they are functions of (seed, stream, step, sample), so they need
+no saved generators and do not depend on the number of processes. Resuming is bit-equal: a checkpoint of ours holds what is
+trained, every optimizer, the counters and the callbacks' states, is checked for changes, and a start from it seeks in the data
+instead of reading up to it; Lightning's restarts an epoch. Several optimizers step in one iteration, with clipping, averages
+and skipped non-finite steps each: hence manual optimization, and `global_step` set by `LoggingCallback`. Sharding works on
+parts of a module that may be shared between networks, where `ModelParallelStrategy` takes a module whole; to Lightning each
+process is therefore a world of its own, with its rank set; only what a callback asks of all processes (`_OneProcess`) reaches
+the others.
 """
 
 from __future__ import annotations
 
 import logging
-import signal
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,15 +24,18 @@ import lightning as L
 import lightning.pytorch.utilities.rank_zero as rank_zero
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
+from lightning.fabric.utilities.distributed import _all_gather_ddp_if_available, _sync_ddp_if_available
+from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.loggers.logger import DummyLogger, Logger
 from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import Tensor
 
 from distill.data.arguments import integer
 from distill.data.source import Source, StepLoader
 from distill.engine import checkpoint
 from distill.engine.callbacks import CheckpointCallback, Evaluation, EvaluationCallback, LoggingCallback
+from distill.engine.hooks import check_callback_hooks
 from distill.engine.made import made_of
 from distill.engine.module import DistillModule
 from distill.engine.networks import modes_kept
@@ -154,6 +157,8 @@ def _train(
 ) -> None:
     """Train from `state`, or from the start. `record`: what checkpoints record; None: nothing is saved."""
     world, begin = method.world, method.progress.iteration
+    for callback in attached.callbacks:
+        check_callback_hooks(callback, "callbacks")
     if state is not None:
         attached.on_progress(method.progress.step, f"continues from step {method.progress.step}")
     if record is not None:
@@ -179,16 +184,14 @@ def _train(
     callbacks, saving = _callbacks(method, fit, path, state, record, attached)
     with deferred(), modes_kept(method.networks.values()):
         _run(_trainer(fit, device, world, callbacks, attached, path.parent), method, loader)
-        if saving is None:
-            return
         saving.save(method)
-        if method.progress.iteration < stop:
-            raise ValueError(
-                f"callbacks: one of them ended training at step {method.progress.step} of {fit.steps}; expected the whole "
-                f"length. {path} holds that step: lower `steps` to it, or leave the callback out and train on"
-            )
-    if world.any(requested() is not None):  # it came after the last iteration
-        raise Interrupted(requested() or signal.SIGTERM)
+    if signum := world.largest(requested() or 0):  # it came after the last iteration
+        raise Interrupted(signum)
+    if record is not None and method.progress.iteration < stop:
+        raise ValueError(
+            f"callbacks: one of them ended training at step {method.progress.step} of {fit.steps}; expected the whole "
+            f"length. {path} holds that step: lower `steps` to it, or leave the callback out and train on"
+        )
 
 
 def _callbacks(
@@ -198,11 +201,8 @@ def _callbacks(
     state: dict[str, Any] | None,
     record: Record | None,
     attached: Attached,
-) -> tuple[list[Callback], CheckpointCallback | None]:
+) -> tuple[list[Callback], CheckpointCallback]:
     """Ours and the user's in their order, and the one that saves."""
-    logging_ = LoggingCallback(fit.log_every, fit.steps, attached.on_progress)
-    if record is None:
-        return [logging_, *attached.callbacks], None
     saving = CheckpointCallback(
         path,
         record,
@@ -214,8 +214,8 @@ def _callbacks(
         max_nonfinite=fit.max_nonfinite,
         max_nonfinite_share=fit.max_nonfinite_share,
     )
-    ours: list[Callback] = [logging_]
-    if attached.evaluation is not None or method.snapshots():
+    ours: list[Callback] = [LoggingCallback(fit.log_every, fit.steps, attached.on_progress)]
+    if record is not None and (attached.evaluation is not None or method.snapshots()):
         done = method.progress
         ours.insert(
             0, EvaluationCallback(attached.evaluation, attached.snapshot, fit.steps, done.images, done.step)
@@ -264,16 +264,38 @@ def _run(trainer: L.Trainer, method: DistillModule, loader: StepLoader) -> None:
 
 
 class _OneProcess(SingleDeviceStrategy):
-    """One of several processes, of which only the main one writes."""
+    """One of several processes, of which only the main one writes. What callbacks (and Lightning) ask of all processes is
+    answered by all: callbacks that decide together, such as `EarlyStopping` and `Timer`, stop together."""
 
     def __init__(self, device: torch.device, world: World) -> None:
         super().__init__(device=device)
-        self.global_rank, self.local_rank, self.main = world.rank, world.local_rank, world.main
+        self.world = world
+        self.global_rank, self.local_rank = world.rank, world.local_rank
 
     @property
     def is_global_zero(self) -> bool:
         """Asked by callbacks and loggers before they write."""
-        return self.main
+        return self.world.main
+
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        """Wait for all processes."""
+        self.world.barrier()
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """The object of process `src`."""
+        return self.world.broadcast(obj, src)
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """Whether all processes decided so, or any of them."""
+        return not self.world.any(not decision) if all else self.world.any(decision)
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """The mean, the sum or another reduction of a tensor over all processes, for `log(..., sync_dist=True)`."""
+        return _sync_ddp_if_available(tensor, group, reduce_op) if isinstance(tensor, Tensor) else tensor
+
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        """[processes, *shape]: the tensors of all processes."""
+        return _all_gather_ddp_if_available(tensor, group, sync_grads)
 
 
 def _trainer(
@@ -293,7 +315,6 @@ def _trainer(
         callbacks=callbacks,
         profiler=attached.profiler,
         fast_dev_run=fit.fast_dev_run,
-        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
         enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
         enable_model_summary=False,
         use_distributed_sampler=False,

@@ -9,13 +9,14 @@ import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 
+from distill.engine.hooks import check_callback_hooks
 from distill.engine.logging import lines_of, read_entries
 from distill.files import append_text, write_text
 from distill.typed import unknown_key
@@ -32,11 +33,18 @@ WANDB_INIT = (
 
 class Jsonl(Logger):
     """One JSON object a line in `folder/metrics.jsonl` (null for what is not finite). On resume, entries after the
-    checkpoint are dropped, so that no step is there twice."""
+    checkpoint are dropped, so that no step is there twice.
+
+    Entries of the training itself hold their "step", the number of student steps so far. Those of callbacks have the number
+    that the callback gives: Lightning's callbacks count from 0, so their entry `n` is logged after the checkpoint of step `n`,
+    others log it before. It is kept on resume, and replaced when it is logged again."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self.folder, self.path = folder, folder / "metrics.jsonl"
+        self.repeatable: list[
+            dict[str, Any]
+        ] = []  # entries with the number of the step that training resumed from
 
     @property
     def name(self) -> str:
@@ -57,11 +65,19 @@ class Jsonl(Logger):
         """Keep the entries up to `step`. Raises ValueError where the file holds something else, see `read_entries`."""
         kept = [entry for entry in read_entries(self.path) if entry["step"] <= step]
         write_text(self.path, lines_of(kept))
+        self.repeatable = [entry for entry in kept if entry["step"] == step]
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Append one entry."""
         plain = {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
-        append_text(self.path, lines_of([plain if "step" in plain else {"step": step or 0, **plain}]))
+        entry = plain if "step" in plain else {"step": step or 0, **plain}
+        again = [
+            old for old in self.repeatable if old["step"] == entry["step"] and old.keys() == entry.keys()
+        ]
+        if again:
+            self.repeatable.remove(again[-1])
+            write_text(self.path, lines_of(old for old in read_entries(self.path) if old != again[-1]))
+        append_text(self.path, lines_of([entry]))
 
     def log_hyperparams(self, *arguments: Any, **options: Any) -> None:
         """The stage's `config.yaml` holds them."""
@@ -106,6 +122,7 @@ def check_logger(target: Callable[..., Any], config: Mapping[str, Any], where: s
 def check_callback(target: Callable[..., Any], config: Mapping[str, Any], where: str) -> None:
     """`check` for a callback."""
     check(Callback, target, config, where)
+    check_callback_hooks(cast(type[Callback], target), where)
 
 
 def check_profiler(target: Callable[..., Any], config: Mapping[str, Any], where: str) -> None:

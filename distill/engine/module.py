@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from distill.data.batch import Batch
 from distill.data.rng import Draws
 from distill.engine.ema import EmaUpdater
+from distill.engine.hooks import StepHooks
 from distill.engine.networks import check_apart, frozen_copy
 from distill.engine.nonfinite import NonFinite, nonfinite, step_unless
 from distill.engine.parallel import full_norm, make_mesh, shard_networks
@@ -70,6 +71,7 @@ class DistillModule(L.LightningModule):
         self.nonfinite = NonFinite()
         self._step_caches: dict[str, Running] = {}
         self._running: Running | None = None  # the update that ran last
+        self._hook = StepHooks()
         self.world, self.seed, self.stream = World(), 0, "train"
         self.begun: dict[str, Any] = {}  # what training began with, once it has: see `engine.made`
         self.latest: Mapping[str, Tensor | float] = {}  # what the last iteration logs, on the device
@@ -263,6 +265,7 @@ class DistillModule(L.LightningModule):
         for network in [*self.networks.values(), *self.frozen.values(), *self.ema.values()]:
             network.requires_grad_(False)
         self._running = None
+        self._hook.find(self, self.trainer.callbacks)
         self.nonfinite.to(self.device)
         self.restart_clock()
 
@@ -306,6 +309,7 @@ class DistillModule(L.LightningModule):
         running.start(self._running)
         self._running, parameters = running, running.parameters
         logs = self._backward(update, batch, shared, iteration)
+        self._hook(self, "on_before_optimizer_step", optimizer)
         # One call for all tensors: torch's default on GPUs, and on CPUs the same sums without a Python call a tensor.
         together = True if self.world.size == 1 else None
         gradients = [p.grad for p in parameters if p.grad is not None]
@@ -322,6 +326,7 @@ class DistillModule(L.LightningModule):
         for group, base in zip(optimizer.param_groups, self.base_lr[update.name], strict=True):
             group["lr"] = base * factor
         step_unless(optimizer, bad)
+        self._hook(self, "on_before_zero_grad", optimizer)
         for parameter in parameters:
             parameter.grad = None
         for decay, updater in running.updaters:
@@ -362,8 +367,10 @@ class DistillModule(L.LightningModule):
                 running.sync(number == len(batch) - 1)
             with step.same_dropout("loss"):
                 loss = update.loss(micro, step)
-            # Not Lightning's manual_backward: it adds hooks that nothing here uses (and scaling, for fp16 alone).
-            (loss.total if whole else loss.total / len(batch)).backward()
+            total = loss.total if whole else loss.total / len(batch)
+            self._hook(self, "on_before_backward", total)
+            total.backward()  # Lightning's manual_backward would scale it, for fp16 alone
+            self._hook(self, "on_after_backward")
             for name, value in {"loss": loss.total, **loss.logs}.items():
                 key = f"{update.name}/{name}"
                 logs[key] = value.detach() if whole else logs.get(key, 0.0) + value.detach() / len(batch)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -15,7 +17,8 @@ from torch import nn
 from distill.engine.fit import Fit, train
 from distill.engine.loggers import Jsonl
 from distill.engine.logging import read_entries
-from distill.engine.parallel import full, full_state, make_mesh, shard_net
+from distill.engine.module import DistillModule
+from distill.engine.parallel import full, full_state, is_sharded, make_mesh, shard_net
 from distill.world import World
 
 CPU = torch.device("cpu")
@@ -76,11 +79,14 @@ def job_nested(world: World, folder: Path) -> None:
 
 
 def job_parts(world: World, folder: Path) -> None:
-    """Methods that train a head, two heads on one base, and two adapters of one base; weights and averages at the end."""
+    """Methods that train a head, two heads on one base, and two adapters of one base; weights and averages at the end, and of
+    the base of adapters its weights before and after, and whether they are sharded."""
     for shard in ("none", "world"):
         for name, make in (("head", head_only), ("heads", two_heads), ("adapters", two_adapters)):
             method = make(world)
             place = folder / f"{name}-{shard}-{world.size}"
+            base = method.frozen["teacher"].net.base.base if name == "adapters" else nn.Identity()
+            before = full_state(base)
             train(method, Points(), Fit(8, 16, accumulate=2, shard=shard), folder=place)
             found = {
                 f"{part}.{role}.{key}": value
@@ -88,39 +94,84 @@ def job_parts(world: World, folder: Path) -> None:
                 for role, network in networks.items()
                 for key, value in full_state(network).items()
             }
+            found |= {f"before.{key}": value for key, value in before.items()}
+            found |= {f"after.{key}": value for key, value in full_state(base).items()}
+            found |= {f"sharded.{key}": torch.tensor(is_sharded(p)) for key, p in base.named_parameters()}
             if world.main:
                 torch.save(found, folder / f"{place.name}.pt")
 
 
 class Ranks(L.Callback):
-    """Notes what Lightning says of this process."""
+    """Notes what Lightning says of this process and of all, and stops on the last process alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, stop_at: int) -> None:
         self.seen: list[tuple[int, bool, int, int]] = []
+        self.together: list[tuple[Any, ...]] = []
+        self.stop_at = stop_at
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         trainer.loggers[0].log_metrics({"a": 1.0}, step=trainer.global_step)  # dropped where nothing logs
         writes = sum(not isinstance(logger, DummyLogger) for logger in trainer.loggers)
-        self.seen.append((trainer.global_rank, trainer.is_global_zero, trainer.global_step, writes))
+        rank, strategy = trainer.global_rank, trainer.strategy
+        self.seen.append((rank, trainer.is_global_zero, trainer.global_step, writes))
+        self.together.append(
+            (
+                strategy.broadcast(f"of {rank}"),
+                strategy.broadcast(f"of {rank}", src=1),
+                [strategy.reduce_boolean_decision(rank == 1, all=every) for every in (False, True)],
+                [float(strategy.reduce(torch.tensor(rank + 1.0), reduce_op=how)) for how in ("mean", "sum")],
+                strategy.all_gather(torch.tensor([rank])).tolist(),
+                float(trainer.callback_metrics["eval/a"]),
+            )
+        )
+        trainer.should_stop = rank == 1 and trainer.global_step == self.stop_at
+
+
+class Measuring:
+    """An evaluation of which only the main process has the result."""
+
+    def due(self, before: int, now: int) -> bool:
+        return True
+
+    def resume(self, step: int) -> None:
+        """Nothing is kept."""
+
+    def __call__(self, module: DistillModule) -> dict[str, float]:
+        return {"eval/a": 10.0 + module.progress.step} if module.world.main else {}
+
+
+class Stopping(L.Callback):
+    """Stops on the last process alone, in one hook."""
+
+    def __init__(self, hook: str) -> None:
+        setattr(self, hook, self.stop)
+
+    def stop(self, trainer: L.Trainer, *rest: Any, **named: Any) -> None:
+        trainer.should_stop = trainer.global_rank == 1
 
 
 def job_callbacks(world: World, folder: Path) -> None:
-    """A callback on every process, a logger on the main one."""
-    ranks = Ranks()
-    loggers = [Jsonl(folder)] if world.main else []
-    train(
-        head_only(world),
-        Points(),
-        Fit(2, 16, log_every=1),
-        folder=folder / "c",
-        loggers=loggers,
-        callbacks=[ranks],
-    )
-    if seen := world.gather(ranks.seen):
-        torch.save(
-            {"seen": seen, "logged": [e["step"] for e in read_entries(folder / "metrics.jsonl")]},
-            folder / "ranks.pt",
-        )
+    """A callback on every process, a logger and an evaluation on the main one; and stops of one process."""
+    ranks, told = Ranks(stop_at=2), []
+    hooks = ("setup", "on_fit_start", "on_train_start", "on_train_epoch_start", "on_train_batch_start")
+    for place, callback in [("c", ranks), *((hook, Stopping(hook)) for hook in hooks)]:
+        options = {"loggers": [Jsonl(folder)] if world.main else [], "evaluation": Measuring()}
+        try:
+            train(
+                head_only(world),
+                Points(),
+                Fit(4, 16, log_every=1),
+                folder=folder / place,
+                callbacks=[callback],
+                **(options if callback is ranks else {}),
+            )
+        except ValueError as error:
+            told.append((place, re.search(r"step \d of 4", str(error))[0]))
+    found = [world.gather(value) for value in (ranks.seen, ranks.together, told)]
+    if world.main:
+        logged = [e["step"] for e in read_entries(folder / "metrics.jsonl")]
+        names = ("seen", "together", "told")
+        torch.save(dict(zip(names, found, strict=True)) | {"logged": logged}, folder / "ranks.pt")
 
 
 def job_rows(world: World, folder: Path) -> None:

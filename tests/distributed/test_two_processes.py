@@ -130,8 +130,13 @@ def test_blocks_in_blocks_and_methods_beside_forward_have_the_gradients_of_the_w
 @pytest.mark.parametrize("shard", ["none", "world"])
 @pytest.mark.parametrize("name", ["head", "heads", "adapters"])
 def test_parts_of_networks_are_trained_as_on_one_process(results, name, shard):
-    """A head, two heads on one base, two adapters of one base."""
+    """A head, two heads on one base, two adapters of one base that is the teacher as well."""
     one, two = load(results, f"{name}-{shard}-1"), load(results, f"{name}-{shard}-2")
+    sharded = [[bool(found.pop(key)) for key in [*found] if "sharded" in key] for found in (one, two)]
+    assert sharded == ([[False, False], [True, True]] if name == "adapters" else [[], []])
+    for found in (one, two):  # the base stays as it was, bit by bit
+        after = {key: found.pop(f"after.{key}") for key in ("weight", "bias") if f"after.{key}" in found}
+        assert all(torch.equal(found.pop(f"before.{key}"), value) for key, value in after.items())
     assert len(one) == {"head": 42, "heads": 70, "adapters": 8}[name]
     assert_close(one, two)
     frozen = [key for key in one if "base" in key or "gain" in key]
@@ -145,8 +150,14 @@ def test_rows_of_all_processes_give_the_gradient_of_the_whole_batch(results):
     assert_close(one, two)
 
 
-def test_callbacks_run_on_every_process_and_the_main_one_alone_logs(results):
+def test_callbacks_run_on_every_process_and_stop_together_and_the_main_one_alone_logs(results):
     found = load(results, "ranks")
+    assert found["together"] == 2 * [
+        [("of 0", "of 1", [True, False], [1.5, 3.0], [[0], [1]], value) for value in (11.0, 12.0)]
+    ]
+    at = {"c": 2, "setup": 0, "on_fit_start": 0, "on_train_start": 0, "on_train_epoch_start": 0}
+    stops = {hook: f"step {step} of 4" for hook, step in (at | {"on_train_batch_start": 1}).items()}
+    assert [dict(told) for told in found["told"]] == [stops, stops]
     assert found["seen"] == [[(0, True, 1, 1), (0, True, 2, 1)], [(1, False, 1, 0), (1, False, 2, 0)]]
     assert found["logged"] == [1, 1, 2, 2]
 

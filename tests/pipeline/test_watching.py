@@ -232,6 +232,26 @@ def test_a_log_is_read_strictly_but_for_a_line_that_was_cut_off(tmp_path: Path, 
     assert path.read_bytes() == content, "what cannot be read is left alone"
 
 
+def test_a_step_of_a_callback_s_entries_is_there_once_after_a_resume(tmp_path: Path) -> None:
+    """One callback numbers entries from 0 and logs entry 2 after the checkpoint of step 2, the other one before it."""
+
+    def log(logger: Jsonl, steps: range) -> list[dict[str, Any]]:
+        for step in steps:
+            logger.log_metrics({"memory": step + 0.5}, step=step - 1)
+            logger.log_metrics({"step": step, "loss": 1.0}, step=step)
+            logger.log_metrics({"norm": step + 0.25}, step=step)
+        return read_entries(logger.path)
+
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    whole = log(Jsonl(tmp_path / "whole"), range(1, 6))
+    log(Jsonl(tmp_path / "parts"), range(1, 4))
+    for _ in range(2):
+        again = Jsonl(tmp_path / "parts")
+        again.resume(2)
+        assert log(again, range(3, 6)) == whole
+
+
 def test_other_files_of_a_log(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "metrics.jsonl")
     with pytest.raises(ValueError, match=r"metrics.jsonl: not a regular file"):

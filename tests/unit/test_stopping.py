@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def handlers() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-def stopping(folder: Path, act: Callable[[], object], at: int = 4, steps: int = 12) -> None:
+def stopping(folder: Path, act: Callable[[], object], at: int = 4, steps: int = 12, **options: Any) -> None:
     """Train, and `act` when a step has been logged."""
     method = make()
 
@@ -39,7 +40,8 @@ def stopping(folder: Path, act: Callable[[], object], at: int = 4, steps: int = 
         if step == at and not text:
             act()
 
-    train(method, Points(), Fit(steps, 8), folder=folder, config={"a": 1}, on_progress=on_progress)
+    fit = Fit(steps, 8, **options)
+    train(method, Points(), fit, folder=folder, config={"a": 1}, on_progress=on_progress)
 
 
 def saved(folder: Path) -> int:
@@ -56,6 +58,14 @@ def test_ctrl_c_raises_keyboard_interrupt_and_the_next_call_goes_on(tmp_path: Pa
     assert interrupt.requested() is None, "a later training would stop at once"
     parts = weights(fit(make(), tmp_path / "parts", steps=12))
     assert all(torch.equal(parts[name], whole[name]) for name in whole)
+
+
+def test_a_trial_stops_as_well_and_saves_nothing(tmp_path: Path) -> None:
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    for number, error in ((signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, interrupt.Interrupted)):
+        with pytest.raises(error):
+            stopping(tmp_path, lambda number=number: signal.raise_signal(number), fast_dev_run=20)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_keyboard_interrupt_of_a_callback_stays_one(tmp_path: Path) -> None:
