@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
@@ -38,8 +37,9 @@ class StepHooks:
     def __init__(self) -> None:
         self.defined: frozenset[str] = frozenset()
 
-    def find(self, method: L.LightningModule, callbacks: Iterable[Callback]) -> None:
+    def find(self, method: L.LightningModule) -> None:
         """Find out which of the hooks are defined; once, when a training begins."""
+        callbacks = cast(Any, method.trainer).callbacks
         self.defined = frozenset(
             hook
             for hook in WITHIN_STEPS

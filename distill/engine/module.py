@@ -265,7 +265,7 @@ class DistillModule(L.LightningModule):
         for network in [*self.networks.values(), *self.frozen.values(), *self.ema.values()]:
             network.requires_grad_(False)
         self._running = None
-        self._hook.find(self, self.trainer.callbacks)
+        self._hook.find(self)
         self.nonfinite.to(self.device)
         self.restart_clock()
 

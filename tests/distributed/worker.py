@@ -229,6 +229,7 @@ def job_local(world: World, folder: Path) -> None:
     method = make(world)
     mesh_width = make_mesh(world, "world", torch.device("cpu")).size(1)
     method.distribute("world", torch.device("cpu"))
+    method._images = BATCH
     pairs = zip(method.ema["student"].parameters(), method.student.parameters(), strict=True)
     unet = method.student.net
     found = {
