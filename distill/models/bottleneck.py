@@ -14,7 +14,8 @@ from distill.models.denoiser import Denoiser
 class BottleneckFeatures:
     """Runs a denoiser and returns the output of its net's bottleneck; gradients flow to the input and to the weights.
 
-    A net names its bottleneck in an attribute `bottleneck` (UNet: the last block of the middle; MLP: its last layer). The
+    A net names its bottleneck in an attribute `bottleneck` (UNet: the last block of the middle; MLP: its last layer), and may
+    have a method `feature_map(output, x_t)` that makes features of the output of that module. The
     forward call is the whole net's, and the features are what it returns: sharding gathers a net's weights for a backward
     that comes in through its output, and through nothing else.
     """
@@ -31,13 +32,14 @@ class BottleneckFeatures:
                 "output the discriminator reads"
             )
         self.denoiser, self.module = denoiser, named[0].get_submodule(str(named[0].bottleneck))
+        self.feature_map = getattr(named[0], "feature_map", None)
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """Features [B, channels, ...] at (x_t [B,*S], t [B])."""
         kept: list[Tensor] = []
 
-        def keep(module: nn.Module, given: tuple[Any, ...], out: Tensor) -> None:
-            kept.append(out)
+        def keep(module: nn.Module, given: tuple[Any, ...], out: Any) -> None:
+            kept.append(out if self.feature_map is None else self.feature_map(out, x_t))
 
         def instead(module: nn.Module, given: tuple[Any, ...], out: Tensor) -> Tensor:
             return kept.pop()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from distill.data.cond import Cond
+from distill.models.bottleneck import BottleneckFeatures
 from distill.models.conditions import Nothing
 from distill.models.denoiser import Denoiser
 from distill.models.families import families, family_of, schedulers
@@ -86,6 +87,7 @@ def test_stable_diffusion_is_its_pipeline(tmp_path: Path, prediction: str, zero_
     assert torch.equal(cond.values["context"], texts)
     assert torch.equal(cond.nulls["context"], negative[:1])
     found = theirs(pipeline, z)
+    assert BottleneckFeatures(model).shape() == (16, 4, 4)
     times = [*map(float, pipeline.scheduler.timesteps), 0.0]
     made = ours(model, z, cond, times, 4.0, "ddim")
     close(made, found)
@@ -117,6 +119,7 @@ def test_pixart_is_its_pipeline(tmp_path: Path) -> None:
     generator, cond = loaded(tmp_path)
     z = noise(generator.denoiser)
     assert cond.values["context_mask"].sum(1).tolist() == [7, 48]
+    assert BottleneckFeatures(generator.denoiser).shape() == (16, 4, 4)
     found = theirs(pipeline, z, use_resolution_binning=False)
     times = [*map(float, pipeline.scheduler.timesteps), 0.0]
     close(ours(generator.denoiser, z, cond, times, 4.0, "ddim"), found)
@@ -129,6 +132,7 @@ def test_sd3_is_its_pipeline(tmp_path: Path) -> None:
     z = noise(generator.denoiser)
     found = theirs(pipeline, z)
     close(ours(generator.denoiser, z, cond, pipeline.scheduler.sigmas.tolist(), 4.0, "euler"), found)
+    assert BottleneckFeatures(generator.denoiser).shape() == (16, 4, 4)
     assert truncated(tmp_path, 16) == 1, "not the null condition"
     index = tmp_path / "model_index.json"
     parts = json.loads(index.read_text())
@@ -149,6 +153,7 @@ def test_flux_is_its_pipeline(tmp_path: Path) -> None:
         grid = generator.spec.grid(model.process, STEPS)
         close(model.transport(z, cond, solver="euler", grid=grid)[0], found)
     assert not model.guidable
+    assert BottleneckFeatures(model).shape() == (32, 4, 4)
     with pytest.raises(ValueError, match="resolution: missing"):
         loaded(tmp_path)
 
@@ -212,6 +217,7 @@ def test_a_loop_of_network_and_scheduler(tmp_path: Path, name: str) -> None:
     times = [*map(float, scheduler.timesteps), -1.0]
     close(ours(model, z, cond, times, 1.0 if name == "ddpm" else 3.0, "ddim"), x)
     assert model.guidable == (name == "dit")
+    assert BottleneckFeatures(model).shape() == (16, 4, 4)
 
 
 def test_precision_is_the_network_s_own(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -58,6 +59,15 @@ class Core(Net, ABC):
             )
         dtype = next(self.net.parameters()).dtype
         return at_least_float32(self.call(x.to(dtype), self.time_scale * t, _cast(cond, dtype)))
+
+    def feature_map(self, out: Tensor | tuple[Tensor, ...], x: Tensor) -> Tensor:
+        """[B,C,h,w] of the output of the bottleneck for x [B,*S]: a map, or the tokens [B,h*w,C] of the image, row by row,
+        which are the last of a joint transformer's."""
+        made = out[-1] if isinstance(out, tuple) else out
+        if made.ndim == 3:
+            patch = math.isqrt(x.shape[2] * x.shape[3] // made.shape[1])
+            made = made.transpose(1, 2).unflatten(2, (x.shape[2] // patch, x.shape[3] // patch))
+        return at_least_float32(made)
 
     @abstractmethod
     def call(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
