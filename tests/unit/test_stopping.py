@@ -9,7 +9,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -32,7 +31,7 @@ def handlers() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-def stopping(folder: Path, act: Callable[[], object], at: int = 4, steps: int = 12, **options: Any) -> None:
+def stopping(folder: Path, act: Callable[[], object], at: int = 4, steps: int = 12) -> None:
     """Train, and `act` when a step has been logged."""
     method = make()
 
@@ -40,8 +39,7 @@ def stopping(folder: Path, act: Callable[[], object], at: int = 4, steps: int = 
         if step == at and not text:
             act()
 
-    fit = Fit(steps, 8, **options)
-    train(method, Points(), fit, folder=folder, config={"a": 1}, on_progress=on_progress)
+    train(method, Points(), Fit(steps, 8), folder=folder, config={"a": 1}, on_progress=on_progress)
 
 
 def saved(folder: Path) -> int:
@@ -63,8 +61,15 @@ def test_ctrl_c_raises_keyboard_interrupt_and_the_next_call_goes_on(tmp_path: Pa
 def test_a_trial_stops_as_well_and_saves_nothing(tmp_path: Path) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: None)
     for number, error in ((signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, interrupt.Interrupted)):
+        method = make()
+
+        def stop(step: int, text: str, number: signal.Signals = number) -> None:
+            if step == 2 and not text:
+                signal.raise_signal(number)
+
         with pytest.raises(error):
-            stopping(tmp_path, lambda number=number: signal.raise_signal(number), fast_dev_run=20)
+            train(method, Points(), Fit(12, 8, fast_dev_run=20), folder=tmp_path, on_progress=stop)
+        assert method.progress.step == 2
     assert not list(tmp_path.iterdir())
 
 
