@@ -145,6 +145,7 @@ def test_t0_the_exact_field(exact: Denoiser, field: Found) -> None:
         assert squared(ends[n], ends[STEPS]) == pytest.approx(gap, rel=0.05, abs=0.001)
 
 
+@pytest.mark.slow
 def test_t1_reflow_of_the_exact_field(exact: Denoiser, field: Found, tmp_path: Path) -> None:
     pairs = Ends(exact, "pairs")
     student = trained(Reflow(fresh_student(0)), pairs, tmp_path, adam(2e-3, 2000), 2000, seed=0)

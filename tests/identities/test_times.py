@@ -56,24 +56,24 @@ def middles(count: int) -> Tensor:
 
 @pytest.mark.parametrize("process", PROCESSES, ids=repr)
 @pytest.mark.parametrize("name", GRIDS)
-@pytest.mark.parametrize("steps", [1, 2, 7, 50, 128])
-def test_every_grid_has_its_length_ends_and_order(process: Process, name: str, steps: int) -> None:
-    if (name == "shifted" and not isinstance(process, Flow)) or (
-        name in TABLE_GRIDS and not isinstance(process, VPScaledLinear)
-    ):
-        with pytest.raises(ValueError, match=r"expected (Flow\(\)|a table of noise levels)"):
-            grid(name, process, steps)
-        return
-    times = grid(name, process, steps)
-    assert times.shape == (steps + 1,)
-    assert times.dtype == torch.float64
-    assert (times.diff() < 0).all()
-    assert times[-1].item() == process.t_min
-    if name != "leading":
-        assert times[0].item() == process.t_max
-    # what every consumer of a grid demands
-    spec = SamplerSpec(steps=steps, times={steps: tuple(times.tolist())})
-    assert torch.equal(spec.grid(process), times)
+def test_every_grid_has_its_length_ends_and_order(process: Process, name: str) -> None:
+    for steps in (1, 2, 7, 50, 128):
+        if (name == "shifted" and not isinstance(process, Flow)) or (
+            name in TABLE_GRIDS and not isinstance(process, VPScaledLinear)
+        ):
+            with pytest.raises(ValueError, match=r"expected (Flow\(\)|a table of noise levels)"):
+                grid(name, process, steps)
+            continue
+        times = grid(name, process, steps)
+        assert times.shape == (steps + 1,)
+        assert times.dtype == torch.float64
+        assert (times.diff() < 0).all()
+        assert times[-1].item() == process.t_min
+        if name != "leading":
+            assert times[0].item() == process.t_max
+        # what every consumer of a grid demands
+        spec = SamplerSpec(steps=steps, times={steps: tuple(times.tolist())})
+        assert torch.equal(spec.grid(process), times)
 
 
 def test_names_and_options_are_checked() -> None:

@@ -14,7 +14,7 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
-from tests_support import copied_run, environment
+from tests_support import copied_run, environment, run_verb
 
 from distill import compare, sample, terminal
 from distill.names import check_name
@@ -157,9 +157,11 @@ def plan(tmp_path, monkeypatch, capsys):
 
 
 def test_plans_of_odd_names(plan, tmp_path):
-    assert plan("recipe=instaflow", "name=1.10").startswith("runs/1.10:")
-    assert plan("recipe=instaflow", "name=p (1)=é #2").startswith("runs/p (1)=é #2:")
-    assert plan("recipe=instaflow", f"runs_dir={tmp_path}/a=b").startswith(f"{tmp_path}/a=b/instaflow-smoke:")
+    assert plan("recipe=toy_instaflow", "name=1.10").startswith("runs/1.10:")
+    assert plan("recipe=toy_instaflow", "name=p (1)=é #2").startswith("runs/p (1)=é #2:")
+    assert plan("recipe=toy_instaflow", f"runs_dir={tmp_path}/a=b").startswith(
+        f"{tmp_path}/a=b/toy_instaflow-smoke:"
+    )
 
 
 def test_a_word_without_a_key_is_no_recipe():
@@ -241,31 +243,30 @@ def test_printable_text():
 ODD_SHELL = {"PYTHONIOENCODING": "ascii", "MPLBACKEND": "module://not_installed.backend"}
 
 
-def in_odd_shells(folder: Path, command: list[str]) -> bytes:
-    """What a command prints to an ASCII terminal; with a closed pipe it ends without a word."""
-    read, write = os.pipe()
-    os.close(read)
-    printed = b""
-    for out, code in ((subprocess.PIPE, 0), (write, terminal.CLOSED)):
-        done = subprocess.run(
-            command, cwd=folder, env=environment() | ODD_SHELL, stdout=out, stderr=subprocess.PIPE
-        )
-        assert (done.returncode, done.stderr) == (code, b"")
-        printed += done.stdout or b""
-    os.close(write)
-    return printed
+CLOSED_PIPE = "import os; read, write = os.pipe(); os.close(read); os.dup2(write, 1)"
+
+
+def in_an_odd_shell(folder: Path, command: list[str]) -> bytes:
+    """What a command prints to an ASCII terminal."""
+    done = subprocess.run(command, cwd=folder, env=environment() | ODD_SHELL, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    return done.stdout
 
 
 def test_shells_and_notebooks(shared, tmp_path):
-    """An ASCII terminal, a closed pipe, a backend that is not installed: no traceback."""
+    """An ASCII terminal and a backend that is not installed; a closed pipe: no traceback."""
     run = copied_run(shared("toy_instaflow"), tmp_path) / "runs" / "run"
     run = run.rename(run.with_name("été"))
-    command = [sys.executable, "-m", "distill.compare", str(run), f"out={tmp_path / 'out'}", "metric=energy"]
-    assert b"\\xe9t\\xe9" in in_odd_shells(tmp_path, command)
+    options = [str(run), f"out={tmp_path / 'out'}", "metric=energy"]
+    assert b"\\xe9t\\xe9" in in_an_odd_shell(tmp_path, [sys.executable, "-m", "distill.compare", *options])
+    closed = run_verb(tmp_path, "compare", *options, check=False, before=CLOSED_PIPE)
+    assert (closed.returncode, closed.stderr) == (terminal.CLOSED, "")
 
 
 @pytest.mark.slow
 def test_plans_in_odd_shells_without_asserts(tmp_path):
     command = [sys.executable, "-O", "-m", "distill.train", "recipe=instaflow", "profile=smoke"]
-    printed = in_odd_shells(tmp_path, [*command, "plan=true", "name=été"])
+    printed = in_an_odd_shell(tmp_path, [*command, "plan=true", "name=été"])
     assert printed.startswith(b"runs/\\xe9t\\xe9: 7 stages")
+    closed = run_verb(tmp_path, "train", *command[4:], "plan=true", check=False, before=CLOSED_PIPE)
+    assert (closed.returncode, closed.stderr) == (terminal.CLOSED, "")
