@@ -112,8 +112,8 @@ def _complete(config: Mapping[str, Any], name: str, where: str) -> dict[str, Any
         if (key in only or key not in READ | SOLVERS) and value != expected:
             default = "" if key in config else f", the default of {name}"
             raise ValueError(
-                f"{where}: {key}: found {value!r}{default}, expected {expected!r}: {why}; write "
-                f"{json.dumps({key: expected})[1:-1]} there if the model works so"
+                f"{where}: {key}: found {value!r}{default}, expected {expected!r}: {why}; if the model is right with that, "
+                f"write {json.dumps({key: expected})[1:-1]} in this file"
             )
     return found
 
