@@ -22,7 +22,7 @@ from distill.engine.ema import EmaUpdater
 from distill.engine.hooks import StepHooks
 from distill.engine.networks import check_apart, frozen_copy
 from distill.engine.nonfinite import NonFinite, nonfinite, step_unless
-from distill.engine.parallel import full_norm, make_mesh, shard_networks
+from distill.engine.parallel import full_norm, make_mesh, net_of, shard_networks
 from distill.engine.params import ParameterSet
 from distill.engine.progress import Progress
 from distill.engine.running import Running
@@ -30,6 +30,7 @@ from distill.engine.update import Average, Diagnostics, Optim, Step, Update
 from distill.models.denoiser import Denoiser
 from distill.models.generator import Generator
 from distill.models.result import Result
+from distill.nets.net import Net
 from distill.typed import check_keys
 from distill.world import World
 
@@ -128,11 +129,12 @@ class DistillModule(L.LightningModule):
 
     def keep_frozen(self, role: str, network: Frozen) -> Frozen:
         """Keep a network that is never trained: moved to the device with the others, but neither registered nor saved.
-        What is kept is a `frozen_copy`, so that the network that was given stays as it was.
+        What is kept is a `frozen_copy`, so that the network that was given stays as it was; what it shares with the student,
+        the base of adapters, is the same in both.
 
         Raises ValueError naming `role` where the network shares weights with the student."""
         check_apart(role, network, self.student)
-        kept = self.frozen[role] = frozen_copy(network)
+        kept = self.frozen[role] = frozen_copy(network, [self.student])
         return kept
 
     # --- set up
@@ -176,6 +178,8 @@ class DistillModule(L.LightningModule):
                     )
                 if self.optim[update.name].averaged and role not in self.averaged:
                     self.averaged[role] = found.copy()
+                if found.whole and isinstance(net := net_of(found.network), Net):
+                    net.origin = None  # its weights are about to change
         self.networks = {role: parameters.network for role, parameters in self.trained.items()}
         self.further = dict(self.averages())
         for name, average in self.further.items():
@@ -201,7 +205,10 @@ class DistillModule(L.LightningModule):
         sets = [*self.trained.values(), *self.averaged.values()]
         receiving = {id(p) for parameters in sets for p in parameters.parameters()}
         mesh = make_mesh(self.world, shard, device)
-        shard_networks(trained if shard == "none" else [*trained, *frozen], mesh, receiving)
+        # A network that shares modules with a sharded one runs within it.
+        own = {module for network in trained for module in network.modules()}
+        placed = [n for n in frozen if shard != "none" or any(module in own for module in n.modules())]
+        shard_networks([*trained, *placed], mesh, receiving)
 
     def _forget(self) -> None:
         """Drop cached parameters, because they may be replaced."""

@@ -11,16 +11,32 @@ import torch
 from torch import nn
 
 from distill.engine.params import trained_by
+from distill.models.denoiser import Denoiser
+from distill.nets.adapted import adapter_of
 
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def frozen_copy(network: Network) -> Network:
+def frozen_copy(network: Network, common: Iterable[nn.Module] = ()) -> Network:
     """A copy of the network in eval mode, without gradients, on the same memory. Modes, gradient flags and device of
-    `network` do not change. Copy it before writing weights into it."""
+    `network` do not change. Copy it before writing weights into it.
+
+    common: networks whose modules, parameters and buffers stay the same objects in the copy: a base and its adapters are moved
+    and sharded together."""
     shared: dict[int, object] = {id(buffer): buffer.detach() for buffer in network.buffers()}
     shared |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in network.parameters()}
+    for other in common:
+        shared |= {id(part): part for part in (*other.modules(), *other.parameters(), *other.buffers())}
     return copy.deepcopy(network, shared).eval()
+
+
+def trainable_copy(model: Denoiser, like: Denoiser) -> Denoiser:
+    """A copy of a model that is trained as `like` is: with weights of its own, or, where `like` has adapters, with fresh
+    adapters of the same options on the model's weights."""
+    adapter = adapter_of(like.net)
+    if adapter is None or adapter_of(model.net) is not None:
+        return copy.deepcopy(model)
+    return model.with_(net=adapter.like(model.net), conditions=model.conditions)
 
 
 def check_apart(role: str, network: nn.Module, student: nn.Module) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.models.denoiser import Denoiser
+from distill.nets.adapted import own_names
 from distill.world import World
 
 if TYPE_CHECKING:
@@ -190,8 +191,9 @@ def full_norm(norm: Tensor) -> Tensor:
 
 
 def full_state(module: nn.Module) -> dict[str, Tensor]:
-    """`state_dict` of a module as plain CPU tensors, sharded or not. Collective."""
-    return full_values(module.state_dict())
+    """`state_dict` of a module as plain CPU tensors, sharded or not; of an adapted net, the adapter's. Collective."""
+    state = module.state_dict()
+    return full_values({name: state[name] for name in own_names(module)})
 
 
 def full_values(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -201,8 +203,10 @@ def full_values(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def copy_full(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Give a module, sharded or not, the weights of a whole state dict; strict. Each process keeps its own shards."""
-    own = module.state_dict()
+    """Give a module, sharded or not, whole weights: a state dict, or of an adapted net the adapter's; strict. Each process
+    keeps its own shards."""
+    state_dict = module.state_dict()
+    own = {name: state_dict[name] for name in own_names(module)}
     if set(own) != set(state):
         raise ValueError(f"weights: found {sorted(set(state) ^ set(own))[:4]} in one of the two models alone")
     for name, value in own.items():

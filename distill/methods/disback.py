@@ -38,7 +38,7 @@ from distill.methods.families.suits import refuse_idle
 from distill.methods.losses.backtrack import Backtrack
 from distill.models.denoiser import Denoiser
 from distill.models.description import Description
-from distill.models.native import read_weights
+from distill.models.native import weights_for
 from distill.typed import filled
 
 
@@ -103,7 +103,7 @@ class DisBack(DistributionMatching):
         self.node, self.stayed, self.before = max(0, self.path.nodes - 1), 0, float("inf")
         self.tally = torch.zeros(2, dtype=torch.float64)
         if self.folders[1:]:
-            self.fake.net.load_state_dict(read_weights(self.folders[-1]))
+            copy_full(self.fake.net, weights_for(self.fake.net, self.folders[-1]))
 
     def state(self) -> dict[str, Any]:
         """Position on the path, where it is not a function of the step. The window's sum and count are means over processes,
@@ -133,7 +133,7 @@ class DisBack(DistributionMatching):
         """The target node at this number of student steps; loads its weights into the target network."""
         node = self.node if self.criterion == "plateau" else self.path.target(self.progress.step)[0]
         if node != self.loaded:
-            copy_full(self.teacher.net, read_weights(self.folders[node]))
+            copy_full(self.teacher.net, weights_for(self.teacher.net, self.folders[node]))
             self.loaded = node
         return node
 

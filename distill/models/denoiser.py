@@ -15,6 +15,7 @@ from distill.models.conditions import Conditions, Nothing, of_net
 from distill.models.decoder import Decoder, Points
 from distill.models.guidance import guide
 from distill.models.model import Model
+from distill.nets.adapted import trained_parameters
 from distill.nets.layers import GuidanceEmbedding
 from distill.nets.net import Net
 from distill.process.base import Process, at_least_float32
@@ -119,6 +120,10 @@ class Denoiser(Model):
         other = Denoiser(**({name: getattr(self, name) for name in names} | meaning))
         other.sampler, other.training = self.sampler, self.training
         return other
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """See `Model`: all, or of an adapted net those of the adapter."""
+        return {f"net.{name}": p for name, p in trained_parameters(self.net).items()}
 
     @property
     def embeds_guidance(self) -> bool:

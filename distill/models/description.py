@@ -32,17 +32,31 @@ class Weights:
 
 
 @dataclass(frozen=True)
+class Base:
+    """The model that the weights are an adapter of.
+
+    Attributes:
+        folder: its model folder, from the one of the description. sha256: of its weights file.
+    """
+
+    folder: str
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Description:
     """The entries of `model.json`, see docs/formats.md.
 
     Attributes:
         model: `Model.config()`, which `models.build.build_model` makes the model from.
+        base: of an adapter's weights; None for a whole model.
     """
 
     schema: int
     sampler: SamplerSpec
     weights: Weights
     model: dict[str, Any]
+    base: Base | None = None
 
     @classmethod
     def read(cls, folder: Path) -> Description:
@@ -54,7 +68,7 @@ class Description:
         found = value.get("schema") if isinstance(value, Mapping) else type(value).__name__
         if found not in (1, SCHEMA) or isinstance(found, bool):
             raise ValueError(f"{path}: schema: found {found!r}, this version reads {SCHEMA}")
-        own = {key: value[key] for key in ("schema", "sampler", "weights") if key in value}
+        own = {key: value[key] for key in ("schema", "sampler", "weights", "base") if key in value}
         model = {key: entry for key, entry in value.items() if key not in own}
         if "sampler" in own:
             kind = model.get("kind")

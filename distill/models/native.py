@@ -1,26 +1,34 @@
 """Models as folders: `model.safetensors` (the weights of the net, and of a decoder that has some) and `model.json` (what they
-mean), nothing else needed."""
+mean), nothing else needed.
+
+Of an adapted net the weights are those of the adapter alone; `model.json` names the folder of the base and the sha256 of its
+weights. The base is searched in the sub-folder `base`, and where the description says."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill.data.plain import plain_torch
 from distill.files import canonical_json, sha256_file, write_json, write_safetensors
-from distill.models.build import REFUSALS, at_most, build_model
+from distill.models.build import REFUSALS, TARGET, at_most, build_model
 from distill.models.denoiser import Denoiser
-from distill.models.description import DESCRIPTION, SCHEMA, WEIGHTS, Description
+from distill.models.description import DESCRIPTION, SCHEMA, WEIGHTS, Base, Description
 from distill.models.generator import Generator
 from distill.models.spec import SamplerSpec
 from distill.models.weights import check_tensors, read_header, read_tensors
 from distill.names import inside
+from distill.nets.adapted import Adapted, adapter_of, own_names
+from distill.nets.net import Net, Origin
 
 DECODER = "decoder/"  # starts the names of the decoder's tensors
+BASE = "base"  # sub-folder in which the base of an adapter may lie
+ADAPTED = f"{Adapted.__module__}.{Adapted.__qualname__}"
 
 
 def describe(model: Denoiser, spec: SamplerSpec) -> dict[str, Any]:
@@ -33,16 +41,35 @@ def save_model(
 ) -> None:
     """Write a model folder: the weights, then their description; both atomically.
 
-    weights: the net's state dict, where it is not that of `model` (a sharded net's whole tensors)."""
+    weights: the net's own tensors, where they are not those of `model` (a sharded net's whole tensors).
+
+    Raises ValueError for an adapter of a base that was not loaded from a model folder."""
+    base: dict[str, Any] = {}
+    if (adapter := adapter_of(model.net)) is not None:
+        if (origin := adapter.origin) is None:
+            raise ValueError(
+                f"{folder}: base: the adapter's base was not loaded from a model folder; expected one, or a merged model"
+            )
+        base = {
+            "base": {
+                "folder": Path(os.path.relpath(origin.folder, folder.absolute())).as_posix(),
+                "sha256": origin.sha256,
+            }
+        }
     write_safetensors(folder / WEIGHTS, _tensors(model, weights))
     digest = {"file": WEIGHTS, "sha256": sha256_file(folder / WEIGHTS)}
-    write_json(folder / DESCRIPTION, describe(model, spec) | {"weights": digest})
+    write_json(folder / DESCRIPTION, describe(model, spec) | {"weights": digest} | base)
 
 
 def _tensors(model: Denoiser, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The contents of a weights file."""
+    """The contents of a weights file. An adapter has the decoder of its base."""
+    if weights is None:
+        state = model.net.state_dict()
+        weights = {name: state[name] for name in own_names(model.net)}
+    if adapter_of(model.net) is not None:
+        return dict(weights)
     decoder = {f"{DECODER}{name}": tensor for name, tensor in model.decoder.weights().items()}
-    return {**(model.net.state_dict() if weights is None else weights), **decoder}
+    return {**weights, **decoder}
 
 
 def read_weights(folder: Path | str) -> dict[str, Tensor]:
@@ -56,25 +83,82 @@ def read_weights(folder: Path | str) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in read_tensors(path).items() if not name.startswith(DECODER)}
 
 
+def weights_for(net: nn.Module, folder: Path | str) -> dict[str, Tensor]:
+    """The weights of a model folder as those of `net`: of an adapted net, an adapter's of the same base, or zeros for the
+    folder of the base.
+
+    Raises like `read_weights`, and ValueError for other weights than the net's."""
+    folder, own = Path(folder), own_names(net)
+    weights, adapter = read_weights(folder), adapter_of(net)
+    description, state = Description.read(folder), net.state_dict()
+    if adapter is not None and description.base is None:
+        if adapter.origin is None or adapter.origin.sha256 != description.weights.sha256:
+            raise ValueError(f"{folder}: is not the base of the adapter; expected it, or an adapter of it")
+        return {name: torch.zeros(state[name].shape) for name in own}
+    header = read_header(folder / description.weights.file)
+    stored = {name: entry for name, entry in header.items() if not name.startswith(DECODER)}
+    check_tensors({name: state[name] for name in own}, stored, folder / WEIGHTS, "net")
+    return weights
+
+
 @plain_torch()
-def load_model(folder: Path | str, *, device: torch.device | str = "cpu") -> Generator:
+def load_model(
+    folder: Path | str,
+    *,
+    device: torch.device | str = "cpu",
+    known: MutableMapping[str, Denoiser] | None = None,
+) -> Generator:
     """Read a model folder into a `Generator` in eval mode.
 
     The description is compared with the names and shapes in the weights file before memory is allocated;
     weights have the sha256 of the description, and are finite. Weights of another float type than the net's are converted,
     with a warning. The model is the same whatever torch's default device and type are.
 
+    known: models by the sha256 of their weights; theirs are used and not loaded again, and this folder's model is added.
+    For models whose weights nothing changes, such as the base of adapters.
+
     Raises FileNotFoundError or ValueError; the message names the file and the entry."""
     folder = Path(folder)
     description = Description.read(folder)
     path = _weights_file(folder, description)
+    model = None if known is None else _again(folder, description, known)
+    if model is None:
+        model = _loaded(folder, description, path, known)
+        if known is not None:
+            known[description.weights.sha256] = model
+    return Generator(model.eval(), description.sampler).to(device)
+
+
+def _loaded(
+    folder: Path, description: Description, path: Path, known: MutableMapping[str, Denoiser] | None
+) -> Denoiser:
     _sketch(folder, description, path)
-    model = _built(folder, description)
+    base = None
+    if description.base is not None:
+        base = load_model(base_folder(folder, description.base), known=known).denoiser
+    model = _built(folder, description, base)
     weights = read_tensors(path)
     of_decoder = {name: weights.pop(name) for name in list(weights) if name.startswith(DECODER)}
-    model.net.load_state_dict(weights)
-    model.decoder.load_weights({name.removeprefix(DECODER): tensor for name, tensor in of_decoder.items()})
-    return Generator(model.eval(), description.sampler).to(device)
+    model.net.load_state_dict(weights, strict=base is None)
+    if base is None:
+        model.decoder.load_weights(
+            {name.removeprefix(DECODER): tensor for name, tensor in of_decoder.items()}
+        )
+        if isinstance(model.net, Net):
+            model.net.origin = Origin(folder.absolute(), description.weights.sha256)
+    return model
+
+
+def _again(folder: Path, description: Description, known: Mapping[str, Denoiser]) -> Denoiser | None:
+    """The described model with the net and decoder of a known one, where one has the same weights and the same nets."""
+    other = known.get(description.weights.sha256)
+    same = ("net", "decoder")
+    if other is None or any(other.config()[key] != description.model.get(key) for key in same):
+        return None
+    shared = {key: getattr(other, key) for key in same}
+    return _with_folder(
+        build_model(description.model | shared, f"{folder / DESCRIPTION}: "), folder, description
+    )
 
 
 def sketch_model(folder: Path | str) -> Generator:
@@ -85,23 +169,91 @@ def sketch_model(folder: Path | str) -> Generator:
     folder = Path(folder)
     description = Description.read(folder)
     path = inside(folder, description.weights.file, f"{folder / DESCRIPTION}: weights.file")
-    return Generator(_sketch(folder, description, path).eval(), description.sampler)
+    model = _sketch(folder, description, path)
+    if description.base is None and isinstance(model.net, Net):
+        model.net.origin = Origin(folder.absolute(), description.weights.sha256)
+    return Generator(model.eval(), description.sampler)
 
 
-def _built(folder: Path, description: Description) -> Denoiser:
-    model = build_model(description.model, f"{folder / DESCRIPTION}: ")
+def base_folder(folder: Path, base: Base) -> Path:
+    """The model folder of an adapter's base. Raises FileNotFoundError or ValueError naming what is missing or differs."""
+    places = [folder / BASE, Path(os.path.normpath(folder / base.folder))]
+    found = next((place for place in places if (place / DESCRIPTION).is_file()), None)
+    where = f"{folder / DESCRIPTION}: base"
+    if found is None:
+        raise FileNotFoundError(
+            f"{where}: found no model in {places[0]} or {places[1]}; the weights are an adapter, expected the model folder "
+            f"whose weights have the sha256 {base.sha256}: link or copy it to {places[0]}"
+        )
+    if (sha256 := Description.read(found).weights.sha256) != base.sha256:
+        raise ValueError(
+            f"{where}: found the weights {sha256[:12]} in {found}, but the adapter was trained on {base.sha256[:12]}; expected "
+            "that base"
+        )
+    return found
+
+
+def _built(folder: Path, description: Description, base: Denoiser | None = None) -> Denoiser:
+    config = description.model
+    if (base is None) == (_adapted_in(config) is not None):
+        found = (
+            "missing; the net is an adapted one" if base is None else "found, but the net is no adapted one"
+        )
+        raise ValueError(f"{folder / DESCRIPTION}: base: {found}")
+    if base is not None:
+        inner = _adapted_in(config)
+        assert inner is not None
+        for entry, wanted, own in (
+            ("net.base", base.net_config(), inner.get("base")),
+            ("decoder", base.decoder.config(), config.get("decoder")),
+        ):
+            if own != wanted:
+                raise ValueError(
+                    f"{folder / DESCRIPTION}: {entry}: found another one than the base's, expected {wanted}"
+                )
+        config = _with_base(config, base.net) | {"decoder": base.decoder}
+    return _with_folder(build_model(config, f"{folder / DESCRIPTION}: "), folder, description)
+
+
+def _with_folder(model: Any, folder: Path, description: Description) -> Denoiser:
     assert isinstance(model, Denoiser)
     model.conditions = model.conditions.beside(folder)
     model.sampler = description.sampler
     return model
 
 
+def _adapted_in(config: Any) -> Mapping[str, Any] | None:
+    """The config of the adapted net in a model's config."""
+    if not isinstance(config, Mapping):
+        return None
+    if config.get(TARGET) == ADAPTED:
+        return config
+    return next((found for value in config.values() if (found := _adapted_in(value)) is not None), None)
+
+
+def without_adapter(net: Any) -> Any:
+    """The config of a net, of an adapted one that of its base."""
+    return net["base"] if isinstance(net, Mapping) and net.get(TARGET) == ADAPTED else net
+
+
+def _with_base(config: Any, base: nn.Module) -> Any:
+    """A model's config with a net as the base of its adapted net."""
+    if not isinstance(config, Mapping):
+        return config
+    if config.get(TARGET) == ADAPTED:
+        return {**config, "base": base}
+    return {key: _with_base(value, base) for key, value in config.items()}
+
+
 def _sketch(folder: Path, description: Description, path: Path) -> Denoiser:
     """The described model on the meta device, where nothing is allocated, after all checks: exactly the tensors of the weights
     file, a valid process and sampler, and a forward call on samples of the described shape."""
     where, stored = f"{folder / DESCRIPTION}: ", read_header(path)
+    base = None
+    if description.base is not None:
+        base = sketch_model(base_folder(folder, description.base)).denoiser
     with torch.device("meta"), at_most(len(stored)):
-        model = _built(folder, description).to("meta")
+        model = _built(folder, description, base).to("meta")
     _check_sampler(model, description.sampler, where)
     check_tensors(_tensors(model), stored, path, DESCRIPTION)
     _check_samples(model, description, where)

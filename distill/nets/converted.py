@@ -1,4 +1,4 @@
-"""A net of another process as the velocity of a flow."""
+"""Nets of another process as the velocity of a flow."""
 
 from __future__ import annotations
 
@@ -11,6 +11,19 @@ from distill.process.base import Process, expand
 from distill.process.flow import Flow
 
 FLOW = Flow()
+
+
+class Retimed(Net):
+    """A net that gets its times multiplied by `scale`: net(x, scale t, cond)."""
+
+    def __init__(self, net: nn.Module, scale: float) -> None:
+        super().__init__()
+        self.net, self.scale = net, scale
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """Output of the net [B,*S]."""
+        out: Tensor = self.net(x, self.scale * t, cond)
+        return out
 
 
 class Converted(Net):

@@ -1,10 +1,10 @@
-"""Rebuilds a trained model with other net options, another prediction kind, or as a flow."""
+"""Rebuilds a trained model with other net options, another prediction kind, an adapter, or as a flow."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from torch import nn
@@ -12,9 +12,22 @@ from torch import nn
 from distill.models.build import build_net
 from distill.models.conditions import of_net
 from distill.models.denoiser import Denoiser
-from distill.nets.converted import Converted
+from distill.nets.adapted import Adapted, adapter_of
+from distill.nets.converted import Converted, Retimed
 from distill.process.base import KINDS
 from distill.process.flow import Flow
+from distill.typed import parse
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters, see `nets.adapted.Adapted`: rank, alpha (null: the rank), names of layers (null: those that the net
+    names, or all) and dropout."""
+
+    rank: int = 16
+    alpha: float | None = None
+    targets: list[str] | None = None
+    dropout: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -24,6 +37,8 @@ class Adapt:
     Attributes:
         kind: the new prediction kind, or None to keep it.
         net: changed options of the net, or None.
+        lora: train low-rank adapters on the model, which itself stays as it is; None: train all weights. The model's own adapters
+            are continued.
         process: flow makes a flow of a model of another process; None keeps the process.
         start: of that flow: "converted", which has the trajectories of the model, or "raw": its net, at times scaled to its
             own, read as a velocity, which it has yet to learn (InstaFlow). Models that are flows stay as they are.
@@ -31,6 +46,7 @@ class Adapt:
 
     kind: str | None = None
     net: dict[str, Any] | None = None
+    lora: Lora | None = None
     process: Literal["flow"] | None = None
     start: Literal["converted", "raw"] | None = None
 
@@ -41,6 +57,12 @@ class Adapt:
             raise ValueError(f"start: found {self.start!r} without `process: flow`")
         if self.process is not None and self.kind is not None:
             raise ValueError(f"kind: found {self.kind!r}, but a flow predicts its velocity; expected null")
+        if self.lora is not None and (self.net or self.kind is not None):
+            changed = "net" if self.net else "kind"
+            raise ValueError(
+                f"{changed}: found {getattr(self, changed)!r}, but adapters keep the net's other weights and its prediction; "
+                "expected null"
+            )
 
 
 def adapted(student: Denoiser, changes: Mapping[str, Any]) -> Denoiser:
@@ -52,8 +74,13 @@ def adapted(student: Denoiser, changes: Mapping[str, Any]) -> Denoiser:
     Raises:
         ValueError: if the weights do not fit the changed net.
     """
-    if changes.get("process") and not changes.get("net"):
-        return as_flow(student, changes.get("start") or "converted")
+    options = parse(Adapt, changes, "adapt")
+    if options.lora is not None:
+        student = with_adapter(student, options.lora)
+    if options.process is not None and not options.net:
+        return as_flow(student, options.start or "converted")
+    if options.lora is not None:
+        return student
     config = merged(student.net_config(), changes.get("net") or {})
     built, state = build_net(config, "adapt.net"), student.net.state_dict()
     try:
@@ -67,11 +94,31 @@ def adapted(student: Denoiser, changes: Mapping[str, Any]) -> Denoiser:
     return as_flow(student, changes.get("start") or "converted") if changes.get("process") else student
 
 
+def with_adapter(model: Denoiser, lora: Lora) -> Denoiser:
+    """A model with low-rank adapters on its net, equal to it; one with the same adapters as it is.
+
+    Raises:
+        ValueError: names `adapt.lora`: see `Adapted`, or the model has other adapters.
+    """
+    found = adapter_of(model.net)
+    try:
+        if found is None:
+            return model.with_(net=Adapted(model.net, **asdict(lora)), conditions=model.conditions)
+        if found.takes(**asdict(lora)):
+            return model
+    except ValueError as error:
+        raise ValueError(f"adapt.lora.{error}") from error
+    raise ValueError(
+        f"adapt.lora: found {asdict(lora)}, but the model of `init` has adapters of rank {found.rank}, alpha {found.alpha} on "
+        f"{len(found.paths)} layers; expected the same, or adapt: null"
+    )
+
+
 def as_flow(model: Denoiser, start: str) -> Denoiser:
     """A model of another process as a flow, see `Adapt.start`; a flow as it is.
 
     Raises:
-        ValueError: names `adapt.start`: "raw" of a net without `time_scale`, or a model with a boundary.
+        ValueError: names `adapt.process`: a model with a boundary, or a student.
     """
     if isinstance(model.process, Flow):
         return model
@@ -82,13 +129,7 @@ def as_flow(model: Denoiser, start: str) -> Denoiser:
     if start == "converted":
         net: nn.Module = Converted(model.net, model.process, model.kind)
     else:
-        scale = getattr(model.net, "time_scale", None)
-        if not isinstance(scale, float | int):
-            raise ValueError(
-                f"adapt.start: found raw, but the net {type(model.net).__name__} has no time_scale; expected converted"
-            )
-        net = build_net(model.net_config() | {"time_scale": float(scale) * model.process.t_max}, "adapt.net")
-        net.load_state_dict(model.net.state_dict())
+        net = Retimed(model.net, model.process.t_max)
     made = model.with_(net=net, process=Flow(), kind="velocity", conditions=model.conditions)
     made.sampler = None  # its times were those of the other process
     return made

@@ -6,7 +6,6 @@ the student. A subclass defines the student's loss, `student_loss`.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -17,6 +16,7 @@ from distill.data.batch import Batch
 from distill.data.cond import Cond
 from distill.data.rng import Draws
 from distill.engine.module import DistillModule
+from distill.engine.networks import trainable_copy
 from distill.engine.update import Diagnostics, Loss, Step, Update
 from distill.methods.families.options import FakeScore, Guidance, Sampling, Updates
 from distill.methods.families.score_checks import (
@@ -75,10 +75,10 @@ class ScoreDistillation(DistillModule):
         self.matching = ScoreMatching(
             teacher, fake, self.FAKE_TIMES, reduction, guidance.fake_train, guidance.null_prob
         )
-        self.fake = copy.deepcopy(teacher)
+        self.fake = trainable_copy(teacher, student)
         # Where its weights are replaced, those that were given stay.
         self.teacher = self.keep_frozen(
-            "teacher", copy.deepcopy(teacher) if self.replaces_teacher else teacher
+            "teacher", trainable_copy(teacher, student) if self.replaces_teacher else teacher
         )
         self.guidance, self.labels, self.reduction = guidance, sampling.labels, reduction
         self.ratio, self.noise_scale = updates.fake_per_student, noise_scale

@@ -32,6 +32,12 @@ class Core(Net, ABC):
     classes: ClassVar[tuple[str, ...]]  # of diffusers
     inputs: ClassVar[tuple[str, ...]] = ()  # names in `Cond` that must be there
     bottleneck: str  # the module that discriminators read
+    adapter_targets: ClassVar[tuple[str, ...]] = (
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+    )  # of adapters by default
     fixed: ClassVar[
         Mapping[str, tuple[Any, ...]]
     ] = {}  # entry of the config -> values that `call` is right for
