@@ -11,7 +11,8 @@ while samples sharpen; watch `diagnostics/trajectory` (distance to the teacher's
 
 Deviations: the features of w enter through a layer that starts at 0, so that the student begins as its teacher. Guidance acts
 on the net's own prediction after both branches of one batched call; the paper's script guides raw outputs as noise, which is
-wrong for v (its later versions convert first).
+wrong for v (its later versions convert first). A student without the input w is recorded as one of the mean guidance; the
+published LCM-LoRA are sampled with a guidance of 1 to 2 on top, which is not offered.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class LCM(DistillModule):
     """Latent consistency distillation.
 
     Args:
-        student: starts from the teacher; a net with `guidance_embedding`, unless w_min = w_max.
+        student: starts from the teacher; a net with `guidance_embedding`, unless w_min = w_max or not `embed_w`.
         teacher: under a table of noise levels (`VPTable`), trained with a null condition unless w_min = w_max = 0.
         w_min, w_max: range of the guidance w = guidance_scale - 1 (the published script: 5 .. 15).
         ddim_steps: k, levels of the training grid; divides the table's length.
@@ -59,6 +60,7 @@ class LCM(DistillModule):
         timestep_scaling: of the boundary's coefficients.
         sample_steps: the step counts that the student is sampled with.
         sample_w: guidance w to sample with; null: w_min.
+        embed_w: the student takes w as an input. False: it learns the mean of w_min .. w_max (LCM-LoRA, arXiv 2311.05556).
     """
 
     reads = ("x0",)
@@ -77,6 +79,7 @@ class LCM(DistillModule):
         timestep_scaling: float = 10.0,
         sample_steps: Sequence[int] = (1, 2, 4, 8),
         sample_w: float | None = None,
+        embed_w: bool = True,
     ) -> None:
         super().__init__(student)
         process = student.process
@@ -89,11 +92,15 @@ class LCM(DistillModule):
         if not 0 <= target_decay < 1:
             raise ValueError(f"target_decay: expected a number in [0, 1), found {target_decay}")
         check_guidance_range(True, w_min, w_max)
-        if student.embeds_guidance == (w_min == w_max):
-            wanted = "without" if w_min == w_max else "with"
+        if w_min == w_max:
+            refuse_unused(self, {"embed_w": embed_w}, "for one value of w")
+        if not embed_w:
+            refuse_unused(self, {"sample_w": sample_w}, "for a student without the input w")
+        if student.embeds_guidance != (embed_w and w_min < w_max):
+            wanted = "without" if student.embeds_guidance else "with"
             raise ValueError(
-                f"w_min, w_max: found {w_min} and {w_max}, expected a student {wanted} a guidance embedding "
-                "(adapt: {net: {guidance_embedding: 64}} adds one)"
+                f"w_min, w_max, embed_w: found {w_min}, {w_max} and {embed_w}, expected a student {wanted} a guidance embedding "
+                "(adapt: {net: {guidance_embedding: 64}} adds one; embed_w: false needs none)"
             )
         check_start(process, student.kind, process.t_max)
         if (w_min, w_max) != (0, 0) and not guides(teacher):
@@ -107,7 +114,8 @@ class LCM(DistillModule):
         self.teacher = self.keep_frozen("teacher", teacher)
         self.w_min, self.w_max, self.ddim_steps = w_min, w_max, ddim_steps
         self.target_decay, self.sample_steps = target_decay, check_sample_steps(sample_steps, ddim_steps)
-        self.sample_w = w_min if sample_w is None else sample_w
+        self.mean_w = (w_min + w_max) / 2
+        self.sample_w = sample_w if sample_w is not None else w_min if embed_w else self.mean_w
         if not w_min <= self.sample_w <= w_max:
             raise ValueError(
                 f"sample_w: found {sample_w}, expected {w_min} .. {w_max}, what the student is trained for"
@@ -137,7 +145,7 @@ class LCM(DistillModule):
             steps=min(4, max(self.sample_steps)) if 4 in self.sample_steps else min(self.sample_steps),
             times=times,
             mode="sde",
-            guidance_baked=1.0 if embeds else 1 + self.w_min,
+            guidance_baked=1.0 if embeds else 1 + self.mean_w,
             guidance_w=self.sample_w if embeds else None,
             guidance_w_range=(self.w_min, self.w_max) if embeds else None,
         )
