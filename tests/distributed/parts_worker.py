@@ -12,16 +12,25 @@ import torch
 import torch.distributed as dist
 from engine_support import Points, head_only, two_adapters, two_heads
 from lightning.pytorch.loggers.logger import DummyLogger
+from method_support import mlp, optim
 from torch import nn
 
+from distill.data.points import Points as RingPoints
 from distill.engine.fit import Fit, train
 from distill.engine.loggers import Jsonl
 from distill.engine.logging import read_entries
 from distill.engine.module import DistillModule
 from distill.engine.parallel import full, full_state, is_sharded, make_mesh, shard_net
+from distill.methods.sid import SiD
+from distill.process.flow import Flow
+from distill.stages.adapt import adapted
 from distill.world import World
 
 CPU = torch.device("cpu")
+
+
+def ring() -> RingPoints:
+    return RingPoints(ring={"count": 8, "radius": 1.5}, count=64, labelled=True)
 
 
 class Block(nn.Module):
@@ -99,6 +108,30 @@ def job_parts(world: World, folder: Path) -> None:
             found |= {f"sharded.{key}": torch.tensor(is_sharded(p)) for key, p in base.named_parameters()}
             if world.main:
                 torch.save(found, folder / f"{place.name}.pt")
+
+
+def job_lora(world: World, folder: Path) -> None:
+    """SiD with adapters on one base for student, fake score and averages, and the base itself as the teacher."""
+    for shard in ("none", "world"):
+        teacher = mlp(Flow(), classes=8)
+        student = adapted(teacher, {"lora": {"rank": 2}})
+        method = SiD(student, teacher, sampling={"labels": "uniform"})
+        method.prepare({name: optim(lr=0.05) for name in ("student", "fake")}, seed=5, world=world)
+        place = folder / f"lora-{shard}-{world.size}"
+        train(method, ring(), Fit(6, 16, shard=shard), folder=place)
+        networks = [*method.networks.values(), *method.ema.values(), *method.frozen.values()]
+        held = {id(p): p for network in networks for p in network.parameters()}
+        local = [p.to_local() if is_sharded(p) else p for p in held.values()]
+        found = {
+            f"{part}.{role}.{key}": full(value)
+            for part, group in (("net", method.networks), ("ema", method.ema), ("frozen", method.frozen))
+            for role, network in group.items()
+            for key, value in network.state_dict().items()
+        }
+        counts = {"whole": sum(p.numel() for p in held.values()), "local": sum(p.numel() for p in local)}
+        numbers = {"teacher": sum(p.numel() for p in teacher.parameters()), **counts}
+        if world.main:
+            torch.save({"weights": found, "numbers": numbers}, folder / f"{place.name}.pt")
 
 
 class Ranks(L.Callback):

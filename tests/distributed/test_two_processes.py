@@ -54,7 +54,7 @@ def start(folder: Path, size: int, *jobs: str) -> None:
 def results(tmp_path_factory) -> Path:
     """The folder where both worlds have done all jobs."""
     folder = tmp_path_factory.mktemp("two")
-    parts = [f"parts_worker.{name}" for name in ("parts", "rows")]
+    parts = [f"parts_worker.{name}" for name in ("parts", "lora", "rows")]
     start(folder, 1, "train", "gradients", "poison", *parts)
     jobs = (
         "train",
@@ -142,6 +142,23 @@ def test_parts_of_networks_are_trained_as_on_one_process(results, name, shard):
     frozen = [key for key in one if "base" in key or "gain" in key]
     assert len(frozen) == {"head": 30, "heads": 50, "adapters": 0}[name]
     assert all(torch.equal(one[key], two[key]) for key in frozen)
+
+
+@pytest.mark.parametrize("shard", ["none", "world"])
+def test_adapters_on_one_base_are_trained_as_on_one_process(results, shard):
+    """Student, fake score, averages and teacher hold the base once, and on two processes a half of it each."""
+    one, two = load(results, f"lora-{shard}-1"), load(results, f"lora-{shard}-2")
+    assert_close(one["weights"], two["weights"])
+    base = [key for key in one["weights"] if ".lora_" not in key]
+    assert all(torch.equal(one["weights"][key], two["weights"][key]) for key in base)
+    moved = [key for key in one["weights"] if key.endswith("lora_B.weight") and one["weights"][key].any()]
+    assert len(moved) >= 20
+    numbers = one["numbers"]
+    adapters = numbers["whole"] - numbers["teacher"]
+    assert 0 < adapters < 4 * 0.8 * numbers["teacher"], "four adapters, one base"
+    assert two["numbers"]["whole"] == numbers["whole"]
+    if shard == "world":
+        assert two["numbers"]["local"] <= 0.55 * numbers["whole"]
 
 
 def test_rows_of_all_processes_give_the_gradient_of_the_whole_batch(results):
