@@ -27,10 +27,10 @@ from distill.engine.params import ParameterSet
 from distill.engine.progress import Progress
 from distill.engine.running import Running
 from distill.engine.update import Average, Diagnostics, Optim, Step, Update
+from distill.models.adapters import forget_origin
 from distill.models.denoiser import Denoiser
 from distill.models.generator import Generator
 from distill.models.result import Result
-from distill.nets.net import Net
 from distill.typed import check_keys
 from distill.world import World
 
@@ -76,16 +76,14 @@ class DistillModule(L.LightningModule):
         self.world, self.seed, self.stream = World(), 0, "train"
         self.begun: dict[str, Any] = {}  # what training began with, once it has: see `engine.made`
         self.latest: Mapping[str, Tensor | float] = {}  # what the last iteration logs, on the device
-        self.evaluated: Mapping[str, float] | None = (
-            None  # what an evaluation of this step found, until it is logged
-        )
+        self.evaluated: Mapping[str, float] | None = None  # by an evaluation of this step, until it is logged
 
     def __setattr__(self, name: str, value: Any) -> None:
         """A frozen network can be assigned to an attribute without becoming a submodule (and part of checkpoints)."""
         if (value is None or type(value) is str) and name in self.__dict__:
             object.__setattr__(
                 self, name, value
-            )  # Lightning notes the running hook so, some twenty times a step
+            )  # Lightning stores the running hook so, some twenty times a step
         elif isinstance(value, nn.Module) and any(
             value is kept for kept in self.__dict__.get("frozen", {}).values()
         ):
@@ -178,8 +176,8 @@ class DistillModule(L.LightningModule):
                     )
                 if self.optim[update.name].averaged and role not in self.averaged:
                     self.averaged[role] = found.copy()
-                if found.whole and isinstance(net := net_of(found.network), Net):
-                    net.origin = None  # its weights are about to change
+                if found.whole:
+                    forget_origin(net_of(found.network))
         self.networks = {role: parameters.network for role, parameters in self.trained.items()}
         self.further = dict(self.averages())
         for name, average in self.further.items():
@@ -212,8 +210,7 @@ class DistillModule(L.LightningModule):
 
     def _forget(self) -> None:
         """Drop cached parameters, because they may be replaced."""
-        self._step_caches.clear()
-        self._running = None
+        self._step_caches, self._running = {}, None
 
     def parameters_of(self, update: Update) -> list[nn.Parameter]:
         """All parameters that an update trains, each once: two of its roles may share some."""

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from distill.engine.params import trained_by
+from distill.models.adapters import adapter_of
 from distill.models.denoiser import Denoiser
-from distill.nets.adapted import adapter_of
 
 Network = TypeVar("Network", bound=nn.Module)
 

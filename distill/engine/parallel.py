@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from distill.models.adapters import own_names
 from distill.models.denoiser import Denoiser
-from distill.nets.adapted import own_names
 from distill.world import World
 
 if TYPE_CHECKING:

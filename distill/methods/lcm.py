@@ -99,7 +99,7 @@ class LCM(DistillModule):
         if student.embeds_guidance != (embed_w and w_min < w_max):
             wanted = "without" if student.embeds_guidance else "with"
             raise ValueError(
-                f"w_min, w_max, embed_w: found {w_min}, {w_max} and {embed_w}, expected a student {wanted} a guidance embedding "
+                f"w_min, w_max, embed_w: found {w_min}, {w_max}, {embed_w}, expected a student {wanted} a guidance embedding "
                 "(adapt: {net: {guidance_embedding: 64}} adds one; embed_w: false needs none)"
             )
         check_start(process, student.kind, process.t_max)

@@ -31,8 +31,8 @@ PLACES: dict[type, tuple[str, str]] = {
         "an autoencoder under distill.nets or distill.models.families",
     ),
     nn.Module: (
-        r"distill\.(nets\.\w+|models\.analytic|models\.families\.\w+)",
-        "a net under distill.nets, distill.models.analytic or distill.models.families",
+        r"distill\.(nets\.\w+|models\.(analytic|adapters|families\.\w+))",
+        "a net under distill.nets, distill.models.analytic, distill.models.adapters or distill.models.families",
     ),
     Process: (r"distill\.process\.\w+", "a process under distill.process"),
     Conditions: (

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from distill.data.cond import Cond
+from distill.models.adapters import trained_parameters
 from distill.models.boundary import Boundary
 from distill.models.conditions import Conditions, Nothing, of_net
 from distill.models.decoder import Decoder, Points
 from distill.models.guidance import guide
 from distill.models.model import Model
-from distill.nets.adapted import trained_parameters
 from distill.nets.layers import GuidanceEmbedding
 from distill.nets.net import Net
 from distill.process.base import Process, at_least_float32

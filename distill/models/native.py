@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from distill.data.plain import plain_torch
 from distill.files import canonical_json, sha256_file, write_json, write_safetensors
+from distill.models.adapters import Adapted, adapter_of, own_names
 from distill.models.build import REFUSALS, TARGET, at_most, build_model
 from distill.models.denoiser import Denoiser
 from distill.models.description import DESCRIPTION, SCHEMA, WEIGHTS, Base, Description
@@ -23,7 +24,6 @@ from distill.models.generator import Generator
 from distill.models.spec import SamplerSpec
 from distill.models.weights import check_tensors, read_header, read_tensors
 from distill.names import inside
-from distill.nets.adapted import Adapted, adapter_of, own_names
 from distill.nets.net import Net, Origin
 
 DECODER = "decoder/"  # starts the names of the decoder's tensors
@@ -127,6 +127,15 @@ def load_model(
         if known is not None:
             known[description.weights.sha256] = model
     return Generator(model.eval(), description.sampler).to(device)
+
+
+def load_models(folders: Mapping[str, Path], *, adapters: bool) -> dict[str, Generator]:
+    """The models of a method by role. With `adapters` (to be added to the model "init"), or where "init" has some, weights of
+    one sha256 are loaded once for all roles: nothing trains them. Raises like `load_model`."""
+    if "init" in folders and Description.read(folders["init"]).base is not None:
+        adapters = True
+    known: dict[str, Denoiser] | None = {} if adapters else None
+    return {role: load_model(folder, known=known) for role, folder in folders.items()}
 
 
 def _loaded(

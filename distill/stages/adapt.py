@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 from torch import nn
 
+from distill.models.adapters import Adapted, adapter_of
 from distill.models.build import build_net
 from distill.models.conditions import of_net
 from distill.models.denoiser import Denoiser
-from distill.nets.adapted import Adapted, adapter_of
 from distill.nets.converted import Converted, Retimed
 from distill.process.base import KINDS
 from distill.process.flow import Flow
@@ -21,7 +21,7 @@ from distill.typed import parse
 
 @dataclass(frozen=True)
 class Lora:
-    """Low-rank adapters, see `nets.adapted.Adapted`: rank, alpha (null: the rank), names of layers (null: those that the net
+    """Low-rank adapters, see `models.adapters.Adapted`: rank, alpha (null: the rank), names of layers (null: those that the net
     names, or all) and dropout."""
 
     rank: int = 16
@@ -37,8 +37,8 @@ class Adapt:
     Attributes:
         kind: the new prediction kind, or None to keep it.
         net: changed options of the net, or None.
-        lora: train low-rank adapters on the model, which itself stays as it is; None: train all weights. The model's own adapters
-            are continued.
+        lora: train low-rank adapters on the model, which itself stays as it is; None: train all weights. Where the model has
+            these adapters, they are continued.
         process: flow makes a flow of a model of another process; None keeps the process.
         start: of that flow: "converted", which has the trajectories of the model, or "raw": its net, at times scaled to its
             own, read as a velocity, which it has yet to learn (InstaFlow). Models that are flows stay as they are.

@@ -23,9 +23,8 @@ from distill.files import make_folder
 from distill.models.build import build_net, build_process
 from distill.models.conditions import of_source
 from distill.models.denoiser import Denoiser
-from distill.models.description import Description
 from distill.models.generator import Generator
-from distill.models.native import load_model, save_model
+from distill.models.native import load_models, save_model
 from distill.stages.adapt import Adapt, adapted
 from distill.stages.artifact import digest_of, lasting_identity
 from distill.stages.attached import build, stage_options
@@ -250,7 +249,8 @@ class Train(ModelStage):
         there is one)."""
         memory = PeakMemory(context.device)
         source = source_of(self.data, context.inputs)
-        models = self._load(context.inputs)
+        folders = {role: context.inputs[role] for role in self._models()}
+        models = load_models(folders, adapters=(self.adapt or {}).get("lora") is not None)
         start = self._start(models.get("init"), context.seed, source)
         student = start.denoiser
         threads = use_threads(context, sum(p.numel() for p in student.parameters()))
@@ -366,14 +366,6 @@ class Train(ModelStage):
         """role -> stage, of the models that the method gets."""
         named = {"init": self.init, "teacher": self.teacher, **(self.networks or {})}
         return {role: name for role, name in named.items() if name is not None}
-
-    def _load(self, inputs: Mapping[str, Path]) -> dict[str, Generator]:
-        """The models by role. Where the student is an adapter, its base is loaded once for all of them."""
-        init = None if self.init is None else Description.read(inputs["init"])
-        shared: dict[str, Denoiser] | None = None
-        if init is not None and (init.base is not None or (self.adapt or {}).get("lora") is not None):
-            shared = {}
-        return {role: load_model(inputs[role], known=shared) for role in self._models()}
 
     def _start(
         self, init: Generator | None, seed: int, source: Source | PairsMade, make: Any = build_net

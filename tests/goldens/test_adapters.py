@@ -7,7 +7,7 @@ import re
 import torch
 from torch import Tensor, nn
 
-from distill.nets.adapted import Adapted, merged, trained_parameters
+from distill.models.adapters import Adapted, merged, trained_parameters
 
 
 class Two(nn.Module):

@@ -23,10 +23,10 @@ from distill.methods.flow_matching import FlowMatching
 from distill.methods.lcm import LCM
 from distill.methods.progressive import Progressive
 from distill.methods.sid import SiD
+from distill.models.adapters import Adapted, adapter_of, merged, own_names, trained_parameters
 from distill.models.denoiser import Denoiser
 from distill.models.native import load_model, save_model
 from distill.models.spec import SamplerSpec
-from distill.nets.adapted import Adapted, adapter_of, merged, own_names, trained_parameters
 from distill.nets.unet import UNet
 from distill.process.flow import Flow
 from distill.process.vp import VPCosine, VPScaledLinear

@@ -77,7 +77,5 @@ def test_refusals() -> None:
         parse(Adapt, {"start": "raw"}, "adapt")
     with pytest.raises(ValueError, match=r"adapt.kind: found 'v', but a flow"):
         parse(Adapt, {"process": "flow", "kind": "v"}, "adapt")
-    with pytest.raises(ValueError, match="has no time_scale"):
-        as_flow(teacher(), "raw")
     with pytest.raises(ValueError, match="endpoint student"):
         as_flow(teacher().with_(coupling="endpoint"), "converted")

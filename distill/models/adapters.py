@@ -164,6 +164,12 @@ def adapter_of(net: nn.Module) -> Adapted | None:
     return next((module for module in net.modules() if isinstance(module, Adapted)), None)
 
 
+def forget_origin(net: nn.Module) -> None:
+    """Say that a net's weights, all of which are about to be trained, are no longer those of a model folder."""
+    if isinstance(net, Net):
+        net.origin = None
+
+
 def own_names(net: nn.Module) -> list[str]:
     """Names in `net.state_dict()` that are the net's own: without those of an adapter's base."""
     return [name for name in net.state_dict() if not _within(name, _bases(net))]
