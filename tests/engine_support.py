@@ -57,53 +57,6 @@ class Headed(nn.Module):
         return self.gain * x + self.head(self.base(torch.cat([x, t[:, None]], dim=1)))
 
 
-class LoraBase(nn.Module):
-    """A linear map with low-rank adapters by name, one of which is switched on, or none."""
-
-    def __init__(self, names: tuple[str, ...]) -> None:
-        super().__init__()
-        self.base = nn.Linear(5, 4).requires_grad_(False)
-        self.adapters = nn.ModuleDict(
-            {n: nn.Sequential(nn.Linear(5, 2, bias=False), nn.Linear(2, 4, bias=False)) for n in names}
-        )
-        self.active = ""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.base(x) + (self.adapters[self.active](x) if self.active else 0.0)
-
-
-class Adapted(nn.Module):
-    """The base with one adapter on. The base is borrowed: what is trained, saved and copied of this net is the adapter."""
-
-    def __init__(self, base: LoraBase, name: str) -> None:
-        super().__init__()
-        self.__dict__["borrows"] = (base,)
-        self.name, self.adapter = name, base.adapters[name]
-
-    def forward(self, x: torch.Tensor, t: torch.Tensor, cond: Cond) -> torch.Tensor:
-        (base,) = self.borrows
-        base.active = self.name
-        return base(torch.cat([x, t[:, None]], dim=1))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Adapted:
-        (base,) = self.borrows
-        name = f"{self.name}_{len(base.adapters)}"
-        base.adapters[name] = copy.deepcopy(self.adapter, memo)
-        return Adapted(base, name)
-
-
-class Bare(nn.Module):
-    """The base with its adapters off. It holds the base as a module of its own, with all adapters."""
-
-    def __init__(self, base: LoraBase) -> None:
-        super().__init__()
-        self.base = base
-
-    def forward(self, x: torch.Tensor, t: torch.Tensor, cond: Cond) -> torch.Tensor:
-        self.base.active = ""
-        return self.base(torch.cat([x, t[:, None]], dim=1))
-
-
 def denoiser(net: nn.Module) -> Denoiser:
     return Denoiser(net, Flow(), "velocity", SHAPE)
 
@@ -163,13 +116,3 @@ def two_heads(world: World | None = None) -> Any:
     other = Headed(net.base)
     other.gain = copy.deepcopy(net.gain)
     return prepared(Matching(denoiser(net), denoiser(other)), world)
-
-
-def two_adapters(world: World | None = None) -> Any:
-    """A student and a fake network that are adapters of one base, and a frozen teacher that is the base itself."""
-    torch.manual_seed(0)
-    lora = LoraBase(("student", "fake"))
-    nets = [denoiser(Adapted(lora, name)) for name in ("student", "fake")]
-    method = Matching(*nets, parts="")
-    method.frozen["teacher"] = denoiser(Bare(lora))
-    return prepared(method, world)

@@ -1,7 +1,7 @@
 """Parallelism, applied from outside and only here: FSDP2 (`fully_shard`) a network on one (replicate, shard)
 mesh.
 
-Methods know nothing of it, and nets at most name what it needs: `entries` (methods called beside `forward`) and `borrows`.
+Methods know nothing of it, and nets at most name `entries`, methods called beside `forward`.
 `shard` says how the mesh is cut: "none" replicates (replicate = world, shard = 1), "world" shards over all processes, "node"
 shards within a machine and replicates between machines.
 """
@@ -59,8 +59,8 @@ def units(net: nn.Module, least: int = UNIT_PARAMETERS) -> list[nn.Module]:
 def shard_networks(
     networks: Sequence[nn.Module], mesh: DeviceMesh | None, trained: Container[int] = frozenset()
 ) -> None:
-    """Shard networks in place (of a denoiser, its net). A module that several of them contain, or that a net names in
-    `borrows` because it calls it without registering it, is sharded once, before them.
+    """Shard networks in place (of a denoiser, its net). A module that several of them contain, such as the base of adapters, is
+    sharded once, before them.
 
     `trained`: ids of the parameters that receive gradients. Raises ValueError where one of them cannot be sharded."""
     if mesh is None:
@@ -75,13 +75,8 @@ def net_of(network: nn.Module) -> nn.Module:
     return network.net if isinstance(network, Denoiser) else network
 
 
-def borrowed_by(net: nn.Module) -> Sequence[nn.Module]:
-    """Modules that a net calls without registering them, such as the base of an adapter."""
-    return tuple(getattr(net, "borrows", ()))
-
-
 def common_modules(nets: Sequence[nn.Module], trained: Container[int]) -> list[nn.Module]:
-    """The outermost modules with parameters that several nets contain, and those that nets borrow.
+    """The outermost modules with parameters that several nets contain.
 
     Raises ValueError where nets hold one trained parameter in different modules: each would shard a copy of its own and
     train it apart from the others, without an error."""
@@ -103,7 +98,7 @@ def common_modules(nets: Sequence[nn.Module], trained: Container[int]) -> list[n
                     f"{name} of {type(net).__name__}: found a trained parameter in different modules of several networks; "
                     "expected one module that all of them hold"
                 )
-    found = {module: None for net in nets for module in borrowed_by(net)}
+    found: dict[nn.Module, None] = {}
 
     def visit(module: nn.Module) -> None:
         if owners[module] > 1 and next(module.parameters(), None) is not None:
@@ -130,7 +125,7 @@ def shard_net(
     The root is resharded after its forward like every other unit. By default it is not, and then a forward
     under no_grad followed by an optimizer step leaves the next forward with the old weights, silently."""
     own = [p for module in net.modules() for p in module.parameters(recurse=False)]
-    placed = {p for p in own if bool(is_sharded(p))}  # within a module that is borrowed
+    placed = {p for p in own if bool(is_sharded(p))}  # within a module that is shared
     if mesh is None or len(placed) == len(own):
         return
     from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -157,11 +152,11 @@ def shard_net(
 
 
 def sharded_modules(networks: Iterable[nn.Module]) -> list[FSDPModule]:
-    """All units of networks and of what they borrow; none can exist before their package is imported."""
+    """All units of networks; none can exist before their package is imported."""
     if (package := sys.modules.get("torch.distributed.fsdp")) is None:
         return []
-    roots = [root for network in networks for root in (network, *borrowed_by(net_of(network)))]
-    return [m for m in {m: None for r in roots for m in r.modules()} if isinstance(m, package.FSDPModule)]
+    modules = {module: None for network in networks for module in network.modules()}
+    return [m for m in modules if isinstance(m, package.FSDPModule)]
 
 
 def sync_gradients(modules: Iterable[FSDPModule], now: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
-from engine_support import Points, head_only, two_adapters, two_heads
+from engine_support import Points, head_only, two_heads
 from lightning.pytorch.loggers.logger import DummyLogger
 from method_support import mlp, optim
 from torch import nn
@@ -88,14 +88,11 @@ def job_nested(world: World, folder: Path) -> None:
 
 
 def job_parts(world: World, folder: Path) -> None:
-    """Methods that train a head, two heads on one base, and two adapters of one base; weights and averages at the end, and of
-    the base of adapters its weights before and after, and whether they are sharded."""
+    """Methods that train a head, and two heads on one base; weights and averages at the end."""
     for shard in ("none", "world"):
-        for name, make in (("head", head_only), ("heads", two_heads), ("adapters", two_adapters)):
+        for name, make in (("head", head_only), ("heads", two_heads)):
             method = make(world)
             place = folder / f"{name}-{shard}-{world.size}"
-            base = method.frozen["teacher"].net.base.base if name == "adapters" else nn.Identity()
-            before = full_state(base)
             train(method, Points(), Fit(8, 16, accumulate=2, shard=shard), folder=place)
             found = {
                 f"{part}.{role}.{key}": value
@@ -103,9 +100,6 @@ def job_parts(world: World, folder: Path) -> None:
                 for role, network in networks.items()
                 for key, value in full_state(network).items()
             }
-            found |= {f"before.{key}": value for key, value in before.items()}
-            found |= {f"after.{key}": value for key, value in full_state(base).items()}
-            found |= {f"sharded.{key}": torch.tensor(is_sharded(p)) for key, p in base.named_parameters()}
             if world.main:
                 torch.save(found, folder / f"{place.name}.pt")
 
@@ -114,6 +108,7 @@ def job_lora(world: World, folder: Path) -> None:
     """SiD with adapters on one base for student, fake score and averages, and the base itself as the teacher."""
     for shard in ("none", "world"):
         teacher = mlp(Flow(), classes=8)
+        before = {key: value.clone() for key, value in teacher.state_dict().items()}
         student = adapted(teacher, {"lora": {"rank": 2}})
         method = SiD(student, teacher, sampling={"labels": "uniform"})
         method.prepare({name: optim(lr=0.05) for name in ("student", "fake")}, seed=5, world=world)
@@ -131,6 +126,7 @@ def job_lora(world: World, folder: Path) -> None:
         counts = {"whole": sum(p.numel() for p in held.values()), "local": sum(p.numel() for p in local)}
         numbers = {"teacher": sum(p.numel() for p in teacher.parameters()), **counts}
         if world.main:
+            found |= {f"before.{key}": value for key, value in before.items()}
             torch.save({"weights": found, "numbers": numbers}, folder / f"{place.name}.pt")
 
 

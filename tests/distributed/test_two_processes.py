@@ -128,19 +128,14 @@ def test_blocks_in_blocks_and_methods_beside_forward_have_the_gradients_of_the_w
 
 
 @pytest.mark.parametrize("shard", ["none", "world"])
-@pytest.mark.parametrize("name", ["head", "heads", "adapters"])
+@pytest.mark.parametrize("name", ["head", "heads"])
 def test_parts_of_networks_are_trained_as_on_one_process(results, name, shard):
-    """A head, two heads on one base, two adapters of one base that is the teacher as well."""
+    """A head, two heads on one base."""
     one, two = load(results, f"{name}-{shard}-1"), load(results, f"{name}-{shard}-2")
-    sharded = [[bool(found.pop(key)) for key in [*found] if "sharded" in key] for found in (one, two)]
-    assert sharded == ([[False, False], [True, True]] if name == "adapters" else [[], []])
-    for found in (one, two):  # the base stays as it was, bit by bit
-        after = {key: found.pop(f"after.{key}") for key in ("weight", "bias") if f"after.{key}" in found}
-        assert all(torch.equal(found.pop(f"before.{key}"), value) for key, value in after.items())
-    assert len(one) == {"head": 42, "heads": 70, "adapters": 8}[name]
+    assert len(one) == {"head": 42, "heads": 70}[name]
     assert_close(one, two)
     frozen = [key for key in one if "base" in key or "gain" in key]
-    assert len(frozen) == {"head": 30, "heads": 50, "adapters": 0}[name]
+    assert len(frozen) == {"head": 30, "heads": 50}[name]
     assert all(torch.equal(one[key], two[key]) for key in frozen)
 
 
@@ -149,8 +144,12 @@ def test_adapters_on_one_base_are_trained_as_on_one_process(results, shard):
     """Student, fake score, averages and teacher hold the base once, and on two processes a half of it each."""
     one, two = load(results, f"lora-{shard}-1"), load(results, f"lora-{shard}-2")
     assert_close(one["weights"], two["weights"])
-    base = [key for key in one["weights"] if ".lora_" not in key]
-    assert all(torch.equal(one["weights"][key], two["weights"][key]) for key in base)
+    for found in (one["weights"], two["weights"]):  # the base stays as it was, bit by bit
+        base = {
+            key.removeprefix("before."): value for key, value in found.items() if key.startswith("before.")
+        }
+        assert len(base) > 10
+        assert all(torch.equal(found[f"frozen.teacher.{key}"], value) for key, value in base.items())
     moved = [key for key in one["weights"] if key.endswith("lora_B.weight") and one["weights"][key].any()]
     assert len(moved) >= 20
     numbers = one["numbers"]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_support import SHAPE, Headed, Matching, Points, base, denoiser, head_only, prepared, two_adapters
+from engine_support import SHAPE, Headed, Matching, Points, base, denoiser, head_only, prepared
 from tests_support import forked
 
 from distill.data.cond import Cond
@@ -111,22 +111,6 @@ def test_a_killed_training_of_a_head_goes_on_bit_equal(tmp_path: Path) -> None:
     one, other = (torch.load(folder / "end.pt", weights_only=True) for folder in (whole, parts))
     assert len(one) > 20
     assert all(torch.equal(value, other[name]) for name, value in one.items())
-
-
-def test_a_network_that_borrows_its_base_trains_and_saves_its_adapter(tmp_path: Path) -> None:
-    method = two_adapters()
-    (lora,) = method.student.net.borrows
-    before = {name: value.clone() for name, value in lora.state_dict().items()}
-    fit(method, tmp_path)
-    moved = {name for name, value in before.items() if not torch.equal(lora.state_dict()[name], value)}
-    # Also those of the two averages: each network is an adapter on the one base.
-    roles = ("student", "fake", "student_2", "fake_3")
-    assert moved == {f"adapters.{role}.{i}.weight" for role in roles for i in (0, 1)}
-    saved = checkpoint.read(tmp_path / checkpoint.NAME)
-    for part in ("networks", "ema"):
-        assert [sorted(tensors) for tensors in saved[part].values()] == [
-            ["net.adapter.0.weight", "net.adapter.1.weight"]
-        ] * 2
 
 
 def test_sets_that_cannot_be_trained_are_refused_by_name() -> None:
