@@ -83,7 +83,7 @@ class DistillModule(L.LightningModule):
         if (value is None or type(value) is str) and name in self.__dict__:
             object.__setattr__(
                 self, name, value
-            )  # Lightning stores the running hook so, some twenty times a step
+            )  # Lightning stores the running hook, some twenty times a step
         elif isinstance(value, nn.Module) and any(
             value is kept for kept in self.__dict__.get("frozen", {}).values()
         ):

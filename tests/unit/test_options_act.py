@@ -108,6 +108,7 @@ OTHERS: dict[str, dict[str, list[Any]]] = {
         "timestep_scaling": [0.01],
         "sample_steps": [[1, 2]],
         "sample_w": [0.5],
+        "embed_w": [False],
     },
     "one_step": {"steps": [3], "t_eps": [0.1]},
     "progressive": {
@@ -156,7 +157,8 @@ def made(stem: str, options: dict[str, Any]) -> DistillModule:
     options = dict(options)
     process, kind = SETTINGS.get(stem, (Flow(), "velocity"))
     process, kind = options.pop("process", process), options.pop("kind", kind)
-    widths = {"student": options.pop("w", 8 if stem == "lcm" else 0), "teacher": options.pop("teacher_w", 0)}
+    embeds = stem == "lcm" and options.get("embed_w", True)
+    widths = {"student": options.pop("w", 8 if embeds else 0), "teacher": options.pop("teacher_w", 0)}
     taken = inspect.signature(cls).parameters
     given: dict[str, Any] = {
         role: mlp(process, kind, classes=CLASSES, w=widths.get(role, 0), seed=seed)
@@ -281,6 +283,21 @@ IDLE: list[tuple[str, dict[str, Any], str]] = [
         "lcm",
         {"w_min": 1.0, "w_max": 1.0, "w": 0, "sample_w": 2.0},
         "sample_w: found 2.0, expected 1.0 .. 1.0",
+    ),
+    (
+        "lcm",
+        {"embed_w": False, "sample_w": 0.5},
+        "sample_w: found 0.5, which changes nothing for a student without the input w",
+    ),
+    (
+        "lcm",
+        {"embed_w": False, "w_min": 1.0, "w_max": 1.0},
+        "embed_w: found False, which changes nothing for one value of w",
+    ),
+    (
+        "lcm",
+        {"w": 0},
+        r"w_min, w_max, embed_w: found 0.0, 1.0, True, expected a student with a guidance embedding",
     ),
     ("sid", {"guidance.fake": 2.0}, "guidance.null_prob: found 0, but guidance.fake = 2.0 needs"),
     ("sid", {"noise_scale": 0.5}, "noise_scale: found 0.5, which changes nothing for a student of one step"),
