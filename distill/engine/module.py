@@ -80,13 +80,10 @@ class DistillModule(L.LightningModule):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """A frozen network can be assigned to an attribute without becoming a submodule (and part of checkpoints)."""
-        if (value is None or type(value) is str) and name in self.__dict__:
-            object.__setattr__(
-                self, name, value
-            )  # Lightning stores the running hook, some twenty times a step
-        elif isinstance(value, nn.Module) and any(
-            value is kept for kept in self.__dict__.get("frozen", {}).values()
-        ):
+        # Lightning stores the name of the running hook, some twenty times a step.
+        plain = (value is None or type(value) is str) and name in self.__dict__
+        frozen = self.__dict__.get("frozen", {}).values() if isinstance(value, nn.Module) else ()
+        if plain or any(value is kept for kept in frozen):
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
