@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import io
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import yaml
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
@@ -27,7 +30,7 @@ class Files(FileConfigSource):
         try:
             text = path.read_text(encoding="utf-8-sig")
             header = self._get_header_dict(text[:512])
-            found = OmegaConf.load(io.StringIO(text))
+            found = copy.deepcopy(_parsed(text))
         except (ValueError, OSError, yaml.YAMLError) as error:
             message = " ".join(str(error).replace('in "<file>", ', "").split())
             raise ConfigLoadError(f"{path}: {message}") from error
@@ -48,6 +51,12 @@ class Files(FileConfigSource):
         if len(found) > 1:
             raise ConfigLoadError(f"{found[0]}, {found[1]}: two files with the same name; remove one")
         return found[0] if found else None
+
+
+@cache
+def _parsed(text: str) -> Any:
+    """Parse YAML. Parsing is slow, and all jobs of a sweep read the same files."""
+    return OmegaConf.load(io.StringIO(text))
 
 
 def register_sources() -> None:
