@@ -109,7 +109,16 @@ METHODS = {
 # Also trained with blocks that are gathered on their own, as of large nets: features come from the middle of such a net, and
 # what lies behind them sees no backward.
 IN_UNITS, UNIT = (sid, gan_on_fake, gan_on_teacher), 100
-SLOW = (gan_on_fake,)  # the slow tests' alone: sharding costs by the tensor, and a U-Net has many
+# The default tests compare one process with two sharded ones for all methods of small nets; they continue those whose own
+# state is in the checkpoint, replicate them, and gather blocks of the first. Everything else is the slow tests': sharding costs
+# by the tensor, and a U-Net has many.
+QUICK: dict[Callable[..., DistillModule], bool] = {  # whether it is continued
+    sid: True,
+    gan_on_teacher: False,
+    two_steps: False,
+    disback: True,
+    plateau: True,
+}
 Build = Callable[[Denoiser, Denoiser, Sequence[Path]], DistillModule]
 
 
@@ -174,19 +183,21 @@ def train(
         torch.save(found, place / "found.pt")
 
 
-def job_train(world: World, folder: Path) -> None:
-    """What the default tests look at."""
-    train_all(world, folder, [build for build in METHODS if build not in SLOW])
+def job_quick(world: World, folder: Path) -> None:
+    """What the default tests need."""
+    train_all(world, folder, list(QUICK), [build for build in QUICK if QUICK[build]], [sid])
 
 
-def job_slow(world: World, folder: Path) -> None:
-    """What the slow ones do."""
-    train_all(world, folder, SLOW)
+def job_all(world: World, folder: Path) -> None:
+    """What the slow ones need."""
+    train_all(world, folder, list(METHODS), list(METHODS), IN_UNITS)
 
 
-def train_all(world: World, folder: Path, builds: Sequence[Build]) -> None:
-    """Every method, whole: alone (each process has its share of them), replicated, sharded; then the halves of each
-    number of processes continued on each."""
+def train_all(
+    world: World, folder: Path, builds: Sequence[Build], continued: Sequence[Build], in_units: Sequence[Build]
+) -> None:
+    """Every method, whole: alone (each process has its share of them) and sharded; those in `continued` also replicated, and
+    the halves of each number of processes continued on each."""
     alone = [build for number, build in enumerate(builds) if number % world.size == world.rank]
     if world.main:
         write_nodes(folder / "nodes")
@@ -196,15 +207,17 @@ def train_all(world: World, folder: Path, builds: Sequence[Build]) -> None:
     world.barrier()
     for build in builds:
         halves = {name: folder / build.__name__ / name / "half.ckpt" for name in ("one", "world")}
-        train(build, world, folder, "none", shard="none")
         train(build, world, folder, "world", shard="world")
+        if build not in continued:
+            continue
+        train(build, world, folder, "none", shard="none")
         train(build, world, folder, "two-on-two", shard="world", begun=halves["world"])
         train(build, world, folder, "one-on-two", shard="world", begun=halves["one"])
-    for build in [build for build in IN_UNITS if build in builds]:
+    for build in in_units:
         default, shard_net.__kwdefaults__["least"] = shard_net.__kwdefaults__["least"], UNIT
         train(build, world, folder, "units", shard="world")
         shard_net.__kwdefaults__["least"] = default
     world.barrier()
-    for build in alone:
+    for build in [build for build in alone if build in continued]:
         train(build, World(), folder, "one-on-one", begun=folder / build.__name__ / "one" / "half.ckpt")
         train(build, World(), folder, "two-on-one", begun=folder / build.__name__ / "world" / "half.ckpt")

@@ -5,11 +5,25 @@ from __future__ import annotations
 
 import gc
 import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from score_worker import HALF, IN_UNITS, METHODS, NODES, SLOW, STEPS, UNIT, Build, make, plateau, write_nodes
+from score_worker import (
+    HALF,
+    IN_UNITS,
+    METHODS,
+    NODES,
+    QUICK,
+    STEPS,
+    UNIT,
+    Build,
+    make,
+    plateau,
+    sid,
+    write_nodes,
+)
 from test_two_processes import assert_close, load, start
 from torch import Tensor
 from worker import fit
@@ -25,35 +39,26 @@ from distill.world import World
 BUILDS = {build.__name__: build for build in METHODS}
 
 
-def marks(build: Build) -> list[pytest.MarkDecorator]:
-    return [pytest.mark.slow] if build in SLOW else []
+def methods(quick: Sequence[Build], everything: Sequence[Build] = tuple(METHODS)) -> pytest.MarkDecorator:
+    """A test of each method; slow but for those in `quick`."""
+    return pytest.mark.parametrize(
+        "name", [pytest.param(b.__name__, marks=[] if b in quick else [pytest.mark.slow]) for b in everything]
+    )
 
 
-every_method = pytest.mark.parametrize("name", [pytest.param(b.__name__, marks=marks(b)) for b in METHODS])
+CONTINUED = [build for build in QUICK if QUICK[build]]
+every_method = methods(tuple(QUICK))
+continued_methods = methods(CONTINUED)
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory) -> Path:
-    """The folder where two processes have trained the methods: alone and together, whole and continued."""
+def results(request, tmp_path_factory) -> Path:
+    """The folder where two processes have trained the methods: alone and together, whole and continued. All of them, where a
+    slow test is among those that run."""
+    slow = any(item.get_closest_marker("slow") for item in request.session.items)
     folder = tmp_path_factory.mktemp("score")
-    start(folder, 2, "score_worker.train")
+    start(folder, 2, f"score_worker.{'all' if slow else 'quick'}")
     return folder
-
-
-@pytest.fixture(scope="module")
-def long(tmp_path_factory) -> Path:
-    """The same of those that take long."""
-    folder = tmp_path_factory.mktemp("score_slow")
-    start(folder, 2, "score_worker.slow")
-    return folder
-
-
-@pytest.fixture
-def results(request) -> Path:
-    """The folder of the method that a test is about."""
-    name = getattr(request.node, "callspec", None) and request.node.callspec.params.get("name")
-    place: Path = request.getfixturevalue("long" if name in {build.__name__ for build in SLOW} else "quick")
-    return place
 
 
 def found(results: Path, name: str, run: str) -> dict[str, Tensor]:
@@ -67,29 +72,33 @@ def ends(whole: dict[str, Tensor], continued: dict[str, Tensor]) -> dict[str, Te
     return {key: value[-len(continued[key]) :] if "/" in key else value for key, value in whole.items()}
 
 
-@pytest.mark.parametrize("shard", ["none", "world"])
 @every_method
-def test_losses_norms_nodes_weights_and_averages_of_two_are_those_of_one(results, name, shard):
-    one, two = found(results, name, "one"), found(results, name, shard)
+def test_losses_norms_nodes_weights_and_averages_of_two_are_those_of_one(results, name):
+    one, two = found(results, name, "one"), found(results, name, "world")
     assert len(one["student/loss"]) == STEPS
     assert_close(one, two)
 
 
-@pytest.mark.parametrize("name", [pytest.param(b.__name__, marks=marks(b)) for b in IN_UNITS])
+@continued_methods
+def test_so_are_those_of_two_that_are_not_sharded(results, name):
+    assert_close(found(results, name, "one"), found(results, name, "none"))
+
+
+@methods((sid,), IN_UNITS)
 def test_also_where_blocks_of_the_nets_are_gathered_on_their_own(results, name):
     assert len(units(METHODS[BUILDS[name]]().net, UNIT)) > 1
     assert_close(found(results, name, "one"), found(results, name, "units"))
 
 
 @pytest.mark.parametrize("run", ["one-on-two", "two-on-one"])
-@every_method
+@continued_methods
 def test_checkpoints_of_one_continue_on_two_and_the_reverse(results, name, run):
     continued = found(results, name, run)
     assert_close(ends(found(results, name, "one"), continued), continued)
 
 
 @pytest.mark.parametrize(("whole", "run"), [("one", "one-on-one"), ("world", "two-on-two")])
-@every_method
+@continued_methods
 def test_a_continued_run_is_bit_equal_to_an_unbroken_one(results, name, whole, run):
     continued = found(results, name, run)
     for key, value in ends(found(results, name, whole), continued).items():
@@ -164,7 +173,7 @@ def test_the_teacher_s_bytes_stay_those_of_its_file(results, name):
     torch.manual_seed(1)
     files = {"disback": nodes[0], "plateau": nodes[2]}
     own = read_weights(files[name]) if name in files else METHODS[BUILDS[name]]().net.state_dict()
-    for run in ("one", "none", "world", "one-on-two", "two-on-one"):
+    for run in ("one", "world", *(("none", "one-on-two", "two-on-one") if BUILDS[name] in CONTINUED else ())):
         kept = load(results / name / run, "found")
         assert {key.removeprefix("teacher.net.") for key in kept if key.startswith("teacher.")} == set(own)
         for key, value in own.items():
@@ -174,7 +183,8 @@ def test_the_teacher_s_bytes_stay_those_of_its_file(results, name):
 @every_method
 def test_sharding_cuts_the_teacher_as_well(results, name):
     (whole,) = load(results / name / "one", "found")["held"].tolist()
-    assert load(results / name / "none", "found")["held"].tolist() == [whole, whole]
+    if BUILDS[name] in CONTINUED:
+        assert load(results / name / "none", "found")["held"].tolist() == [whole, whole]
     shares = load(results / name / "world", "found")["held"].tolist()
     assert sum(shares) == whole
     assert max(shares) < 0.55 * whole
@@ -194,13 +204,22 @@ def test_skipped_steps_say_nothing_of_a_plateau(tmp_path, monkeypatch):
 
 
 def alive() -> list[Denoiser | Tensor]:
-    """Denoisers and tensors that the garbage collector knows."""
+    """Denoisers and tensors that the garbage collector knows and has not frozen."""
     gc.collect()
     return [thing for thing in gc.get_objects() if issubclass(type(thing), Denoiser | Tensor)]
 
 
+@pytest.fixture
+def nothing_alive() -> Iterator[None]:
+    """Leaves out what was there before the test."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.mark.parametrize("name", ["sid", "gan_on_teacher", "plateau"])
-def test_each_network_is_held_once_and_shares_nothing(name, tmp_path):
+def test_each_network_is_held_once_and_shares_nothing(name, tmp_path, nothing_alive):
     build: Build = BUILDS[name]
     write_nodes(tmp_path / "nodes")
     before = {id(thing): thing for thing in alive()}

@@ -92,10 +92,10 @@ def test_gradients_equal(results):
 
 
 @pytest.mark.parametrize("shard", ["none", "world"])
-def test_losses_norms_weights_and_averages_equal_after_12_steps(results, shard):
+def test_losses_norms_weights_and_averages_equal_after_6_steps(results, shard):
     one, two = load(results, f"{shard}-1"), load(results, f"{shard}-2")
-    assert len(one["student/loss"]) == 12
-    assert len(one["fake/loss"]) == 23
+    assert len(one["student/loss"]) == 6
+    assert len(one["fake/loss"]) == 11
     assert_close(one, two)
 
 
@@ -105,7 +105,7 @@ def test_checkpoints_of_two_continue_on_one_and_the_reverse(results):
         continued = load(results, f"continued-on-{size}")
         weights = {k: v for k, v in whole.items() if "/" not in k}
         assert_close(weights, {k: v for k, v in continued.items() if "/" not in k})
-        assert len(continued["student/loss"]) == 6
+        assert len(continued["student/loss"]) == 3
 
 
 def test_root_weights_are_never_stale(results):
@@ -226,8 +226,9 @@ def test_a_run_on_two_processes_makes_the_same_pairs_and_numbers(shared, tmp_pat
 def test_two_processes_killed_and_continued_are_bit_equal(tmp_path):
     options = (
         *SMOKE,
-        "profile.steps=40",
-        "trainer.checkpoint_every=5",
+        "profile.steps=16",
+        "trainer.checkpoint_every=3",
+        *(f"~stages.{name}" for name in ("evaluate", "export")),
         "trainer.devices=2",
         "trainer.shard=world",
     )

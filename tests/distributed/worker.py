@@ -36,7 +36,7 @@ from distill.process.flow import Flow
 from distill.world import World, join, leave
 
 torch.set_num_threads(1)
-STEPS, BATCH = 12, 16
+STEPS, BATCH = 6, 16
 Method = TypeVar("Method", bound=DistillModule)
 
 
@@ -99,7 +99,7 @@ def prepared(method: Method, world: World) -> Method:
     """A method of a student, which is averaged, and a fake score, with the settings of all jobs."""
     optim = {
         "optimizer": partial(torch.optim.AdamW, lr=1e-3, fused=True, eps=1e-6),
-        "schedule": Linear(total=2 * STEPS),
+        "schedule": Linear(total=4 * STEPS),
     }
     method.prepare(
         {"student": Optim(**optim, clip=1.0, ema=0.9), "fake": Optim(**optim, clip=0.5, ema=None)},
