@@ -27,6 +27,7 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 
 ROOT = Path(__file__).resolve().parents[1]
+SMALL = ("teacher.net.width=8", "teacher.net.multipliers=[1]")  # of recipes of images: half the layers
 
 
 def environment() -> dict[str, str]:
@@ -38,11 +39,16 @@ def environment() -> dict[str, str]:
 # Runs `python -m distill.<verb>` in forks of a process that has imported everything, since that takes longer than most runs of
 # the tests. One line of JSON a call; answers with the number of the fork, then with its exit code and its seconds of CPU.
 SERVER = """
-import gc, json, os, runpy, sys, traceback
+import gc, importlib, json, os, pkgutil, runpy, sys, traceback
 import distill.compare, distill.evaluate, distill.launch, distill.sample, distill.train
-import distill.methods.disback, distill.stages.train, scipy.linalg, sklearn.datasets
-import torch.distributed.fsdp, torch.distributed.tensor
+import distill.data, distill.evaluation.meters, distill.evaluation.metrics, distill.exporters, distill.methods, distill.nets
+import distill.stages, scipy.linalg, sklearn.datasets, torch.distributed.fsdp, torch.distributed.tensor
 from hydra.core.global_hydra import GlobalHydra
+
+for part in ("data", "evaluation.meters", "evaluation.metrics", "exporters", "methods", "nets", "stages"):
+    package = sys.modules[f"distill.{part}"]
+    for found in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+        importlib.import_module(found.name)
 
 def run(module, arguments, before):
     code = 0
@@ -256,15 +262,16 @@ def refusal(folder: Path, verb: str, *arguments: str) -> str:
 
 
 def shared_run(place: Path, recipe: str) -> Path:
-    """A folder with a finished `runs/run` of the recipe with tiny numbers, made once for all processes of pytest: to be read
-    alone, `copied_run` is for tests that change it."""
+    """A folder with a finished `runs/run` of the recipe with tiny numbers and nets, made once for all processes of pytest.
+    Tests read it; `copied_run` is for those that change it."""
     folder = place / recipe
     with (place / f"{recipe}.lock").open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         if not (folder / "done").exists():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-            run_verb(folder, "train", f"recipe={recipe}", "profile=smoke", "name=run")
+            small = () if recipe.startswith("toy_") else SMALL
+            run_verb(folder, "train", f"recipe={recipe}", "profile=smoke", "name=run", *small)
             (folder / "done").touch()
     return folder
 

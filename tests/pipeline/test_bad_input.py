@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from tests_support import call_verb, copied_run, refusal, run_verb
+from tests_support import SMALL, call_verb, copied_run, refusal, run_verb
 
 from distill.files import read_json, write_json
 
-SMOKE = ("recipe=instaflow", "profile=smoke", "name=run")
+SMOKE = ("recipe=instaflow", "profile=smoke", "name=run", *SMALL)
+SHORT = tuple(f"~stages.{name}" for name in ("pairs2", "distill", "evaluate", "export"))
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,7 @@ def test_gates_are_checked_before_anything_runs(refuse):
 
 
 def test_a_missing_teacher_is_named(refuse):
-    assert "path" in refuse(*SMOKE, "teacher=pretrained")
+    assert "path" in refuse("recipe=instaflow", "teacher=pretrained")
     assert "nowhere: no such folder" in refuse(*SMOKE, "teacher.path=nowhere")
 
 
@@ -119,7 +120,7 @@ def test_pairs_of_another_teacher_or_made_otherwise_are_refused(run, refuse):
 
 
 def test_pairs_that_fit_are_used(run, tmp_path):
-    use = (*SMOKE, f"teacher.path={run / 'teacher'}", f"stages.pairs.path={run / 'pairs'}")
+    use = (*SMOKE, *SHORT, f"teacher.path={run / 'teacher'}", f"stages.pairs.path={run / 'pairs'}")
     run_verb(tmp_path, "train", *use)
     made = tmp_path / "runs/run/pairs/pairs-00000.safetensors"
     assert made.read_bytes() == (run / "pairs/pairs-00000.safetensors").read_bytes()
@@ -175,30 +176,30 @@ def test_an_optimizer_that_cannot_be_built_is_named(refuse):
 
 
 def test_a_failed_start_does_not_block_the_corrected_command(tmp_path):
-    short = [f"~stages.{name}" for name in ("pairs2", "distill", "evaluate", "export")]
     assert "net: does not take samples" in refusal(
-        tmp_path, "train", *SMOKE, *short, "teacher.net.channels=4"
+        tmp_path, "train", *SMOKE, *SHORT, "teacher.net.channels=4"
     )
-    run_verb(tmp_path, "train", *SMOKE, *short)
+    run_verb(tmp_path, "train", *SMOKE, *SHORT)
     assert (tmp_path / "runs/run/reflow/artifact.json").is_file()
 
 
 def test_extension_and_what_it_makes_stale(finished, tmp_path):
     """A longer last training stage is trained on; a longer first one makes the others stale, which is said before it runs."""
     copied_run(finished, tmp_path)
-    refused = refusal(tmp_path, "train", *SMOKE, "profile.steps=6")
+    command = (*SMOKE, *SHORT)
+    refused = refusal(tmp_path, "train", *command, "profile.steps=6")
     assert "teacher would be trained further" in refused
     assert "redo=pairs" in refused
-    extended = run_verb(tmp_path, "train", *SMOKE, "profile.steps=6", "redo=[pairs]")
-    assert "[1/7] teacher" in extended.stderr
+    extended = run_verb(tmp_path, "train", *command, "profile.steps=6", "redo=[pairs]")
+    assert "[1/3] teacher" in extended.stderr
     steps = [
         json.loads(x)["step"]
         for x in (tmp_path / "runs/run/teacher/logs/metrics.jsonl").read_text().splitlines()
     ]
     assert steps == [4, 6]
-    assert "\n  steps: 6 -> 5" in refusal(tmp_path, "train", *SMOKE, "profile.steps=5")
+    assert "\n  steps: 6 -> 5" in refusal(tmp_path, "train", *command, "profile.steps=5")
     (tmp_path / "runs/run/teacher/checkpoints/last.ckpt").unlink()
-    gone = refusal(tmp_path, "train", *SMOKE, "profile.steps=9", "redo=[pairs]")
+    gone = refusal(tmp_path, "train", *command, "profile.steps=9", "redo=[pairs]")
     assert "its last checkpoint is missing; redo=teacher" in gone
 
 
@@ -297,7 +298,10 @@ def test_an_interrupted_redo_is_continued_by_the_same_command(finished, tmp_path
     again = run_verb(tmp_path, "train", *command)
     assert again.stderr.count("already finished, skipped") == 6
     assert not (run / "redo.json").exists()
-    assert run_verb(tmp_path, "train", *command).stderr.count("already finished, skipped") == 2
+    planned = call_verb(tmp_path, "train", *command, "plan=true", check=True).stdout
+    assert (planned.count(" new "), planned.count(" finished ")) == (5, 2), (
+        "the next one is a redo of its own"
+    )
     made = {name: read_json(run / name / "artifact.json")["digest"] for name in order}
     assert made == {name: digests[name] for name in order}
 

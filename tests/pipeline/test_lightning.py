@@ -14,7 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 from test_watching import TRAIN, recipe
-from tests_support import run_verb
+from tests_support import SMALL, run_verb
 
 from distill.engine import checkpoint
 from distill.recipe.run import run
@@ -133,7 +133,7 @@ def test_a_trial_trains_some_iterations_and_saves_nothing(tmp_path: Path) -> Non
 
 
 def test_a_trial_ends_the_command(tmp_path: Path) -> None:
-    tried = run_verb(tmp_path, "train", "recipe=instaflow", "profile=smoke", "trainer.fast_dev_run=1")
+    tried = run_verb(tmp_path, "train", "recipe=instaflow", "profile=smoke", "trainer.fast_dev_run=1", *SMALL)
     assert "stages.teacher: trainer.fast_dev_run=1: ran that many iterations" in tried.stderr
     assert "done" not in tried.stdout
     assert not list(tmp_path.rglob("*.safetensors"))

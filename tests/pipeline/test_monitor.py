@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from tests_support import refusal, run_verb
+from tests_support import SMALL, refusal, run_verb
 
 OPTIONS = (
     "recipe=instaflow",
@@ -20,6 +20,7 @@ OPTIONS = (
     "which=best",
     "name=run",
     "trainer.checkpoint_every=5",
+    *SMALL,
     "stages.distill.optim.student.optimizer.lr=0.3",  # high enough that the first evaluations are the best
 )
 STAGE = "runs/run/distill"

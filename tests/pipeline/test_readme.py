@@ -1,4 +1,5 @@
-"""The README's marked commands run as they stand (with `profile=smoke` where they train)."""
+"""The README's marked commands as they stand: the first block runs (with `profile=smoke` where it trains), of the second the
+plans are made."""
 
 from __future__ import annotations
 
@@ -11,33 +12,36 @@ import sys
 from pathlib import Path
 
 from PIL import Image
-from tests_support import ROOT, environment, run_verb
+from tests_support import ROOT, call_verb, environment, run_verb
 
 README = (ROOT / "README.md").read_text()
 ARCHITECTURE = (ROOT / "docs/architecture.md").read_text()
 
 
-def marked_commands() -> list[list[str]]:
-    """Lines of the code blocks that follow a `<!-- run -->`, split as a shell would."""
+def marked_commands() -> list[list[list[str]]]:
+    """Lines of each code block that follows a `<!-- run -->`, split as a shell would."""
     blocks = re.findall(r"<!-- run -->\n```\n(.*?)```", README, flags=re.DOTALL)
-    return [shlex.split(line) for block in blocks for line in block.splitlines()]
+    return [[shlex.split(line) for line in block.splitlines()] for block in blocks]
 
 
 def test_marked_commands(tmp_path: Path):
-    commands = marked_commands()
-    assert len(commands) == 8
-    for command in commands:
-        assert command[:2] == ["python", "-m"], command
-        package, _, verb = command[2].partition(".")
-        assert package == "distill"
-        arguments = command[3:]
-        if verb == "train" and "--help" not in arguments:
-            arguments = [a for a in arguments if not a.startswith("profile=")] + ["profile=smoke"]
-            if not any(a.startswith("name=") for a in arguments):
-                arguments.append("name=instaflow")  # the folder that later commands read
-        run_verb(tmp_path, verb, *arguments)
+    """Training is planned in the second block, whose commands differ from the first one's by their options alone."""
+    blocks = marked_commands()
+    assert [len(block) for block in blocks] == [2, 6]
+    for number, block in enumerate(blocks):
+        for command in block:
+            assert command[:2] == ["python", "-m"], command
+            package, _, verb = command[2].partition(".")
+            assert package == "distill"
+            arguments = command[3:]
+            if verb == "train" and "--help" not in arguments:
+                arguments = [a for a in arguments if not a.startswith("profile=")] + ["profile=smoke"]
+                if not any(a.startswith("name=") for a in arguments):
+                    arguments.append("name=instaflow")  # the folder that later commands read
+                arguments += ["plan=true"] * number
+            (call_verb if number else run_verb)(tmp_path, verb, *arguments, check=True)
     assert (tmp_path / "grid.png").exists()
-    assert {p.name for p in (tmp_path / "runs").iterdir()} == {"instaflow", "straighter", "wide", "again"}
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["instaflow"]
 
 
 def test_the_examples_of_new_parts_run(tmp_path: Path):

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from tests_support import call_verb, kill_when, refusal, run_verb
+from tests_support import SMALL, call_verb, kill_when, refusal, run_verb
 
-SMOKE = ("recipe=instaflow", "profile=smoke", "name=run")
+SMOKE = ("recipe=instaflow", "profile=smoke", "name=run", *SMALL)
 
 
 def weights(folder: Path, stage: str) -> dict[str, torch.Tensor]:
@@ -78,7 +78,13 @@ def test_a_flipped_byte_is_found(finished):
 
 
 def test_killed_in_a_stage_and_continued_equals_not_stopping(tmp_path):
-    options = ("recipe=toy_instaflow", *SMOKE[1:], "profile.steps=60", "trainer.checkpoint_every=5")
+    options = (
+        "recipe=toy_instaflow",
+        "profile=smoke",
+        "name=run",
+        "profile.steps=60",
+        "trainer.checkpoint_every=5",
+    )
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir()
     parts.mkdir()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests_support import kill_when, run_verb
+from tests_support import SMALL, kill_when, run_verb
 
 from distill.engine import checkpoint
 from distill.files import sha256_file
@@ -25,6 +25,7 @@ SMOKE = (
     "~stages.evaluate",
     "~stages.export",
     "stages.distill.monitor=null",
+    *SMALL,
 )
 RECIPES = {
     "sid": ("recipe=sid", *SMOKE),
