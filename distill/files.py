@@ -154,13 +154,26 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors atomically, sorted by name and without metadata: equal tensors give equal bytes."""
-    from safetensors.torch import save_file  # verbs that only print need no torch
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors atomically, sorted by name, without metadata or with sorted entries: equal contents give equal bytes."""
+    from safetensors.torch import save, save_file  # verbs that only print need no torch
 
     ordered = {name: tensors[name].detach().to("cpu").contiguous() for name in sorted(tensors)}
     size = sum(tensor.nbytes for tensor in ordered.values())
-    write_atomic(path, lambda temporary: save_file(ordered, temporary), size)
+    if metadata is None:
+        write_atomic(path, lambda temporary: save_file(ordered, temporary), size)
+        return
+    content = save(ordered)
+    start = 8 + int.from_bytes(content[:8], "little")
+    # The writer's own metadata is in random order. Spaces keep the tensors at a multiple of 8 bytes.
+    header = json.dumps(
+        {"__metadata__": dict(sorted(metadata.items()))} | json.loads(content[8:start])
+    ).encode()
+    header += b" " * (-len(header) % 8)
+    whole = len(header).to_bytes(8, "little") + header + content[start:]
+    write_atomic(path, lambda temporary: temporary.write_bytes(whole), len(whole))
 
 
 def copy(source: Path, target: Path) -> None:

@@ -13,6 +13,7 @@ from distill.models.adapters import Adapted, adapter_of
 from distill.models.build import build_net
 from distill.models.conditions import of_net
 from distill.models.denoiser import Denoiser
+from distill.models.lora_files import LoraFile, digest
 from distill.nets.converted import Converted, Retimed
 from distill.process.base import KINDS
 from distill.process.flow import Flow
@@ -21,13 +22,25 @@ from distill.typed import parse
 
 @dataclass(frozen=True)
 class Lora:
-    """Low-rank adapters, see `models.adapters.Adapted`: rank, alpha (null: the rank), names of layers (null: those that the net
-    names, or all) and dropout."""
+    """Low-rank adapters, see `models.adapters.Adapted`: rank (null: 16), alpha (null: the rank), names of layers (null: those
+    that the net names, or all) and dropout; or those of a LoRA file, which has a rank, an alpha and layers of its own."""
 
-    rank: int = 16
+    rank: int | None = None
     alpha: float | None = None
     targets: list[str] | None = None
     dropout: float = 0.0
+    file: str | None = None
+
+    def options(self, base: nn.Module, file: LoraFile | None) -> dict[str, Any]:
+        """Arguments of `Adapted`. Raises ValueError naming the option that contradicts the file."""
+        if file is None:
+            rank = 16 if self.rank is None else self.rank
+            return {"rank": rank, "alpha": self.alpha, "targets": self.targets, "dropout": self.dropout}
+        if self.targets is not None:
+            raise ValueError(
+                f"targets: found {self.targets}, but {file.path} names its layers; expected null"
+            )
+        return file.options(base, self.rank, self.alpha) | {"dropout": self.dropout}
 
 
 @dataclass(frozen=True)
@@ -63,6 +76,12 @@ class Adapt:
                 f"{changed}: found {getattr(self, changed)!r}, but adapters keep the net's other weights and its prediction; "
                 "expected null"
             )
+
+
+def files_digest(changes: Mapping[str, Any] | None) -> str:
+    """A digest of the files that `adapted` reads; empty for none. Raises FileNotFoundError."""
+    file = ((changes or {}).get("lora") or {}).get("file")
+    return "" if file is None else digest(file)
 
 
 def adapted(student: Denoiser, changes: Mapping[str, Any]) -> Denoiser:
@@ -102,11 +121,16 @@ def with_adapter(model: Denoiser, lora: Lora) -> Denoiser:
     """
     found = adapter_of(model.net)
     try:
+        file = None if lora.file is None else LoraFile.read(lora.file)
+        options = lora.options(model.net if found is None else found.net, file)
         if found is None:
-            return model.with_(net=Adapted(model.net, **asdict(lora)), conditions=model.conditions)
-        if found.takes(**asdict(lora)):
+            net = Adapted(model.net, **options)
+            if file is not None:
+                file.fill(net)
+            return model.with_(net=net, conditions=model.conditions)
+        if found.takes(**options):
             return model
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         raise ValueError(f"adapt.lora.{error}") from error
     raise ValueError(
         f"adapt.lora: found {asdict(lora)}, but the model of `init` has adapters of rank {found.rank}, alpha {found.alpha} on "

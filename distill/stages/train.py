@@ -25,7 +25,7 @@ from distill.models.conditions import of_source
 from distill.models.denoiser import Denoiser
 from distill.models.generator import Generator
 from distill.models.native import load_models, save_model
-from distill.stages.adapt import Adapt, adapted
+from distill.stages.adapt import Adapt, adapted, files_digest
 from distill.stages.artifact import digest_of, lasting_identity
 from distill.stages.attached import build, stage_options
 from distill.stages.base import TRAINED_FILES, FastDevRun, ModelStage, Stage, StageContext, check_types
@@ -218,9 +218,10 @@ class Train(ModelStage):
         return Made(model=Generator(generator.denoiser, spec), nodes=tuple(method.snapshots()), trained=True)
 
     def fingerprint(self) -> str:
-        """The data's fingerprint, where it does not come from a stage, and what a monitor measures with."""
-        data = "" if isinstance(self.data, str) else instantiate(self.data).fingerprint()
-        return data if self._monitor is None else f"{data} {self._monitor.fingerprint()}".strip()
+        """The data's fingerprint, where it does not come from a stage, what a monitor measures with, and a LoRA file."""
+        parts = ["" if isinstance(self.data, str) else instantiate(self.data).fingerprint()]
+        parts += [] if self._monitor is None else [self._monitor.fingerprint()]
+        return " ".join([*parts, files_digest(self.adapt)]).strip()
 
     def begun(self, folder: Path) -> bool:
         """A checkpoint is there."""
