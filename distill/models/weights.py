@@ -16,14 +16,19 @@ Header = Mapping[str, tuple[tuple[int, ...], str]]
 """name -> (shape, type) of the tensors of a file."""
 
 
-def read_header(path: Path) -> Header:
-    """The header of a weights file, without its tensors. Raises ValueError naming the file and the tensor of another type."""
+def stored_tensors(path: Path) -> Header:
+    """The header of a safetensors file, without its tensors. Raises ValueError naming the file."""
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+            return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
+
+
+def read_header(path: Path) -> Header:
+    """The header of a weights file. Raises ValueError naming the file and the tensor of another type."""
+    found = stored_tensors(path)
     for name, (_, dtype) in found.items():
         if dtype not in FLOATS:
             raise ValueError(f"{path}: {name}: found the type {dtype}, expected one of {list(FLOATS)}")

@@ -12,6 +12,7 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import get_class
 
+from distill.engine.memory import Memory
 from distill.files import read_json
 from distill.recipe.expand import expand
 from distill.recipe.references import stage_class, stage_fields
@@ -56,6 +57,7 @@ class Planned:
         changes: differences to the recorded identity, as "key: old -> new".
         broken: why the recorded work cannot be used, if the reason is not a changed config.
         made: digest of the stage's files, if it is finished.
+        memory: of its networks, for stages that predict it.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Planned:
     changes: tuple[str, ...] = ()
     broken: str = ""
     made: str | None = None
+    memory: Memory | None = None
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -115,8 +118,9 @@ def build_stages(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Stage]:
     return stages
 
 
-def dry_run(stages: Mapping[str, Stage]) -> None:
-    """Dry-run every stage on the outputs that the stages before it will have, to report errors before training.
+def dry_run(stages: Mapping[str, Stage]) -> dict[str, Made]:
+    """Dry-run every stage on the outputs that the stages before it will have, to report errors before training; returns what
+    each makes.
 
     Raises ValueError naming the stage and the field."""
     made: dict[str, Made] = {}
@@ -128,6 +132,7 @@ def dry_run(stages: Mapping[str, Stage]) -> None:
             raise ValueError(f"stages.{name}: {error.__cause__ or error}") from error
         except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
             raise ValueError(within(f"stages.{name}", error, ": ")) from error
+    return made
 
 
 def plan(recipe: Mapping[str, Any], run_folder: Path, seed: int) -> list[Planned]:
@@ -143,7 +148,7 @@ def plan(recipe: Mapping[str, Any], run_folder: Path, seed: int) -> list[Planned
     if any(value is not None for value in (recipe.get("profile") or {}).values()):
         build_stages(expand({**recipe, "profile": None}))  # also check the values that the profile limits
     stages = build_stages(configs)
-    dry_run(stages)
+    made = dry_run(stages)
     planned: list[Planned] = []
     digests: dict[str, str] = {}
     for name, stage in stages.items():
@@ -156,7 +161,7 @@ def plan(recipe: Mapping[str, Any], run_folder: Path, seed: int) -> list[Planned
             raise ValueError(f"stages.{name}: {error.__cause__ or error}") from error
         except (ValueError, OSError) as error:
             raise ValueError(within(f"stages.{name}", error, ": ")) from error
-        entry = Planned(name, stage, config, folder, content)
+        entry = Planned(name, stage, config, folder, content, memory=made[name].memory)
         _state(entry, {other.name: other for other in planned})
         digests[name] = entry.digest
         planned.append(entry)
@@ -328,8 +333,8 @@ def refuse_changes(planned: Sequence[Planned], run_folder: Path) -> None:
     )
 
 
-def describe_plan(planned: Sequence[Planned], run_folder: Path) -> str:
-    """Return the table that `plan=true` prints."""
+def describe_plan(planned: Sequence[Planned], run_folder: Path, processes: int = 1) -> str:
+    """Return the table that `plan=true` prints. `processes`: those that networks are sharded over."""
     width = max(len(entry.name) for entry in planned)
     kinds = max(len(type(entry.stage).__name__) for entry in planned)
     lines = [f"{run_folder}: {len(planned)} stages"]
@@ -346,4 +351,5 @@ def describe_plan(planned: Sequence[Planned], run_folder: Path) -> str:
         )
         lines += [f"       {readable(line)}" for line in entry.changes[:5]]
         lines += [f"       {entry.broken}"] if entry.broken else []
+        lines += [f"       {line}" for line in entry.memory.describe(processes)] if entry.memory else []
     return printable("\n".join(lines))

@@ -62,7 +62,8 @@ def run(recipe: Mapping[str, Any], *, name: str, recipe_name: str) -> Path:
     if recipe.get("plan"):
         planned = plan(recipe, run_folder, seed)
         redo(planned, recipe.get("redo"))
-        print(describe_plan(planned, run_folder))
+        sharded = settings.shard != "none" and isinstance(settings.devices, int)
+        print(describe_plan(planned, run_folder, settings.devices if sharded else 1))
         print(refusal(planned, run_folder, settings), end="")
         return run_folder
     world = join(settings.device)

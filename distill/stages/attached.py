@@ -11,6 +11,8 @@ from typing import Any
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
+from distill.files import make_folder
+from distill.stages.base import StageContext
 from distill.stages.targets import check_options, resolve
 from distill.typed import parse
 
@@ -66,6 +68,23 @@ def stage_options(config: Mapping[str, Any], folder: Path, settings: Mapping[str
     assert inspect.isclass(target)
     given = loggers.stage_options(target, folder, settings)
     return {name: value for name, value in given.items() if name not in config}
+
+
+def attachments(context: StageContext, settings: dict[str, Any]) -> dict[str, Any]:
+    """Loggers, on the main process alone; callbacks and the profiler, on each process its own."""
+    from distill.engine.loggers import Jsonl, opened, profiler_named
+
+    logs, profiler = context.folder / "logs", context.settings.profiler
+    found: dict[str, Any] = {"loggers": [], "callbacks": [build(config) for config in context.callbacks]}
+    make_folder(logs)
+    if context.world.main and not context.settings.fast_dev_run:
+        configs = [(config, stage_options(config, logs, settings)) for config in context.loggers]
+        found["loggers"] = [Jsonl(logs), *(opened(build(config, **given)) for config, given in configs)]
+    if isinstance(profiler, str) and context.world.main:
+        found["profiler"] = profiler_named(profiler, logs)
+    elif isinstance(profiler, Mapping) and context.world.main:
+        found["profiler"] = build(profiler, **stage_options(profiler, logs, {}))
+    return found
 
 
 def build(config: Mapping[str, Any], /, **options: Any) -> Any:

@@ -15,6 +15,7 @@ from hydra.utils import instantiate
 from distill.cache.pairs import MANIFEST, Pairs
 from distill.data.prompts import Prompts as PromptFile
 from distill.data.source import Source
+from distill.engine.memory import Memory, Size, stored_row
 from distill.files import canonical_json, sha256_text
 from distill.models.decoder import Points
 from distill.models.families import family_of
@@ -29,6 +30,7 @@ from distill.models.prompts import (
     read_table,
     write_table,
 )
+from distill.models.weights import FLOATS, stored_tensors
 from distill.stages.base import Stage, StageContext, check_types
 from distill.stages.made import Made, PairsMade
 from distill.stages.ownership import patterns
@@ -108,7 +110,14 @@ class Encode(Stage):
         nulls = {name: value[:1] for name, value in values.items()} if family.guidable else {}
         shape = family.shape(folder, self.resolution)
         conditions = Prompts.of_table(Table(prompts, values, nulls, shape))
-        return Made(pairs=PairsMade(shape, conditions, Points(), 1.0, has=()))
+        width = DTYPES[self.dtype].itemsize
+        rows = [
+            stored_row(part, [Size(shape, width, sharded=False) for shape in weights_shapes(folder, part)])
+            for part in family.used_encoders(folder)
+            if part.startswith("text_encoder")
+        ]
+        pairs = PairsMade(shape, conditions, Points(), 1.0, has=())
+        return Made(pairs=pairs, memory=Memory(rows, alternate=True))
 
     def _check_memory(self, count: int, row: int) -> None:
         """Raise ValueError where `count` encoded prompts of `row` bytes, which stay in memory while a stage uses them, take
@@ -141,6 +150,16 @@ class Encode(Stage):
                 )
         context.world.barrier()
         return {"count": len(prompts), "truncated": read_table(context.folder).truncated}
+
+
+def weights_shapes(folder: Folder, part: str) -> list[tuple[int, ...]]:
+    """Shapes of the weights of a part, from the headers of its files; without numbers of tokens, which are no weights."""
+    return [
+        shape
+        for file in folder.weights(part)
+        for shape, dtype in stored_tensors(file).values()
+        if dtype in FLOATS
+    ]
 
 
 def machine_memory() -> int:

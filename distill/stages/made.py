@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from distill.engine.memory import Memory
+from distill.models.adapters import adapter_of
 from distill.models.build import build_net, build_process
 from distill.models.conditions import Conditions, of_net
 from distill.models.conditions import of_source as conditions_of
@@ -47,12 +49,14 @@ class Made:
     Attributes:
         model: a model, whose net may be on the meta device. pairs: properties of pairs.
         nodes: training steps of stored nodes. trained: whether the stage trains the model.
+        memory: of the networks while the stage runs; None for stages that do not predict it.
     """
 
     model: Generator | None = None
     pairs: PairsMade | None = None
     nodes: tuple[int, ...] = ()
     trained: bool = False
+    memory: Memory | None = None
 
 
 def try_model(folder: Path) -> Generator:
@@ -61,10 +65,19 @@ def try_model(folder: Path) -> Generator:
     return load_model(folder) if small else sketch_model(folder)
 
 
-def copied(generator: Generator | None) -> Generator:
-    """Return a copy that a method in a dry run may modify."""
-    assert generator is not None  # checked by `Stage.check`
-    return Generator(copy.deepcopy(generator.denoiser), generator.spec)
+def copied(models: Mapping[str, Generator | None], *, adapters: bool) -> dict[str, Generator]:
+    """Return copies of a method's models by role, which it may modify in a dry run. Where it trains adapters, the models are
+    the base that they share, as `load_models` loads it."""
+    given = {role: model for role, model in models.items() if model is not None}
+    assert given.keys() == models.keys()  # checked by `Stage.check`
+    if "init" in given:
+        adapters |= adapter_of(given["init"].denoiser.net) is not None
+    return {
+        role: model
+        if adapters and adapter_of(model.denoiser.net) is None
+        else Generator(copy.deepcopy(model.denoiser), model.spec)
+        for role, model in given.items()
+    }
 
 
 def try_build(config: Mapping[str, Any]) -> nn.Module:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from distill.engine.memory import Memory, decoder_row, network_row
 from distill.models.conditions import Conditions
 from distill.models.families import family_of
 from distill.models.families.vae import PART as VAE
@@ -68,7 +69,10 @@ class Pretrained(ModelStage):
     def dry_run(self, before: Mapping[str, Made]) -> Made:
         """Build the model without weights. Raises ValueError for a family that takes prompts, without them."""
         made = None if self.prompts is None else before[self.prompts].pairs
-        return Made(model=self._load(None if made is None else made.conditions, weights=False))
+        model = self._load(None if made is None else made.conditions, weights=False)
+        denoiser = model.denoiser
+        rows = [network_row("network", denoiser.net), decoder_row(denoiser.decoder.weights())]
+        return Made(model=model, memory=Memory([row for row in rows if row is not None]))
 
     def run(self, context: StageContext) -> dict[str, Any]:
         """Save the model folder, and load it once."""

@@ -16,10 +16,10 @@ from distill.data.rng import stream_key
 from distill.data.source import Source
 from distill.engine import checkpoint
 from distill.engine.fit import PRECISIONS, Fit, train
-from distill.engine.loggers import Jsonl, close, opened, profiler_named
+from distill.engine.loggers import close
+from distill.engine.memory import predicted
 from distill.engine.module import DistillModule
 from distill.engine.parallel import full_state
-from distill.files import make_folder
 from distill.models.build import build_net, build_process
 from distill.models.conditions import of_source
 from distill.models.denoiser import Denoiser
@@ -27,7 +27,7 @@ from distill.models.generator import Generator
 from distill.models.native import load_models, save_model
 from distill.stages.adapt import Adapt, adapted, files_digest
 from distill.stages.artifact import digest_of, lasting_identity
-from distill.stages.attached import build, stage_options
+from distill.stages.attached import attachments
 from distill.stages.base import TRAINED_FILES, FastDevRun, ModelStage, Stage, StageContext, check_types
 from distill.stages.encode import Encode, source_of
 from distill.stages.extension import seams_after, seams_of
@@ -130,6 +130,11 @@ class Train(ModelStage):
         """A monitor keeps the best model."""
         return self.monitor is not None
 
+    @property
+    def _adapts(self) -> bool:
+        """Whether the student is an adapter."""
+        return (self.adapt or {}).get("lora") is not None
+
     def inputs(self) -> dict[str, str]:
         """The references, and the further networks by their role."""
         return super().inputs() | dict(self.networks or {})
@@ -196,7 +201,8 @@ class Train(ModelStage):
         """Build the student and the method on what the stages before will make, and try the monitor's measurement."""
         pairs = before[self.data].pairs if isinstance(self.data, str) else None
         source: Source | PairsMade = pairs if pairs is not None else instantiate(self.data)
-        models = {role: copied(before[name].model) for role, name in self._models().items()}
+        given = {role: before[name].model for role, name in self._models().items()}
+        models = copied(given, adapters=self._adapts)
         if self.nodes is not None and not before[self.nodes].nodes:
             raise ValueError(
                 f"nodes: {self.nodes!r} stores no nodes; expected a stage with the method `degrade`"
@@ -215,7 +221,8 @@ class Train(ModelStage):
                 monitor.meter().trial(generator.shape, labels)
             except ValueError as error:
                 raise ValueError(f"monitor.{error}") from error
-        return Made(model=Generator(generator.denoiser, spec), nodes=tuple(method.snapshots()), trained=True)
+        model, nodes = Generator(generator.denoiser, spec), tuple(method.snapshots())
+        return Made(model=model, nodes=nodes, trained=True, memory=predicted(method))
 
     def fingerprint(self) -> str:
         """The data's fingerprint, where it does not come from a stage, what a monitor measures with, and a LoRA file."""
@@ -251,7 +258,7 @@ class Train(ModelStage):
         memory = PeakMemory(context.device)
         source = source_of(self.data, context.inputs)
         folders = {role: context.inputs[role] for role in self._models()}
-        models = load_models(folders, adapters=(self.adapt or {}).get("lora") is not None)
+        models = load_models(folders, adapters=self._adapts)
         start = self._start(models.get("init"), context.seed, source)
         student = start.denoiser
         threads = use_threads(context, sum(p.numel() for p in student.parameters()))
@@ -262,6 +269,7 @@ class Train(ModelStage):
         method = self._method(student, models, nodes)
         optim = build_optim(self.optim, self.steps)
         method.prepare(optim, seed=context.seed, stream=self.stream, world=context.world)
+        foreseen = predicted(method).total(context.world.size if context.settings.shard == "world" else 1)
 
         def save(folder: Path) -> None:
             """The student as it is now, as a model folder. Collective."""
@@ -290,6 +298,7 @@ class Train(ModelStage):
             "peak_memory_bytes": memory.bytes(),
             "threads": torch.get_num_threads(),  # of a stage that was continued, those of its checkpoint
             "processes": context.world.size,
+            "predicted_bytes": foreseen,
             "best": monitor.facts() if monitor is not None else {},
         }
 
@@ -303,7 +312,7 @@ class Train(ModelStage):
         snapshot: Callable[[int], None],
     ) -> None:
         """Train with the loggers, callbacks and profiler of the run, and a bar."""
-        attached = self._attached(context, settings)
+        attached = attachments(context, settings)
         fit = Fit(
             self.steps,
             self.batch_size,
@@ -348,20 +357,6 @@ class Train(ModelStage):
                     "saved, and later stages did not run"
                 )
             bar.update(self.steps - bar.n)
-
-    def _attached(self, context: StageContext, settings: dict[str, Any]) -> dict[str, Any]:
-        """Loggers, on the main process alone; callbacks and the profiler, on each process its own."""
-        logs, profiler = context.folder / "logs", context.settings.profiler
-        found: dict[str, Any] = {"loggers": [], "callbacks": [build(config) for config in context.callbacks]}
-        make_folder(logs)
-        if context.world.main and not context.settings.fast_dev_run:
-            configs = [(config, stage_options(config, logs, settings)) for config in context.loggers]
-            found["loggers"] = [Jsonl(logs), *(opened(build(config, **given)) for config, given in configs)]
-        if isinstance(profiler, str) and context.world.main:
-            found["profiler"] = profiler_named(profiler, logs)
-        elif isinstance(profiler, Mapping) and context.world.main:
-            found["profiler"] = build(profiler, **stage_options(profiler, logs, {}))
-        return found
 
     def _models(self) -> dict[str, str]:
         """role -> stage, of the models that the method gets."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import nn
 
@@ -29,17 +27,20 @@ def features_for(options: Gan, fake: Denoiser, teacher: Denoiser) -> BottleneckF
     return features
 
 
-def make_head(shape: Sequence[int], groups: int, seed: int) -> nn.Module:
-    """A head [B, *shape] -> [B, 1], its weights a function of `seed` alone.
+def make_head(features: BottleneckFeatures, groups: int, seed: int) -> nn.Module:
+    """A head [B, *shape of the features] -> [B, 1], its weights a function of `seed` alone; on the meta device for features of
+    a model there.
 
     Raises:
         ValueError: features of a shape that no head takes.
     """
+    shape, model = features.shape(), features.denoiser
+    device = "meta" if any(p.is_meta for p in model.parameters()) else "cpu"
     if len(shape) not in (1, 3) or (len(shape) == 3 and shape[1] != shape[2]):
         raise ValueError(
             f"gan: found features of shape {list(shape)}, expected [channels] or [channels, size, size]"
         )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(seed % 2**63)
         try:
             return GanHead(shape[0], shape[1], groups=groups) if len(shape) == 3 else VectorHead(shape[0])

@@ -80,7 +80,7 @@ class DistributionMatching(ScoreDistillation):
         self.gan = None if gan is None else filled(Gan(), gan, "gan")
         if self.gan is not None:
             self.features = features_for(self.gan, self.fake, self.teacher)
-            self.head = make_head(self.features.shape(), self.gan.groups, seed=0)
+            self.head = make_head(self.features, self.gan.groups, seed=0)
 
     def _check_input(self, input: str) -> None:
         if input not in ("backward_sim", "real_noised"):
@@ -106,7 +106,7 @@ class DistributionMatching(ScoreDistillation):
     def prepare(self, optim: Mapping[str, Mapping[str, Any] | Optim], *, seed: int, **settings: Any) -> None:
         """As the base class; the head's first weights are a function of the seed, the same on every process."""
         if self.gan is not None:
-            self.head = make_head(self.features.shape(), self.gan.groups, seed=stream_key(seed, "head"))
+            self.head = make_head(self.features, self.gan.groups, seed=stream_key(seed, "head"))
         super().prepare(optim, seed=seed, **settings)
 
     def critics(self) -> dict[str, nn.Module]:

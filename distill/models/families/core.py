@@ -55,7 +55,8 @@ class Core(Net, ABC):
                 raise ValueError(f"config.{key}: found {found!r}, expected {listed}")
         self.time_scale = time_scale
         made = class_named("diffusers", name, "config._class_name").from_config(config)
-        self.net = made if dtype == "float32" else made.to(DTYPES[dtype])
+        # Not the class's own `to`, which warns of modules to keep in float32 even where it has none.
+        self.net = made if dtype == "float32" else nn.Module.to(made, DTYPES[dtype])
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The network's prediction; its learned variance, if any, is left out."""
