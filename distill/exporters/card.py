@@ -18,9 +18,10 @@ def card(
     *,
     grid: bool,
     note: str = "",
+    use: str | None = None,
 ) -> str:
     """README.md of an export: what the model is, how it is sampled, what was measured. `rows` may be
-    empty; otherwise `protocol` describes the measurement."""
+    empty; otherwise `protocol` describes the measurement. `use`: how to use another format than the native one."""
     spec, model = generator.spec, generator.denoiser
     valid = "any number of" if spec.any_steps else " or ".join(str(n) for n in sorted(spec.times))
     conditions = generator.conditions
@@ -50,7 +51,7 @@ def card(
     label = f", label={min(3, conditions.num_classes - 1)}" if conditions.num_classes else ""
     label = ', prompt="a photo of a dog"' if conditions.kind == "prompts" else label
     samples = "images" if images else "points"
-    use = (
+    native = (
         f'```python\nimport distill\n\n{samples} = distill.load("path/to/this/folder").sample(8{label})  # '
         f"[8, {shape.replace('x', ', ')}]\n```\n\n"
         "```\npython -m distill.sample model=path/to/this/folder count=64 out=grid.png\n```"
@@ -60,7 +61,7 @@ def card(
         f"**{prose(note)}**" if note else "",
         f"![{'one noise a column' if images else 'paths from noise to points'}](grid.png)" if grid else "",
         "\n".join(facts),
-        use,
+        use or native,
     ]
     if rows:
         if protocol is None:

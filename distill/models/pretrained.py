@@ -1,4 +1,4 @@
-"""Folders of diffusers pipelines: what they hold, checked before anything is loaded, and the only call of `from_pretrained`.
+"""Folders of diffusers pipelines: what they hold, checked before anything is loaded, and the only calls of `from_pretrained`.
 
 diffusers and transformers are imported when a part is loaded, and by nothing else than folders of teachers.
 """
@@ -144,6 +144,29 @@ class Folder:
             text = " ".join(str(error).split())
             raise ValueError(f"{self.path / part}: cannot be loaded as {name}: {text}") from error
         return loaded if tokenizer else loaded.eval().requires_grad_(False)
+
+    def assembled(self, *, only: Collection[str] | None = None, **parts: Any) -> Any:
+        """The pipeline as diffusers loads it, weights in float32, without a progress bar.
+
+        only: parts to load; others are None. parts: those in place of the folder's. Raises like `load`."""
+        left_out = [part for part in self.index if part in self and only is not None and part not in only]
+        given: dict[str, Any] = {**dict.fromkeys(left_out), **parts}
+        try:
+            made = class_named(
+                "diffusers", self.pipeline, f"{self.path / INDEX}: _class_name"
+            ).from_pretrained(
+                self.path,
+                local_files_only=True,
+                use_safetensors=True,
+                dtype=torch.float32,
+                variant=self.variant,
+                **given,
+            )
+        except (OSError, RuntimeError, TypeError, KeyError, AttributeError) as error:
+            text = " ".join(str(error).split())
+            raise ValueError(f"{self.path}: cannot be loaded as {self.pipeline}: {text}") from error
+        made.set_progress_bar_config(disable=True)
+        return made
 
     def digest(self, parts: Iterable[str]) -> str:
         """sha256 over the contents of some parts, and over `model_index.json`."""

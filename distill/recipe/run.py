@@ -195,7 +195,8 @@ def _advance(entry: Planned, context: StageContext, held: Held | None) -> None:
 def _record(entry: Planned, facts: Mapping[str, Any], made_of: Mapping[str, str]) -> None:
     """Write the record of a finished stage."""
     stage = entry.stage
-    write_artifact(entry.folder, entry.identity, facts, stage.made(), stage.NEEDED, made_of)
+    needed = stage.needed(entry.identity["config"])
+    write_artifact(entry.folder, entry.identity, facts, stage.made(), needed, made_of)
 
 
 def _check_finished(entry: Planned, context: StageContext) -> None:

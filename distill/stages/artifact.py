@@ -37,6 +37,11 @@ FIRST_NAMES = {
     "distill.stages.export.Export": "distill.pipeline.export.Export",
 }
 
+# Options that later versions added, with the values that change nothing: digests leave them out.
+ADDED = {
+    "distill.stages.export.Export": {"format": "native", "merged": False, "pipeline": None, "variant": None}
+}
+
 
 # Meters that were stages in earlier versions, whose configs had the options of both.
 FIRST_METERS = {
@@ -50,7 +55,12 @@ def hashed_config(config: Mapping[str, Any], references: tuple[str, ...]) -> dic
     other stages, whose digests are included as `inputs`."""
 
     left_out = EXECUTION_ONLY | {key for key in references if isinstance(config.get(key), str)}
-    kept = {key: value for key, value in config.items() if key not in left_out}
+    added = ADDED.get(config["_target_"], {})
+    kept = {
+        key: value
+        for key, value in config.items()
+        if key not in left_out and not (key in added and value == added[key])
+    }
     if isinstance(method := kept.get("method"), Mapping):
         kept["method"] = former_names(method)
     kept |= {"_target_": FIRST_NAMES.get(kept["_target_"], kept["_target_"])}
@@ -203,7 +213,8 @@ def read_artifact(folder: Path, stage: type[Stage] | None = None) -> dict[str, A
             raise ValueError(
                 f"{path}: files: found {unknown[0]!r}, which a {stage.__name__} stage does not make"
             )
-        if missing := [name for name in stage.NEEDED if name not in record["files"]]:
+        needed = stage.needed(record["identity"]["config"])
+        if missing := [name for name in needed if name not in record["files"]]:
             raise ValueError(f"{path}: files: {missing[0]}: missing; expected the sha256 of this file")
     return record
 

@@ -153,6 +153,11 @@ class Stage(ABC):
         """Return the patterns of all files that the stage and the run write to its folder."""
         return (*patterns(*RECORDS), *cls.FILES)
 
+    @classmethod
+    def needed(cls, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return the files that a stage of this config must have made when it finishes."""
+        return cls.NEEDED
+
     def inputs(self) -> dict[str, str]:
         """Return role -> name of the input stage."""
         return {role: value for role in self.REFERENCES if isinstance(value := getattr(self, role), str)}

@@ -3,46 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import torch
-
 from distill.evaluation.protocol import Protocol
+from distill.exporters import export, lora
 from distill.exporters.card import card
 from distill.files import copy, read_json, write_json, write_text
-from distill.models.description import DESCRIPTION, WEIGHTS
-from distill.models.native import load_model, save_model
 from distill.models.prompts import FILES as PROMPT_FILES
 from distill.stages.base import MODEL_FILES, ModelStage, Stage, StageContext, check_types, check_which
 from distill.stages.evaluate import Evaluate
+from distill.stages.made import Made
 from distill.stages.monitor import model_folder
 from distill.stages.ownership import patterns
+from distill.stages.pretrained import Pretrained
 
 
 @dataclass
 class Export(Stage):
-    """Export weights, sampler, model card, picture and table of a model.
+    """Export a model with its sampler, and a card with picture and table.
 
     Attributes:
         student: name of the stage whose model is exported.
         evaluate: name of the Evaluate stage whose table and picture the card contains, or None.
         which: "last", the model at the end of training, or "best", the one chosen by its `monitor`.
+        format, merged, pipeline, variant: see `exporters.export.Options`; pipeline and variant null: those of the run's
+            Pretrained stage, or of the text encoders of the model's prompts.
     """
 
     REFERENCES: ClassVar[tuple[str, ...]] = ("student", "evaluate")
     FILES: ClassVar[tuple[str, ...]] = (
         *MODEL_FILES,
-        *patterns("README.md", "grid.png", "metrics.json", *PROMPT_FILES),
+        *patterns("README.md", "grid.png", "metrics.json", *PROMPT_FILES, *lora.FILES),
     )
-    NEEDED: ClassVar[tuple[str, ...]] = (WEIGHTS, DESCRIPTION, "README.md")
 
     student: str
     evaluate: str | None = None
     which: str = "last"
+    format: str = "native"
+    merged: bool = False
+    pipeline: str | None = None
+    variant: str | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
+        self._options = export.Options(self.format, self.merged, self.pipeline, self.variant)
+
+    @classmethod
+    def needed(cls, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """The card, and the format's main files."""
+        return ("README.md", *export.NEEDED[config.get("format", "native")])
 
     def check(self, stages: Mapping[str, Stage]) -> None:
         """Raise ValueError unless student and evaluation are stages of the right kind and of the same model."""
@@ -50,6 +60,9 @@ class Export(Stage):
         if not isinstance(stages[self.student], ModelStage):
             raise ValueError(f"student: {self.student!r} makes no model; expected a stage with a model")
         check_which(self.which, self.student, stages)
+        teachers = [stage for stage in stages.values() if isinstance(stage, Pretrained)]
+        if self.pipeline is None and len(teachers) == 1:
+            self._options = replace(self._options, pipeline=teachers[0].path, variant=teachers[0].variant)
         if self.evaluate is None:
             return
         evaluated = stages[self.evaluate]
@@ -62,14 +75,21 @@ class Export(Stage):
                     "expected the same in both, because the card shows these numbers"
                 )
 
+    def dry_run(self, before: Mapping[str, Made]) -> Made:
+        """Raise ValueError or FileNotFoundError where the student cannot be exported so."""
+        student = before[self.student].model
+        assert student is not None  # checked by `check`
+        export.check(student, self._options)
+        return Made()
+
     def run(self, context: StageContext) -> dict[str, Any]:
-        """Copy the model, write the card, load the export and check that it draws the same samples as the original."""
+        """Export the model and check the export, then write the card."""
         if not context.world.main:
             return {}
-        source = model_folder(context.inputs["student"], self.which)
-        original = load_model(source)
-        conditions = original.conditions.exported(context.folder)
-        save_model(context.folder, original.denoiser.with_(conditions=conditions), original.spec)
+        with context.display.bar(1, unit="check") as bar:
+            source = model_folder(context.inputs["student"], self.which)
+            made = export.export(source, context.folder, self._options, context.recipe)
+            bar.update()
         rows, picture, note = [], False, ""
         protocol: Protocol | None = None
         if "evaluate" in context.inputs:
@@ -81,13 +101,6 @@ class Export(Stage):
             picture = grid.is_file()
             if picture:
                 copy(grid, context.folder / "grid.png")
-        write_text(
-            context.folder / "README.md",
-            card(context.recipe, original, rows, protocol, grid=picture, note=note),
-        )
-        with context.display.bar(1, unit="check") as bar:
-            again = load_model(context.folder)
-            if not torch.equal(original.sample(4), again.sample(4)):
-                raise RuntimeError(f"{context.folder}: the export does not reproduce the samples of {source}")
-            bar.update()
-        return {"parameters": sum(p.numel() for p in again.denoiser.parameters())}
+        page = card(context.recipe, made.generator, rows, protocol, grid=picture, note=note, use=made.use)
+        write_text(context.folder / "README.md", page)
+        return made.facts

@@ -31,7 +31,7 @@ BELOW = {
     "models": {"process", "nets", "data", "samplers", "files", "typed", "names", "assets"},
     "cache": {"models", "process", "data", "samplers", *BASE},
     "evaluation": {"models", "process", "data", "samplers", *BASE},
-    "exporters": {"models", "evaluation", *BASE},
+    "exporters": {"models", "evaluation", "process", "nets", "data", *BASE},
     "engine": {"models", "process", "data", "samplers", *BASE},
     "methods": {"engine", "models", "nets", "process", "data", "samplers", "typed"},
     "stages": {
@@ -51,7 +51,7 @@ BELOW = {
     },
     "recipe": {"stages", "engine", *BASE},
 }
-VERBS = {"train", "sample", "evaluate", "compare"}
+VERBS = {"train", "sample", "evaluate", "compare", "export"}
 FOREIGN = {
     "hydra": {"recipe", "stages", "train", "evaluate"},
     "omegaconf": {"recipe", "stages", "train", "evaluate"},

@@ -1,0 +1,70 @@
+"""`python -m distill.export model=runs/sid/distill format=lora out=FOLDER`: a model as files for other programs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from distill import terminal
+from distill.exporters import export
+from distill.exporters.card import card
+from distill.files import make_folder, write_text
+
+
+@dataclass
+class Options:
+    """Options:
+
+    model: a model folder: of a stage, or a native export
+    out: a new folder
+    format: native, diffusers, lora or comfyui
+    merged: of a model with an adapter, add its terms to the weights
+    pipeline: folder of the diffusers pipeline that the model was made from; null: the one that encoded its prompts
+    variant: of the weights in that folder: fp16 for model.fp16.safetensors"""
+
+    model: str = ""
+    out: str = ""
+    format: str = "native"
+    merged: bool = False
+    pipeline: str | None = None
+    variant: str | None = None
+
+
+def parse(arguments: list[str]) -> Options:
+    """Parse `key=value` arguments. Raises ValueError naming the key."""
+    options = terminal.read_options(Options, arguments)
+    if not options.model:
+        raise ValueError("model: missing; expected a model folder, such as model=runs/sid/distill")
+    if not options.out:
+        raise ValueError("out: missing; expected a new folder, such as out=my_student")
+    if os.path.lexists(Path(options.out).expanduser()):
+        raise ValueError(f"out: {options.out} exists; expected a new folder")
+    return options
+
+
+def main() -> None:
+    """Export into a folder beside `out`, which is renamed when everything is checked."""
+    with terminal.report_errors():
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            print(f"{__doc__}\n\n{Options.__doc__}")
+            return
+        options = parse(sys.argv[1:])
+        source, out = Path(options.model).expanduser(), Path(options.out).expanduser().absolute()
+        wanted = export.Options(options.format, options.merged, options.pipeline, options.variant)
+        part = out.with_name(f".{out.name}.{os.getpid()}.part")
+        try:
+            make_folder(part)
+            made = export.export(source, part, wanted, source.absolute().name)
+            page = card(source.absolute().name, made.generator, [], None, grid=False, use=made.use)
+            write_text(part / "README.md", page)
+            part.rename(out)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+        print(terminal.printable("\n".join([f"{options.out}: {options.format}", *made.lines()])))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""Exports of a model: what the Export stage and `python -m distill.export` do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from distill.exporters import lora
+from distill.models.adapters import adapter_of, merged
+from distill.models.description import DESCRIPTION, WEIGHTS
+from distill.models.families import family_of
+from distill.models.generator import Generator
+from distill.models.native import load_model, save_model
+from distill.models.pretrained import Folder
+from distill.models.prompts import Prompts
+
+FORMATS = ("native", "lora")
+NEEDED = {"native": (WEIGHTS, DESCRIPTION), "lora": (lora.PEFT,)}  # format -> files that it always has
+TOLERANCE = 1e-3  # of images in [-1, 1], where an export is not bit-equal
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to export.
+
+    Attributes:
+        format: one of `FORMATS`. merged: add an adapter's terms to the weights of its base first.
+        pipeline: folder of the diffusers pipeline that the model was made from. variant: of the weights in it.
+    """
+
+    format: str = "native"
+    merged: bool = False
+    pipeline: str | None = None
+    variant: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise ValueError(f"format: found {self.format!r}, expected one of {', '.join(FORMATS)}")
+        if self.merged and self.format == "lora":
+            raise ValueError("merged: found true, but format=lora writes the adapter; expected false")
+
+
+@dataclass
+class Exported:
+    """What was written.
+
+    Attributes:
+        generator: the model. facts: numbers for the stage's record. use: the card's section on use; None: the native one.
+    """
+
+    generator: Generator
+    facts: dict[str, Any] = field(default_factory=dict)
+    use: str | None = None
+
+    def lines(self) -> list[str]:
+        """What was measured, for the terminal."""
+        found: Mapping[str, float] = self.facts.get("differences", {})
+        return [f"{file}: differs by {number:.2g} from the model" for file, number in found.items()]
+
+
+def check(generator: Generator, options: Options) -> None:
+    """Raise ValueError naming the option, or FileNotFoundError for the pipeline, where a model cannot be exported so. Of the
+    model, only its description is read."""
+    adapter = adapter_of(generator.denoiser.net)
+    if options.merged and adapter is None:
+        raise ValueError("merged: found true, but the model has no adapter; expected false")
+    if options.format == "lora" and adapter is None:
+        raise ValueError(
+            "format: found 'lora', but the model has no adapter; expected native, diffusers or comfyui"
+        )
+
+
+def export(source: Path, folder: Path, options: Options, recipe: str) -> Exported:
+    """Write a model folder in another format, and check what was written.
+
+    Raises:
+        ValueError, FileNotFoundError: see `check`.
+        RuntimeError: what was written makes other samples.
+    """
+    generator = load_model(source)
+    check(generator, options)
+    return WRITERS[options.format](generator, folder, options, recipe)
+
+
+def pipeline_of(generator: Generator, options: Options) -> Folder | None:
+    """The folder of `pipeline`, or the one whose text encoders made the model's prompts; None without.
+
+    Raises FileNotFoundError naming `pipeline` where it is gone."""
+    path, variant, conditions = options.pipeline, options.variant, generator.conditions
+    if path is None and isinstance(conditions, Prompts) and (made := conditions.table.source) is not None:
+        path, variant = made.path, made.variant
+    if path is None:
+        return None
+    try:
+        folder = Folder(path, variant)
+        family_of(folder)
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"pipeline: {str(error).removeprefix('path: ')}") from error
+    return folder
+
+
+def facts_of(generator: Generator, recipe: str) -> dict[str, Any]:
+    """What other tools should know of a student: how it was made and how it is sampled."""
+    model, spec = generator.denoiser, generator.spec
+    adapter = adapter_of(model.net)
+    origin = None if adapter is None else adapter.origin
+    return {
+        "recipe": recipe,
+        "base_sha256": None if origin is None else origin.sha256,
+        "kind": model.kind,
+        "process": type(model.process).__name__,
+        "mode": spec.mode,
+        "steps": spec.steps,
+        "times": spec.grid(model.process).tolist(),
+        "start_scale": spec.start_scale,
+        "guidance_scale": spec.guidance_scale,
+        "guidance_learned": spec.guidance_baked,
+        "guidance_w": spec.guidance_w,
+    }
+
+
+def _native(generator: Generator, folder: Path, options: Options, recipe: str) -> Exported:
+    model = generator.denoiser
+    net = merged(model.net) if options.merged else model.net
+    conditions = generator.conditions.exported(folder)
+    save_model(folder, model.with_(net=net, conditions=conditions), generator.spec)
+    again, wanted = load_model(folder), generator.sample(4)
+    found = float((again.sample(4) - wanted).abs().max())
+    if found > (TOLERANCE if options.merged else 0):
+        raise RuntimeError(
+            f"{folder}: the export does not reproduce the samples of the model: they differ by {found:.2g}"
+        )
+    return Exported(generator, {"parameters": sum(p.numel() for p in again.denoiser.parameters())})
+
+
+def _lora(generator: Generator, folder: Path, options: Options, recipe: str) -> Exported:
+    found = lora.write(
+        folder, generator.denoiser, pipeline_of(generator, options), facts_of(generator, recipe)
+    )
+    return Exported(generator, {"differences": found})
+
+
+WRITERS: Mapping[str, Callable[[Generator, Path, Options, str], Exported]] = {
+    "native": _native,
+    "lora": _lora,
+}
