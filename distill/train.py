@@ -23,7 +23,7 @@ def main(cfg: DictConfig) -> None:
     try:
         with terminal.report_errors(compose.explain), schema.typed_places(cfg):
             recipe_name = compose.chosen_recipe(hydra_config.runtime.choices)
-            plain = schema.read(cfg)
+            plain = schema.read(cfg, hydra_config.overrides.task)
             name = compose.run_name(plain["name"], recipe_name, hydra_config, sys.argv[1:])
             devices = plain["trainer"]["devices"]
             if launch.needed(devices) and not plain["plan"]:

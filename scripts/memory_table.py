@@ -1,4 +1,4 @@
-"""Predicted memory of the trainings of real teachers, as the table of docs/teachers.md: python scripts/memory_table.py
+"""Predicted memory of the trainings of real teachers, as the tables of docs/teachers.md: python scripts/memory_table.py
 
 Nothing is allocated: the teachers are folders with the configs of `tests/shapes`, and their networks are on the meta device.
 """
@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from distill.engine.memory import Memory  # noqa: E402
-from distill.recipe.compose import CONFIGS, register_recipes  # noqa: E402
+from distill.engine.memory import KINDS, Memory  # noqa: E402
+from distill.recipe.compose import CONFIGS, recipes, register_recipes  # noqa: E402
 from distill.recipe.expand import expand  # noqa: E402
 from distill.recipe.plan import build_stages, dry_run  # noqa: E402
 from distill.recipe.schema import read  # noqa: E402
@@ -121,5 +121,21 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def presets() -> str:
+    """The table of the recipes of papers: the largest of their trainings, and what it is made of."""
+    lines = [f"| recipe | {' | '.join(KINDS)} | together |", "|---|" + "---|" * (len(KINDS) + 1)]
+    for name in (name for name in recipes() if name.startswith("paper/")):
+        with tempfile.TemporaryDirectory() as place:
+            shape = next(shape for shape in FAMILIES if name.endswith(shape))
+            totals = [
+                m.total() for m in memories(sketched_teacher(Path(place), shape), name).values() if m.updates
+            ]
+        largest = max(totals, key=lambda total: sum(total.values()))
+        cells = [*largest.values(), sum(largest.values())]
+        lines.append(f"| `{name}` | {' | '.join(f'{cell / 2**30:.1f}' for cell in cells)} |")
+        print(lines[-1], file=sys.stderr)
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    print(table())
+    print(f"{table()}\n\n{presets()}")

@@ -42,7 +42,8 @@ CONFIGS, RECIPES = _root() / "configs", _root() / "recipes"
 
 def recipes() -> dict[str, Path]:
     """Return name -> file of the recipes in the package."""
-    return {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
+    paths = [*sorted(RECIPES.glob("*.yaml")), *sorted(RECIPES.glob("*/*.yaml"))]
+    return {path.relative_to(RECIPES).with_suffix("").as_posix(): path for path in paths}
 
 
 @cache
@@ -55,9 +56,8 @@ def register_recipes() -> None:
     # Hydra copies the whole store for each composition (0.1 s), although it copies every config that it loads from it.
     ConfigStore.__deepcopy__ = lambda self, memo: self  # type: ignore[attr-defined]
     for name, path in recipes().items():
-        store.store(
-            group="recipe", name=name, node=OmegaConf.load(path), package="_global_", provider="distill"
-        )
+        group, _, own = f"recipe/{name}".rpartition("/")
+        store.store(group=group, name=own, node=OmegaConf.load(path), package="_global_", provider="distill")
 
 
 def chosen_recipe(choices: Mapping[str, Any]) -> str:
@@ -70,7 +70,8 @@ def chosen_recipe(choices: Mapping[str, Any]) -> str:
 
 
 def run_name(given: Any, recipe: str, hydra_config: Any, given_arguments: Sequence[str] = ()) -> str:
-    """Return the name of the run folder: `name`, or `<recipe>`, or `<recipe>-<profile>` for profiles other than "full".
+    """Return the name of the run folder: `name`, or `<recipe>` without its folder, or `<recipe>-<profile>` for profiles other
+    than "full".
 
     Runs of a multirun append their overrides (`arguments.slug`).
 
@@ -83,6 +84,7 @@ def run_name(given: Any, recipe: str, hydra_config: Any, given_arguments: Sequen
     if given is not None and not isinstance(given, str):
         raise ValueError(f"name: found {given!r}, expected a string; put it in quotes")
     profile = hydra_config.runtime.choices.get("profile", "full")
+    recipe = recipe.rpartition("/")[2]
     name = given if given is not None else recipe if profile == "full" else f"{recipe}-{profile}"
     if hydra_config.mode != RunMode.MULTIRUN:
         return name

@@ -9,10 +9,10 @@ from typing import Any
 
 from distill.recipe.encoding import encode
 from distill.recipe.halving import halve
+from distill.recipe.profile import limit, limits_of, with_values
 from distill.recipe.references import redirect, references, stage_class, stage_fields
 from distill.typed import check_keys, parse
 
-SIZES = ("steps", "count", "batch_size")
 LOAD, TRAIN = "distill.stages.load.Load", "distill.stages.train.Train"
 
 
@@ -42,26 +42,14 @@ def expand(recipe: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     for name, config in stages.items():
         if config["_target_"] == TRAIN and config.get("path") is not None:
             stages[name] = {"_target_": LOAD, "path": config["path"]}
-    stages = in_order(encode(stages))
+    profile, block = recipe.get("profile") or {}, recipe.get("halve")
+    stages, block = with_values(in_order(encode(stages)), block, profile)
     if recipe.get("repeat"):
         stages = repeat(stages, recipe["repeat"])
-    if recipe.get("halve"):
-        stages = halve(stages, recipe["halve"])
-    limits = _limits(recipe.get("profile"), stages)
+    if block:
+        stages = halve(stages, block)
+    limits = limits_of(profile, stages)
     return {name: limit(config, limits) for name, config in stages.items()}
-
-
-def _limits(profile: Any, stages: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
-    """Return upper limits by field: `SIZES` and every integer field of a stage or monitor of the recipe."""
-    found = parse(dict[str, int | None], profile or {}, "profile")
-    fields = [part for config in stages.values() for part in (config, config.get("monitor"))]
-    numbers = {
-        key for part in fields if isinstance(part, Mapping) for key, v in part.items() if type(v) is int
-    }
-    check_keys(found, [*SIZES, *sorted(numbers - set(SIZES))], "profile")
-    if wrong := [key for key, value in found.items() if value is not None and value < 1]:
-        raise ValueError(f"profile.{wrong[0]}: found {found[wrong[0]]!r}, expected an integer of at least 1")
-    return {key: value for key, value in found.items() if value is not None}
 
 
 def in_order(stages: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -166,21 +154,3 @@ def _rounds_of_models(models: Mapping[str, Any], names: list[str], times: int) -
                     )
                 rows[f"{label}{number}"] = dict(model) | {"stage": f"{model['stage']}_round{number}"}
     return rows
-
-
-def limit(config: dict[str, Any], limits: Mapping[str, int]) -> dict[str, Any]:
-    """Apply the profile's upper limits to a stage. If there are any, quality gates are removed: they would be meaningless."""
-    config = copy.deepcopy(config)
-    if not limits:
-        return config
-    for key, cap in limits.items():
-        if isinstance(config.get(key), int):
-            config[key] = min(config[key], cap)
-        if isinstance(config.get("monitor"), dict) and isinstance(config["monitor"].get(key), int):
-            config["monitor"][key] = min(config["monitor"][key], cap)
-    if "gates" in config:
-        config["gates"] = []
-        config["note"] = (
-            "The sizes of this run were limited by a profile: its numbers and images mean nothing."
-        )
-    return config

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from omegaconf.basecontainer import BaseContainer
 from omegaconf.errors import OmegaConfBaseException
 
 from distill.recipe.plan import Changed
+from distill.recipe.profile import TYPED, VALUES
 from distill.stages.attached import check_attached
 from distill.stages.base import Settings
 from distill.typed import parse, unknown_key
@@ -25,8 +26,9 @@ STAGES = ("stages", "repeat", "halve", "profile")
 INNER = ("oc.select", "oc.decode", "oc.create", "oc.deprecated", "oc.dict.keys", "oc.dict.values")
 
 
-def read(cfg: DictConfig) -> dict[str, Any]:
-    """Return the composed config of a run as plain containers.
+def read(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the composed config of a run as plain containers. `overrides`: those of the command line, which values of a
+    profile do not change.
 
     Raises:
         ValueError: for a top-level key that nothing reads, for an interpolation below `STAGES` that reads values from
@@ -41,6 +43,9 @@ def read(cfg: DictConfig) -> dict[str, Any]:
     parse(bool, plain["plan"], "plan")
     parse(Settings, plain["trainer"], "trainer")
     check_attached(plain["loggers"], plain["callbacks"], plain["trainer"].get("profiler"))
+    if any(plain["profile"].get(name) for name in VALUES):
+        keys = [override.partition("=")[0].lstrip("+~") for override in overrides]
+        plain["profile"][TYPED] = [key for key in keys if "." in key]  # the others choose options of groups
     return plain
 
 

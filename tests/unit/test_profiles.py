@@ -1,0 +1,128 @@
+"""Values of a profile, and the recipes with the numbers of papers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import teacher_support
+import yaml
+from hydra import compose, initialize_config_dir
+from tests_support import ROOT, call_verb
+
+from distill.recipe.compose import CONFIGS, RECIPES, recipes, register_recipes
+from distill.recipe.expand import expand
+from distill.recipe.plan import build_stages, dry_run
+from distill.recipe.schema import read
+
+LATENT = yaml.safe_load((ROOT / "configs/profile/latent.yaml").read_text())
+PRESETS = sorted(name for name in recipes() if name.startswith("paper/"))
+PROMPTS = ("teacher=sd", "teacher.path=sd", "data=prompts", "data.path=prompts.txt", "eval=prompts")
+
+
+def expanded(*options: str) -> dict[str, dict[str, Any]]:
+    register_recipes()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return expand(read(compose("config", list(options)), options))
+
+
+def test_latent_has_values_for_methods_that_exist() -> None:
+    methods = {path.stem for path in (ROOT / "configs/method").glob("*.yaml")}
+    # Teachers that train from data, and a student of classifier-free guidance, have none.
+    assert methods - set(LATENT["methods"]) == {"flow_matching", "denoising", "guided"}
+    assert set(LATENT["adapters"]) == set(LATENT["methods"])
+
+
+def test_latent_sets_rates_counts_and_averages() -> None:
+    stages = expanded("recipe=instaflow", *PROMPTS, "student=flow", "profile=latent")
+    assert (stages["pairs"]["count"], stages["pairs"]["sampler"]) == (20000, "teacher")
+    assert stages["pairs2"]["sampler"] == {"solver": "euler", "steps": 25}
+    assert (stages["pairs"]["guidance_scale"], stages["pairs2"].get("guidance_scale", 1.0)) == (5.0, 1.0)
+    assert stages["evaluate"]["models"]["teacher"]["guidance_scale"] == 5.0
+    for name in ("reflow", "distill"):
+        optim = stages[name]["optim"]["student"]
+        assert (optim["optimizer"]["lr"], optim["ema"], optim["optimizer"]["fused"]) == (1e-6, 0.9999, True)
+        assert (stages[name]["batch_size"], stages[name]["accumulate"]) == (64, 8)
+
+
+def test_the_command_line_stands_above_a_profile() -> None:
+    options = ("stages.distill.steps=7", "stages.distill.optim.fake.optimizer.lr=0.5", "student=lora")
+    stages = expanded(
+        "recipe=dmd", *PROMPTS, *options, "+eval.models.teacher.guidance_scale=2", "profile=latent"
+    )
+    distill = stages["distill"]
+    assert (distill["steps"], distill["batch_size"]) == (7, 64)
+    rates = {key: optim["optimizer"]["lr"] for key, optim in distill["optim"].items()}
+    assert rates == {"student": 5e-5, "fake": 0.5}, "of adapters, and that of the command line"
+    assert distill["optim"]["fake"]["optimizer"]["_target_"] == "torch.optim.AdamW"
+    assert stages["evaluate"]["models"]["teacher"]["guidance_scale"] == 2
+
+
+def test_rounds_of_a_halving_have_the_steps_of_the_profile() -> None:
+    stages = expanded("recipe=progressive", *PROMPTS, "profile=latent")
+    assert {stages[f"distill_{n}"]["steps"] for n in (16, 8, 4, 2, 1)} == {
+        LATENT["methods"]["progressive"]["steps"]
+    }
+    typed = expanded("recipe=progressive", *PROMPTS, "profile=latent", "+halve.rounds.1.steps=9")
+    assert typed["distill_1"]["steps"] == 9
+
+
+def test_wrong_values_are_named() -> None:
+    stages = {
+        "distill": {
+            "_target_": "distill.stages.train.Train",
+            "method": {"_target_": "distill.methods.sid.SiD"},
+        }
+    }
+    with pytest.raises(
+        ValueError, match=r"profile\.pairs\.students: no such key, did you mean profile\.pairs\.student"
+    ):
+        expand({"stages": stages, "profile": {"pairs": {"students": {}}}})
+    with pytest.raises(ValueError, match=r"profile\.methods\.sid"):
+        expand({"stages": stages, "profile": {"methods": {"sid": 3}}})
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("teachers")
+    teacher_support.sd(place / "sd15", prediction="epsilon")
+    teacher_support.sdxl(place / "sdxl")
+    (place / "prompts.txt").write_text("a dog\n")
+    return place
+
+
+def test_there_are_five_presets() -> None:
+    assert len(PRESETS) == 5
+    for name in PRESETS:
+        assert (RECIPES / f"{name}.yaml").read_text().startswith("# Not run here. "), name
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_composes_and_plans(folders: Path, name: str) -> None:
+    shape = name.rpartition("_")[2]
+    small = ["+stages.distill.method.gan.groups=8"] if name == "paper/dmd2_sdxl" else []  # 16 channels
+    given = [
+        f"recipe={name}",
+        f"teacher.path={folders / shape}",
+        f"data.path={folders / 'prompts.txt'}",
+        *small,
+    ]
+    made = dry_run(build_stages(expanded(*given)))
+    memory = made["distill"].memory
+    assert memory is not None
+    assert sum(memory.total().values()) > 0
+    model = made["export"].model or made["distill"].model
+    assert model is not None
+    wanted = {"paper/dmd2_sdxl": [999, 749, 499, 249, 0], "paper/sid_lsg_sd15": [625, 0]}
+    if name in wanted:
+        steps = len(wanted[name]) - 1
+        assert model.spec.times[steps] == pytest.approx(wanted[name], abs=1e-6)
+
+
+def test_a_preset_is_a_recipe_of_the_command_line(folders: Path, tmp_path: Path) -> None:
+    given = (f"teacher.path={folders / 'sd15'}", f"data.path={folders / 'prompts.txt'}", "plan=true")
+    planned = call_verb(tmp_path, "train", "recipe=paper/sid_lsg_sd15", *given, check=True).stdout
+    assert "runs/sid_lsg_sd15: 5 stages" in planned
+    assert "steps 19532, batch_size 512" in planned
+    assert "recipe=paper/dmd2_sdxl" in call_verb(tmp_path, "train").stderr
