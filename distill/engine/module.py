@@ -48,7 +48,7 @@ class DistillModule(L.LightningModule):
 
     # Options of the constructor that name model folders. Checkpoints record their weights, not their paths.
     FOLDERS: ClassVar[tuple[str, ...]] = ()
-    # Fields of a batch that the losses need beside its conditions: a source without them is refused.
+    # Fields of a batch that the losses always need beside its conditions, see `needs`.
     reads: ClassVar[tuple[str, ...]] = ()
     given: Any  # (arguments, options) of the constructor, described by `engine.made` once training begins
 
@@ -89,7 +89,11 @@ class DistillModule(L.LightningModule):
             super().__setattr__(name, value)
 
     # --- what a method declares
-    # -------------------------------------------------------------------------------------
+
+    @classmethod
+    def needs(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
+        """Fields of a batch that the losses need with these options of the constructor: a source without them is refused."""
+        return cls.reads
 
     def updates(self) -> Sequence[Update]:
         """The updates of one iteration, in the order in which they run."""
@@ -133,7 +137,6 @@ class DistillModule(L.LightningModule):
         return kept
 
     # --- set up
-    # -----------------------------------------------------------------------------------------------------
 
     def prepare(
         self,
@@ -281,7 +284,6 @@ class DistillModule(L.LightningModule):
         return [micro if micro.ids.device == device else micro.to(device) for micro in batch]
 
     # --- one iteration
-    # ----------------------------------------------------------------------------------------------
 
     def training_step(self, batch: list[Batch], batch_idx: int) -> None:
         """Run the updates of this iteration on all micro batches."""
@@ -378,7 +380,6 @@ class DistillModule(L.LightningModule):
         return logs
 
     # --- results
-    # ----------------------------------------------------------------------------------------------------
 
     def average(self, name: str) -> Denoiser:
         """An average of a denoiser by its name in `self.ema`."""

@@ -135,15 +135,16 @@ def check_student(student: Denoiser, sample_shape: Sequence[int], conditions: Co
 
 
 def check_reads(
-    method: DistillModule, source: Any, data: str | Mapping[str, Any], before: Mapping[str, Made]
+    method: DistillModule,
+    options: Mapping[str, Any],
+    source: Any,
+    data: str | Mapping[str, Any],
+    before: Mapping[str, Made],
 ) -> None:
-    """Raise ValueError unless a source that declares what its batches hold (`has`) holds what a method reads: always, or
-    with the options that need real samples. `before`: the stages before, for the message."""
-    needed = method.reads
-    if getattr(method, "gan", None) is not None or getattr(method, "real_noised", False):
-        needed = (*needed, "x0")
+    """Raise ValueError unless a source that declares what its batches hold (`has`) holds what a method with these options
+    reads. `before`: the stages before, for the message."""
     has = getattr(source, "has", None)
-    if has is None or not (missing := [name for name in needed if name not in has]):
+    if has is None or not (missing := [name for name in method.needs(options) if name not in has]):
         return
     made = [name for name, each in before.items() if each.pairs is not None and missing[0] in each.pairs.has]
     add = "+stage@stages.pairs=generate stages.pairs.teacher=teacher stages.pairs.count=2048 "

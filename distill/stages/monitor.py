@@ -6,7 +6,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +42,19 @@ class Options:
     Attributes:
         every_images: images of the student's updates between evaluations; there is always one at the end.
         count: samples an evaluation, always of the same noise and labels. batch_size: samples a network call.
-        metric: the distance by which the best model is kept: fd, kid or sliced_wasserstein.
+        metric: the distance by which the best model is kept: fd, kid or sliced_wasserstein; None: nothing is measured and no
+            model is kept.
         columns: samples a row of the picture, which shows as many rows.
-        data, features: configs of the real data and of the feature extractor.
+        data, features: configs of the real data and of the feature extractor; None without a metric.
         k: neighbours of recall and coverage.
     """
 
     every_images: int
-    data: dict[str, Any]
-    features: dict[str, Any]
+    data: dict[str, Any] | None
+    features: dict[str, Any] | None
     count: int = 500
     batch_size: int = 500
-    metric: str = "fd"
+    metric: str | None = "fd"
     columns: int = 10
     k: int = 5
 
@@ -62,6 +63,8 @@ class Options:
         for name in ("every_images", "batch_size", "columns", "k"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        if self.metric is None:
+            return
         if self.count < self.k + 2:
             raise ValueError(f"count: expected at least k + 2 = {self.k + 2}, found {self.count}")
         distances = [known.name for known in metrics("images") if known.monitored and known.better == "lower"]
@@ -69,24 +72,33 @@ class Options:
             raise ValueError(f"metric: found {self.metric!r}, expected one of {distances}")
 
     def fingerprint(self) -> str:
-        """The real data and the feature extractor."""
-        return self.meter().fingerprint()
+        """The real data and the feature extractor; "" without a metric."""
+        return "" if self.metric is None else self.meter().fingerprint()
 
     def meter(self, device: torch.device | str = "cpu") -> ImageMeter:
-        """What samples are measured with."""
+        """What samples are measured with, where there is a metric."""
+        assert self.data is not None
+        assert self.features is not None
         return ImageMeter(
             build_part(self.data, "data"), build_part(self.features, "features", device), self.k, self.columns
         )
 
 
 def options_of(config: Mapping[str, Any] | None) -> Options | None:
-    """The option `monitor` of a stage. Raises ValueError naming the entry."""
-    if config is not None and config.get("features", "") is None:
-        raise ValueError(
-            "monitor: needs real images and their features, which eval=prompts does not have; expected null: "
-            "type stages.<stage>.monitor=null"
-        )
-    return None if config is None else parse(Options, config, "monitor")
+    """The option `monitor` of a stage; without features (eval=prompts), it draws one row of samples and measures nothing.
+
+    Raises ValueError naming the entry."""
+    if config is None:
+        return None
+    options = parse(Options, config, "monitor")
+    if options.features is not None:
+        if options.data is None:
+            raise ValueError("monitor.data: found null, expected real images to measure with; prompts: type eval=prompts")
+        return options
+    columns = min(options.columns, options.count)
+    return replace(
+        options, data=None, metric=None, count=columns, batch_size=min(options.batch_size, columns)
+    )
 
 
 class Monitor:
@@ -153,7 +165,9 @@ class Monitor:
         self._best = (summary.step, summary.value)
 
     def _values(self, entries: list[dict[str, Any]]) -> dict[int, float]:
-        """step -> the metric, where it is finite."""
+        """step -> the metric, where there is one and it is finite."""
+        if self.options.metric is None:
+            return {}
         return {e["step"]: e[self.options.metric] for e in entries if e[self.options.metric] is not None}
 
     def __call__(self, module: DistillModule) -> dict[str, float]:
@@ -169,7 +183,7 @@ class Monitor:
             save_png(tile(samples[: columns * columns], columns), self._picture("step", module.progress.step))
         if self.context.world.any(better):
             self.save(self.context.folder / BEST)
-            if self.context.world.main:
+            if self.context.world.main and self.options.metric is not None:
                 self._summarize(module, found[self.options.metric], done=True)
         diagnosed = self._diagnose(module)
         return (
@@ -218,6 +232,8 @@ class Monitor:
 
     def _measure(self, module: DistillModule, samples: Tensor) -> dict[str, float]:
         """The logged metrics of the samples; the real half of the work is done once."""
+        if self.options.metric is None:
+            return {}
         if self._meter is None:
             self._meter = self.options.meter(self.context.device)
             self._meter.prepare(self.context.seed, STREAM, self.options.count, self.context.device)
@@ -230,12 +246,14 @@ class Monitor:
 
     def _record(self, module: DistillModule, found: Mapping[str, float]) -> bool:
         """Record an evaluation; returns whether it is the best so far (of equals, the first; never a non-finite one)."""
-        path, step, value = self.folder / RECORD, module.progress.step, found[self.options.metric]
+        path, step, metric = self.folder / RECORD, module.progress.step, self.options.metric
         earlier = [e for e in _entries(path, self.options.metric) if e["step"] < step]
         entry = {"step": step, "images": module.progress.images, "count": self.options.count, **found}
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(path, lines_of([*earlier, entry]))
-        again = self._ahead is not None and step >= self._ahead
+        if metric is None:
+            return False
+        value, again = found[metric], self._ahead is not None and step >= self._ahead
         if not math.isfinite(value) or not (again or self._best is None or value < self._best[1]):
             return False
         self._best, self._ahead = (step, value), None
@@ -248,6 +266,7 @@ class Monitor:
             {name: sha256_file(self.context.folder / BEST / name) for name in MODEL_FILES} if done else None
         )
         options = asdict(self.options)
+        assert self.options.metric is not None
         summary = Summary(self.options.metric, value, module.progress.step, options, files)
         write_json(self.context.folder / SUMMARY, asdict(summary))
 
@@ -271,11 +290,11 @@ class Summary:
     files: dict[str, str] | None = None
 
 
-def _entries(path: Path, metric: str) -> list[dict[str, Any]]:
+def _entries(path: Path, metric: str | None) -> list[dict[str, Any]]:
     """The recorded evaluations; a line that a kill cut off is dropped."""
     entries = read_entries(path)
     for entry in entries:
-        if metric not in entry:
+        if metric is not None and metric not in entry:
             raise ValueError(f"{path}: step {entry['step']}: {metric}: missing")
     return entries
 

@@ -128,7 +128,7 @@ class Train(ModelStage):
     @property
     def keeps_best(self) -> bool:
         """A monitor keeps the best model."""
-        return self.monitor is not None
+        return self._monitor is not None and self._monitor.metric is not None
 
     @property
     def _adapts(self) -> bool:
@@ -209,13 +209,13 @@ class Train(ModelStage):
             )
         start = self._start(models.get("init"), 0, source, try_build)
         method = self._method(start.denoiser, models, ())
-        check_reads(method, source, self.data, before)
+        check_reads(method, self.method, source, self.data, before)
         method.prepare(build_optim(self.optim, self.steps), seed=0, stream=self.stream)
         generator = method.as_generator()
         spec = generator.spec
         if pairs is not None and self.teacher is None:
             spec = replace(spec, guidance_baked=pairs.guidance)
-        if (monitor := self._monitor) is not None:
+        if (monitor := self._monitor) is not None and monitor.metric is not None:
             labels = generator.conditions.ask(count=monitor.count).get("label")
             try:
                 monitor.meter().trial(generator.shape, labels)

@@ -32,7 +32,7 @@ def options(folder: Path, *more: str, recipe: str = "instaflow") -> list[str]:
     return [
         *(f"recipe={recipe}", "profile=smoke", "teacher=sd", f"teacher.path={folder / 'sd'}"),
         *("data=prompts", f"data.path={folder / 'prompts.txt'}", "eval=prompts"),
-        *("stages.distill.monitor=null", "eval.models.teacher.steps=[50,1]"),
+        "eval.models.teacher.steps=[50,1]",
         *(["student=flow"] if recipe == "instaflow" else []),
         *more,
     ]
@@ -113,9 +113,14 @@ def test_score_distillation_needs_prompts_alone(sd: Path, tmp_path: Path) -> Non
 
 
 def test_latent_consistency_takes_pairs(sd: Path, tmp_path: Path) -> None:
-    """With the guidance as an input of the U-Net, on pairs of the prompts."""
-    pairs = ["+stage@stages.pairs=generate", "stages.pairs.teacher=teacher", "stages.pairs.count=8"]
-    run_verb(tmp_path, "train", *options(sd, "name=lcm", "stages.distill.data=pairs", *pairs, recipe="lcm"))
+    """With the guidance as an input of the U-Net, on samples of the prompts, which the recipe makes by itself."""
+    command = options(sd, "name=lcm", "data.samples.guidance_scale=2", recipe="lcm")
+    run_verb(tmp_path, "train", *command)
+    samples = Pairs(tmp_path / "runs" / "lcm" / "samples").header
+    assert (samples.guidance, samples.solver, samples.steps) == (2, "ddim", 50)
+    pictures = list((tmp_path / "runs" / "lcm" / "distill" / "monitor").glob("step_*.png"))
+    assert pictures, "pictures of the prompts while training"
+    assert not (tmp_path / "runs" / "lcm" / "distill" / "best").exists()
     student = distill.load(tmp_path / "runs" / "lcm" / "export")
     assert student.denoiser.embeds_guidance
     assert not torch.equal(student.sample(2, guidance_w=0.0), student.sample(2, guidance_w=1.0))
@@ -125,17 +130,17 @@ def test_methods_that_read_images_are_refused_prompts(sd: Path, tmp_path: Path) 
     def refused(recipe: str, *more: str) -> str:
         return refusal(tmp_path, "train", *options(sd, "name=bad", *more, recipe=recipe))
 
-    found = refused("consistency", "stages.distill.adapt=null")
+    found = refused("consistency", "data.samples=null")
     assert "stages.distill: data: 'prompts' has no x0, which the method Consistency reads" in found
     pairs = ["+stage@stages.pairs=generate", "stages.pairs.teacher=teacher", "stages.pairs.count=2048"]
     assert f"expected pairs: type {' '.join(pairs)} stages.<stage>.data=pairs" in found
-    found = refused("dmd", "stages.distill.method.gan={}")
+    found = refused("dmd", "stages.distill.method.gan={}", "data.samples=null")
     assert "has no x0, which the method DMD reads; expected pairs: type +stage@stages.pairs" in found
     found = refused("instaflow", "stages.distill.data=${data}")
     assert (
         "has no x0, which the method OneStep reads; expected pairs: type stages.<stage>.data=pairs" in found
     )
-    found = refused("consistency", "student=flow")
+    found = refused("lcm", "student=flow")
     assert (
         "student: found {'process': 'flow', 'start': 'converted'}, but no stage of this recipe reads" in found
     )
@@ -161,9 +166,7 @@ def test_bad_prompts(sd: Path, tmp_path: Path) -> None:
         "monitor=digits64",
     )
     teacher = ("recipe=instaflow", "teacher=sd", f"teacher.path={sd / 'sd'}", "eval=prompts")
-    unmonitored = "stages.distill.monitor=null"
-    assert "prompts: missing; " in refusal(tmp_path, "train", *teacher, unmonitored)
-    assert "monitor: needs real images" in refusal(tmp_path, "train", *teacher)
+    assert "prompts: missing; " in refusal(tmp_path, "train", *teacher)
 
 
 def test_bad_folders(sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

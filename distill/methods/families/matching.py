@@ -42,6 +42,12 @@ class DistributionMatching(ScoreDistillation):
     FAKE_TIMES: ClassVar[Mapping[str, Any]] = {"name": "karras", "low": 0, "high": 999}
     ORDER: ClassVar[tuple[str, str]] = ("student", "shared")
 
+    @classmethod
+    def needs(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
+        """Real samples for a GAN, or to start from."""
+        real = options.get("gan") is not None or options.get("input") == "real_noised"
+        return (*cls.reads, "x0") if real else cls.reads
+
     def __init__(
         self,
         student: Denoiser,
