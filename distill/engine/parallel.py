@@ -132,6 +132,10 @@ def shard_net(
 
     if isinstance(net, FSDPModule):
         return
+    if isinstance(net, nn.ModuleList | nn.ModuleDict):  # they have no forward, at which they would be gathered
+        for child in net.children():
+            shard_net(child, mesh, least=least, trained=trained)
+        return
     if any(isinstance(module, FSDPModule) for module in net.modules()):
         for name, parameter in net.named_parameters(recurse=False):
             if id(parameter) in trained:

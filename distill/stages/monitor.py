@@ -93,7 +93,9 @@ def options_of(config: Mapping[str, Any] | None) -> Options | None:
     options = parse(Options, config, "monitor")
     if options.features is not None:
         if options.data is None:
-            raise ValueError("monitor.data: found null, expected real images to measure with; prompts: type eval=prompts")
+            raise ValueError(
+                "monitor.data: found null, expected real images to measure with; prompts: type eval=prompts"
+            )
         return options
     columns = min(options.columns, options.count)
     return replace(

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import teacher_support
 import torch
-from tests_support import call_verb, refusal, run_verb
+from safetensors.torch import load_file
+from tests_support import call_verb, kill_when, refusal, run_verb
 
 import distill
 from distill.cache.pairs import Pairs
@@ -28,12 +29,12 @@ def sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def options(folder: Path, *more: str, recipe: str = "instaflow") -> list[str]:
+def options(folder: Path, *more: str, recipe: str = "instaflow", flow: bool = True) -> list[str]:
     return [
         *(f"recipe={recipe}", "profile=smoke", "teacher=sd", f"teacher.path={folder / 'sd'}"),
         *("data=prompts", f"data.path={folder / 'prompts.txt'}", "eval=prompts"),
         "eval.models.teacher.steps=[50,1]",
-        *(["student=flow"] if recipe == "instaflow" else []),
+        *(["student=flow"] if recipe == "instaflow" and flow else []),
         *more,
     ]
 
@@ -247,3 +248,56 @@ def test_bad_folders(sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     changed(folder, "unet/config.json", sample_size=4)
     assert stage.fingerprint() != before, "samples of another shape"
     assert "dtype: found 'int8' (data.encoder_dtype), expected one of" in refused("data.encoder_dtype=int8")
+
+
+def test_adapters_on_prompts_continue_bit_equal_after_a_kill(sd: Path, tmp_path: Path) -> None:
+    """Of SiD, whose student, fake score, average and teacher have one base; on two processes the numbers are those of one."""
+    more = ("student=lora", "student.lora.rank=2", "trainer.checkpoint_every=1", "profile.steps=6")
+    parts = ("~stages.evaluate", "~stages.export")
+    command = options(sd, "name=run", *more, *parts, recipe="sid")
+    folders = {name: tmp_path / name for name in ("whole", "parts", "two")}
+    for folder in folders.values():
+        folder.mkdir()
+    call_verb(folders["whole"], "train", *command, check=True)
+    kill_when(folders["parts"], command, (folders["parts"] / "runs/run/distill/checkpoints/last.ckpt").exists)
+    call_verb(folders["parts"], "train", *command, check=True)
+    run_verb(folders["two"], "train", *command, "trainer.devices=2", "trainer.shard=world")
+    one, killed, two = (
+        load_file(folder / "runs/run/distill/model.safetensors") for folder in folders.values()
+    )
+    assert len(one) == 2 * 4 * 8, "A and B of four projections of eight attentions, and nothing else"
+    assert all(torch.equal(one[name], killed[name]) for name in one)
+    moved = [name for name, value in one.items() if name.endswith("lora_B.weight") and value.any()]
+    assert len(moved) == len(one) // 2
+    assert all((one[name] - two[name]).abs().max() < 1e-5 for name in one)
+
+
+ALL = {
+    "instaflow": (),
+    "progressive": ("halve.start=8",),
+    "consistency": (),
+    "consistency_training": (),
+    "lcm": (),
+    "lcm_lora": ("student.lora.rank=2",),
+    "sid": (),
+    "dmd": ("stages.distill.method.gan={}",),
+    "disback": (),
+}
+BOTH = [(name, adapters) for name in ALL for adapters in (False, True) if not (adapters and "lcm" in name)]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "adapters"),
+    [pytest.param(*each, marks=[] if each[0] == "lcm_lora" else pytest.mark.slow) for each in BOTH],
+)
+def test_every_recipe_takes_prompts(sd: Path, tmp_path: Path, recipe: str, adapters: bool) -> None:
+    """With all weights and with adapters, from the folder to the export."""
+    more = [*ALL[recipe], *(["student=lora", "student.lora.rank=2"] if adapters else [])]
+    if recipe == "instaflow":
+        more = [*more, "student.process=flow"] if adapters else ["student=flow"]
+    chosen = options(sd, "name=run", "eval.count=4", recipe=recipe, flow=False)
+    call_verb(tmp_path, "train", *chosen, *more, check=True)
+    run = tmp_path / "runs" / "run"
+    stored = json.loads((run / "export" / "model.json").read_text())
+    assert ("base" in stored) == (adapters or recipe == "lcm_lora")
+    assert distill.load(run / "export").sample(1).shape == (1, 3, 16, 16)
