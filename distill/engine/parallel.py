@@ -132,7 +132,9 @@ def shard_net(
 
     if isinstance(net, FSDPModule):
         return
-    if isinstance(net, nn.ModuleList | nn.ModuleDict):  # they have no forward, at which they would be gathered
+    if isinstance(
+        net, nn.ModuleList | nn.ModuleDict
+    ):  # they have no forward, at which they would be gathered
         for child in net.children():
             shard_net(child, mesh, least=least, trained=trained)
         return

@@ -14,15 +14,22 @@ import teacher_support
 import torch
 from torch import Tensor
 
+from distill.data.batch import Batch
 from distill.data.cond import Cond
+from distill.data.rng import Draws
+from distill.engine.update import Step
+from distill.methods.reflow import Reflow
 from distill.models.bottleneck import BottleneckFeatures
 from distill.models.conditions import Nothing
 from distill.models.denoiser import Denoiser
 from distill.models.families import families, family_of, schedulers
 from distill.models.families.family import Encoded
 from distill.models.generator import Generator
+from distill.models.native import load_model, save_model
 from distill.models.pretrained import Folder
-from distill.models.prompts import Prompts, Table, TextEncoders
+from distill.models.prompts import Prompts, Table, TextEncoders, write_table
+from distill.models.spec import SamplerSpec
+from distill.stages.adapt import adapted
 
 PROMPTS = ["a dog", "a cat on a table, with words that are too many"]
 STEPS = 5  # DDIM of diffusers steps by 1000 // STEPS: its times and its states agree where that divides
@@ -71,6 +78,48 @@ def noise(model: Denoiser) -> Tensor:
     return torch.randn(2, *model.sample_shape, generator=torch.Generator().manual_seed(1))
 
 
+def a_student(generator: Generator, cond: Cond, folder: Path) -> None:
+    """Steps of reflow with adapters on the stored model change these alone; the stored student gives the same samples."""
+    model = generator.denoiser
+    if isinstance(model.conditions, Prompts):
+        (folder / "prompts").mkdir()
+        table = model.conditions.table
+        encoded = Encoded(table.values, table.nulls, 0)
+        write_table(folder / "prompts", table.prompts, table.source, encoded, model.sample_shape)
+        model = model.with_(conditions=Prompts.of_folder(folder / "prompts"))
+    save_model(folder / "base", model, generator.spec)
+    base = load_model(folder / "base").denoiser
+    z = noise(base)
+    assert torch.equal(
+        ours(base, z, cond, [base.process.t_max, base.process.t_min], 1.0, "euler"),
+        ours(generator.denoiser, z, cond, [base.process.t_max, base.process.t_min], 1.0, "euler"),
+    )
+    before = {name: value.clone() for name, value in base.net.state_dict().items()}
+    torch.manual_seed(0)
+    student = adapted(base, {"process": "flow", "lora": {"rank": 2}})
+    method = Reflow(student)
+    rows = torch.arange(2)
+    batch = Batch(rows, rows, cond, x0=0.5 * z.flip(0), z=z)
+    step = Step(0, Draws(0, "s", 0, rows))
+    losses = []
+    for _ in range(3):
+        loss = method.loss(batch, step).total
+        loss.backward()
+        with torch.no_grad():
+            for parameter in student.trained().values():
+                parameter -= 0.01 * parameter.grad
+                parameter.grad = None
+        losses.append(float(loss))
+    assert losses[2] < losses[0]
+    assert len(student.trained()) >= 14
+    assert all(torch.equal(value, before[name]) for name, value in base.net.state_dict().items())
+    save_model(folder / "student", student, SamplerSpec(steps=1, any_steps=True))
+    again = load_model(folder / "student").denoiser
+    times = [1.0, 0.5, 0.0]
+    assert torch.equal(ours(again, z, cond, times, 1.0, "euler"), ours(student, z, cond, times, 1.0, "euler"))
+    assert again.decoder.config() == base.decoder.config()
+
+
 def test_all_families_have_a_test() -> None:
     assert sorted(families()) == sorted(teacher_support.MAKERS)
     assert len(families()) == 7
@@ -93,6 +142,7 @@ def test_stable_diffusion_is_its_pipeline(tmp_path: Path, prediction: str, zero_
     close(made, found)
     close((model.decoder.decode(made) / 2 + 0.5).clamp(0, 1), theirs(pipeline, z, output="pt"))
     assert truncated(tmp_path, 16) == 1, "not the null condition"
+    a_student(generator, cond, tmp_path)
     assert model.guidable
     assert (model.kind, model.process.t_max) == ({"epsilon": "eps"}.get(prediction, "v"), 999)
 
@@ -110,6 +160,7 @@ def test_sdxl_is_its_pipeline(tmp_path: Path) -> None:
     times = [*map(float, pipeline.scheduler.timesteps), 0.0]
     close(ours(generator.denoiser, z, cond, times, 4.0, "ddim"), found)
     assert truncated(tmp_path, 16) == 1, "not the null condition"
+    a_student(generator, cond, tmp_path)
     with pytest.raises(ValueError, match="size: no such key"):
         loaded(tmp_path, constants={"size": [1, 1]})
 
@@ -119,6 +170,7 @@ def test_pixart_is_its_pipeline(tmp_path: Path) -> None:
     generator, cond = loaded(tmp_path)
     z = noise(generator.denoiser)
     assert cond.values["context_mask"].sum(1).tolist() == [7, 48]
+    a_student(generator, cond, tmp_path)
     assert BottleneckFeatures(generator.denoiser).shape() == (16, 4, 4)
     found = theirs(pipeline, z, use_resolution_binning=False)
     times = [*map(float, pipeline.scheduler.timesteps), 0.0]
@@ -134,6 +186,7 @@ def test_sd3_is_its_pipeline(tmp_path: Path) -> None:
     close(ours(generator.denoiser, z, cond, pipeline.scheduler.sigmas.tolist(), 4.0, "euler"), found)
     assert BottleneckFeatures(generator.denoiser).shape() == (16, 4, 4)
     assert truncated(tmp_path, 16) == 1, "not the null condition"
+    a_student(generator, cond, tmp_path)
     index = tmp_path / "model_index.json"
     parts = json.loads(index.read_text())
     index.write_text(json.dumps(parts | {"tokenizer_3": [None, None]}))
@@ -152,6 +205,7 @@ def test_flux_is_its_pipeline(tmp_path: Path) -> None:
     with torch.no_grad():
         grid = generator.spec.grid(model.process, STEPS)
         close(model.transport(z, cond, solver="euler", grid=grid)[0], found)
+    a_student(generator, cond, tmp_path)
     assert not model.guidable
     assert BottleneckFeatures(model).shape() == (32, 4, 4)
     with pytest.raises(ValueError, match="resolution: missing"):
@@ -216,6 +270,7 @@ def test_a_loop_of_network_and_scheduler(tmp_path: Path, name: str) -> None:
     # The scheduler's last time is 0, and its step from there ends on the predicted data.
     times = [*map(float, scheduler.timesteps), -1.0]
     close(ours(model, z, cond, times, 1.0 if name == "ddpm" else 3.0, "ddim"), x)
+    a_student(generator, cond, tmp_path)
     assert model.guidable == (name == "dit")
     assert BottleneckFeatures(model).shape() == (16, 4, 4)
 

@@ -269,7 +269,8 @@ def test_adapters_on_prompts_continue_bit_equal_after_a_kill(sd: Path, tmp_path:
     assert all(torch.equal(one[name], killed[name]) for name in one)
     moved = [name for name, value in one.items() if name.endswith("lora_B.weight") and value.any()]
     assert len(moved) == len(one) // 2
-    assert all((one[name] - two[name]).abs().max() < 1e-5 for name in one)
+    # Sums in another order are 1e-5 apart after six steps of Adam, of which each moves a weight by up to 3e-4.
+    assert all((one[name] - two[name]).abs().max() < 5e-5 for name in one)
 
 
 ALL = {
