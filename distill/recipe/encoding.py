@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from distill.stages.targets import resolve
 
@@ -64,7 +64,7 @@ def encode(stages: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return sampled(changed, next(iter(teachers)), samples) if samples is not None else changed
 
 
-def _are_prompts(config: Any) -> bool:
+def _are_prompts(config: Any) -> TypeGuard[Mapping[str, Any]]:
     return isinstance(config, Mapping) and config.get("_target_") == PROMPTS
 
 
