@@ -225,9 +225,6 @@ def test_missing_options_of_schedulers_are_the_class_s(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "entry", "words"),
     [
-        ("DDIMScheduler", {}, "clip_sample: found True, the default of DDIMScheduler, expected False"),
-        ("DDPMScheduler", {"clip_sample": True}, "clip_sample: found True, expected False"),
-        ("DPMSolverMultistepScheduler", {"thresholding": True}, "thresholding: found True, expected False"),
         ("UniPCMultistepScheduler", {"use_flow_sigmas": True}, "use_flow_sigmas: found True, expected False"),
         ("EulerDiscreteScheduler", {"timestep_type": "continuous"}, "timestep_type: found 'continuous'"),
         ("PNDMScheduler", {"num_train_timesteps": "9"}, "num_train_timesteps: found '9', expected int"),
@@ -246,6 +243,18 @@ def test_missing_options_of_schedulers_are_the_class_s(name: str) -> None:
 def test_options_of_schedulers_are_refused_by_name(name: str, entry: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=f"^config: {words}"):
         schedulers.meaning({"_class_name": name, **entry}, "config", 16)
+
+
+@pytest.mark.parametrize(
+    ("name", "entry"), [("DDIMScheduler", {}), ("DPMSolverMultistepScheduler", {"thresholding": True})]
+)
+def test_clipping_between_steps_is_left_out_with_a_warning(name: str, entry: dict[str, Any]) -> None:
+    """The folders of most DDPM have it, and the network is the same."""
+    with pytest.warns(
+        UserWarning, match=r"^config: (clip_sample|thresholding): found True; predicted data are not"
+    ):
+        found = schedulers.meaning({"_class_name": name, **entry}, "config", 16)
+    assert found.kind == "eps"
 
 
 @pytest.mark.parametrize("name", ["ddpm", "dit"])

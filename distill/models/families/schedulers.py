@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,8 +32,6 @@ STEPS = 50  # the default of most pipelines
 
 # Options of schedulers that only one value is implemented of -> that value, and what another one would mean.
 ONLY: dict[str, tuple[Any, str]] = {
-    "clip_sample": (False, "samples are not clipped between the steps here"),
-    "thresholding": (False, "samples are not clipped between the steps here"),
     "timestep_type": ("discrete", "other times of the network are not implemented"),
     "use_flow_sigmas": (False, f"its times are rounded to integers; use {FLOWS[0]}"),
 }
@@ -54,6 +53,8 @@ READ = {
     *("rescale_betas_zero_snr", "shift", "use_dynamic_shifting", "base_shift", "max_shift"),
     *("base_image_seq_len", "max_image_seq_len"),
 }
+# They clip the predicted data between the steps of a solver, and mean nothing for the network.
+CLIPPING = ("clip_sample", "thresholding")
 # Of solvers and time grids: teachers have their own, see `meaning`.
 SOLVERS = {
     *("set_alpha_to_one", "steps_offset", "timestep_spacing", "variance_type", "skip_prk_steps"),
@@ -109,7 +110,14 @@ def _complete(config: Mapping[str, Any], name: str, where: str) -> dict[str, Any
     only = ONLY | (ONLY_OF_FLOWS if name in FLOWS else {})
     for key, value in found.items():
         expected, why = only.get(key, (known[key], "this version does not know it"))
-        if (key in only or key not in READ | SOLVERS) and value != expected:
+        if key in CLIPPING:
+            if value:
+                warnings.warn(
+                    f"{where}: {key}: found {value!r}; predicted data are not clipped between the steps here, so samples of the "
+                    "teacher differ from the pipeline's",
+                    stacklevel=2,
+                )
+        elif (key in only or key not in READ | SOLVERS) and value != expected:
             default = "" if key in config else f", the default of {name}"
             raise ValueError(
                 f"{where}: {key}: found {value!r}{default}, expected {expected!r}: {why}; if the model is right with that, "
