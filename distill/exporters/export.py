@@ -7,17 +7,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distill.exporters import lora
+from distill.exporters import lora, pipeline, usage
 from distill.models.adapters import adapter_of, merged
 from distill.models.description import DESCRIPTION, WEIGHTS
 from distill.models.families import family_of
 from distill.models.generator import Generator
 from distill.models.native import load_model, save_model
-from distill.models.pretrained import Folder
+from distill.models.pretrained import INDEX, Folder
 from distill.models.prompts import Prompts
 
-FORMATS = ("native", "lora")
-NEEDED = {"native": (WEIGHTS, DESCRIPTION), "lora": (lora.PEFT,)}  # format -> files that it always has
+FORMATS = ("native", "diffusers", "lora")
+NEEDED = {
+    "native": (WEIGHTS, DESCRIPTION),
+    "lora": (lora.PEFT,),
+    "diffusers": (INDEX,),
+}  # format -> files that it always has
 TOLERANCE = 1e-3  # of images in [-1, 1], where an export is not bit-equal
 
 
@@ -66,6 +70,8 @@ def check(generator: Generator, options: Options) -> None:
     adapter = adapter_of(generator.denoiser.net)
     if options.merged and adapter is None:
         raise ValueError("merged: found true, but the model has no adapter; expected false")
+    if options.format == "diffusers":
+        pipeline.core_of(generator)
     if options.format == "lora" and adapter is None:
         raise ValueError(
             "format: found 'lora', but the model has no adapter; expected native, diffusers or comfyui"
@@ -136,13 +142,30 @@ def _native(generator: Generator, folder: Path, options: Options, recipe: str) -
 
 
 def _lora(generator: Generator, folder: Path, options: Options, recipe: str) -> Exported:
-    found = lora.write(
-        folder, generator.denoiser, pipeline_of(generator, options), facts_of(generator, recipe)
+    found = pipeline_of(generator, options)
+    differences = lora.write(folder, generator.denoiser, found, facts_of(generator, recipe))
+    stock, call = (None, None) if found is None else pipeline.sampling(generator, found)
+    return Exported(generator, {"differences": differences}, usage.of_lora(generator, lora.PEFT, call, stock))
+
+
+def _diffusers(generator: Generator, folder: Path, options: Options, recipe: str) -> Exported:
+    found = pipeline_of(generator, options)
+    if found is None:
+        raise ValueError(
+            "pipeline: missing; expected the folder of the pipeline that the model was made from"
+        )
+    model = generator.denoiser
+    whole = (
+        model
+        if adapter_of(model.net) is None
+        else model.with_(net=merged(model.net), conditions=model.conditions)
     )
-    return Exported(generator, {"differences": found})
+    plain = Generator(whole, generator.spec)
+    stock, call, difference = pipeline.write(folder, plain, found)
+    facts = {"scheduler": None if stock is None else stock.name, "differences": {"images": difference}}
+    return Exported(plain, facts, usage.of_pipeline(plain, call, stock))
 
 
 WRITERS: Mapping[str, Callable[[Generator, Path, Options, str], Exported]] = {
-    "native": _native,
-    "lora": _lora,
+    **{"native": _native, "diffusers": _diffusers, "lora": _lora}
 }

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distill.exporters.pipeline import check_network
 from distill.models.adapters import Adapted, adapter_of
 from distill.models.build import build_net
 from distill.models.denoiser import Denoiser
-from distill.models.families.core import plain
 from distill.models.lora_files import LoraFile, network_in, part_of, write_kohya, write_peft
 from distill.models.native import load_model
-from distill.models.pretrained import CONFIGS, INSTALL, Folder, class_named
+from distill.models.pretrained import INSTALL, Folder, class_named
 from distill.nets.converted import Converted, Retimed
 
 PEFT, KOHYA = FILES = ("pytorch_lora_weights.safetensors", "kohya.safetensors")
@@ -71,11 +71,8 @@ def check_base(adapted: Adapted, pipeline: Folder | None) -> Folder | None:
         raise ValueError(
             "pipeline: missing; expected the folder of the pipeline that the adapter's base is part of"
         )
+    check_network(pipeline, core)
     part, config = part_of(core), core.config()
-    if plain(pipeline.config(part)) != config["config"]:
-        raise ValueError(
-            f"pipeline: {pipeline.path / part / CONFIGS[0]}: describes another network than the model's"
-        )
     stored = pipeline.load(part, dtype=config.get("dtype", "float32")).state_dict()
     own = {name.removeprefix(prefix): value for name, value in adapted.net.state_dict().items()}
     for path in adapted.layers():

@@ -31,7 +31,7 @@ BELOW = {
     "models": {"process", "nets", "data", "samplers", "files", "typed", "names", "assets"},
     "cache": {"models", "process", "data", "samplers", *BASE},
     "evaluation": {"models", "process", "data", "samplers", *BASE},
-    "exporters": {"models", "evaluation", "process", "nets", "data", *BASE},
+    "exporters": {"models", "evaluation", "process", "nets", "data", "samplers", *BASE},
     "engine": {"models", "process", "data", "samplers", *BASE},
     "methods": {"engine", "models", "nets", "process", "data", "samplers", "typed"},
     "stages": {
