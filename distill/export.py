@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distill import terminal
-from distill.exporters import export
+from distill.exporters import export, hub
 from distill.exporters.card import card
 from distill.files import make_folder, write_text
 
@@ -23,7 +23,9 @@ class Options:
     format: native, diffusers, lora or comfyui
     merged: of a model with an adapter, add its terms to the weights
     pipeline: folder of the diffusers pipeline that the model was made from; null: the one that encoded its prompts
-    variant: of the weights in that folder: fp16 for model.fp16.safetensors"""
+    variant: of the weights in that folder: fp16 for model.fp16.safetensors
+    push_to_hub: OWNER/NAME of a model on the Hugging Face hub that the folder is uploaded to
+    dry_run: only say what would be uploaded"""
 
     model: str = ""
     out: str = ""
@@ -31,6 +33,8 @@ class Options:
     merged: bool = False
     pipeline: str | None = None
     variant: str | None = None
+    push_to_hub: str | None = None
+    dry_run: bool = True
 
 
 def parse(arguments: list[str]) -> Options:
@@ -42,6 +46,7 @@ def parse(arguments: list[str]) -> Options:
         raise ValueError("out: missing; expected a new folder, such as out=my_student")
     if os.path.lexists(Path(options.out).expanduser()):
         raise ValueError(f"out: {options.out} exists; expected a new folder")
+    hub.check(options.push_to_hub, options.dry_run)
     return options
 
 
@@ -64,6 +69,8 @@ def main() -> None:
         finally:
             shutil.rmtree(part, ignore_errors=True)
         print(terminal.printable("\n".join([f"{options.out}: {options.format}", *made.lines()])))
+        if options.push_to_hub is not None:
+            print(terminal.printable("\n".join(hub.push(out, options.push_to_hub, options.dry_run))))
 
 
 if __name__ == "__main__":

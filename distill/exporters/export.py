@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distill.exporters import lora, pipeline, usage
+from distill.exporters import comfyui, lora, pipeline, usage
 from distill.models.adapters import adapter_of, merged
 from distill.models.description import DESCRIPTION, WEIGHTS
 from distill.models.families import family_of
@@ -16,7 +16,7 @@ from distill.models.native import load_model, save_model
 from distill.models.pretrained import INDEX, Folder
 from distill.models.prompts import Prompts
 
-FORMATS = ("native", "diffusers", "lora")
+FORMATS = ("native", "diffusers", "lora", "comfyui")
 NEEDED = {
     "native": (WEIGHTS, DESCRIPTION),
     "lora": (lora.PEFT,),
@@ -70,8 +70,10 @@ def check(generator: Generator, options: Options) -> None:
     adapter = adapter_of(generator.denoiser.net)
     if options.merged and adapter is None:
         raise ValueError("merged: found true, but the model has no adapter; expected false")
-    if options.format == "diffusers":
-        pipeline.core_of(generator)
+    if options.format in ("diffusers", "comfyui"):
+        pipeline.core_of(generator, options.format)
+    if options.format == "comfyui":
+        comfyui.levels(generator)
     if options.format == "lora" and adapter is None:
         raise ValueError(
             "format: found 'lora', but the model has no adapter; expected native, diffusers or comfyui"
@@ -149,23 +151,37 @@ def _lora(generator: Generator, folder: Path, options: Options, recipe: str) -> 
 
 
 def _diffusers(generator: Generator, folder: Path, options: Options, recipe: str) -> Exported:
-    found = pipeline_of(generator, options)
-    if found is None:
-        raise ValueError(
-            "pipeline: missing; expected the folder of the pipeline that the model was made from"
-        )
-    model = generator.denoiser
-    whole = (
-        model
-        if adapter_of(model.net) is None
-        else model.with_(net=merged(model.net), conditions=model.conditions)
-    )
-    plain = Generator(whole, generator.spec)
+    found, plain = _pipeline(generator, options), _whole(generator)
     stock, call, difference = pipeline.write(folder, plain, found)
     facts = {"scheduler": None if stock is None else stock.name, "differences": {"images": difference}}
     return Exported(plain, facts, usage.of_pipeline(plain, call, stock))
 
 
+def _comfyui(generator: Generator, folder: Path, options: Options, recipe: str) -> Exported:
+    made = _whole(generator) if options.merged else generator
+    found = comfyui.write(folder, made, _pipeline(made, options), facts_of(made, recipe))
+    return Exported(
+        made, {"differences": found}, usage.of_workflow(made, comfyui.LORA if found else comfyui.MODEL)
+    )
+
+
+def _pipeline(generator: Generator, options: Options) -> Folder:
+    found = pipeline_of(generator, options)
+    if found is None:
+        raise ValueError(
+            "pipeline: missing; expected the folder of the pipeline that the model was made from"
+        )
+    return found
+
+
+def _whole(generator: Generator) -> Generator:
+    """The model with an adapter's terms in its weights."""
+    model = generator.denoiser
+    if adapter_of(model.net) is None:
+        return generator
+    return Generator(model.with_(net=merged(model.net), conditions=model.conditions), generator.spec)
+
+
 WRITERS: Mapping[str, Callable[[Generator, Path, Options, str], Exported]] = {
-    **{"native": _native, "diffusers": _diffusers, "lora": _lora}
+    **{"native": _native, "diffusers": _diffusers, "lora": _lora, "comfyui": _comfyui}
 }

@@ -24,10 +24,15 @@ TOLERANCE = 1e-5  # of the largest output, in float32
 
 
 def write(
-    folder: Path, model: Denoiser, pipeline: Folder | None, facts: Mapping[str, Any]
+    folder: Path,
+    model: Denoiser,
+    pipeline: Folder | None,
+    facts: Mapping[str, Any],
+    kohya: str | None = None,
 ) -> dict[str, float]:
-    """Write the LoRA files of a model into a folder: one with the names of diffusers, and of a U-Net one with those of kohya.
-    Each is loaded into a fresh base, by diffusers where its pipeline loads LoRA, else by peft, and makes the same outputs.
+    """Write the LoRA files of a model into a folder: one with the names of diffusers, and of a U-Net one with those of kohya;
+    or one file `kohya` alone, with its names, also of a transformer, as ComfyUI reads them. Each is loaded into a fresh base,
+    by diffusers where its pipeline loads LoRA, else by peft, and makes the same outputs.
 
     Returns:
         file -> largest difference of the outputs, divided by the largest output.
@@ -42,9 +47,12 @@ def write(
             "format: found 'lora', but the model has no adapter; expected native, diffusers or comfyui"
         )
     pipeline = check_base(adapted, pipeline)
-    write_peft(folder / PEFT, adapted, facts)
-    files = [PEFT]
-    if pipeline is not None and _loads_kohya(pipeline, adapted):
+    files = [PEFT] if kohya is None else [kohya]
+    if kohya is not None:
+        write_kohya(folder / kohya, adapted, facts)
+    else:
+        write_peft(folder / PEFT, adapted, facts)
+    if kohya is None and pipeline is not None and _loads_kohya(pipeline, adapted):
         write_kohya(folder / KOHYA, adapted, facts)
         files.append(KOHYA)
     wanted = _outputs(_with_weights(adapted, _base(adapted, pipeline)), model)
@@ -126,7 +134,12 @@ def _loads_lora(pipeline: Folder) -> bool:
 def _loaded(file: Path, adapted: Adapted, pipeline: Folder | None) -> nn.Module:
     """A fresh base into which others have loaded the file."""
     _, core = network_in(adapted.net)
-    if core is not None and pipeline is not None and _loads_lora(pipeline):
+    reads = (
+        pipeline is not None
+        and (_loads_kohya(pipeline, adapted) or file.name == PEFT)
+        and _loads_lora(pipeline)
+    )
+    if core is not None and pipeline is not None and reads:
         made = pipeline.assembled(only=(part_of(core), "scheduler"))
         made.load_lora_weights(str(file.parent), weight_name=file.name, local_files_only=True)
         return _base(adapted, pipeline, getattr(made, part_of(core)))
@@ -135,12 +148,13 @@ def _loaded(file: Path, adapted: Adapted, pipeline: Folder | None) -> nn.Module:
     except ImportError as error:
         raise ImportError(f"format: lora is checked with the package peft: {INSTALL}") from error
     base = _base(adapted, pipeline)
-    _, inner = network_in(base)
+    prefix, inner = network_in(base)
     read = LoraFile.read(file)
-    config = peft.LoraConfig(r=read.rank, lora_alpha=read.alpha, target_modules=list(read.layers))
+    layers = {path.removeprefix(prefix): pair for path, pair in read.on(base).items()}
+    config = peft.LoraConfig(r=read.rank, lora_alpha=read.alpha, target_modules=list(layers))
     tensors = {
         f"{layer}.lora_{name}.weight": tensor
-        for layer, pair in read.layers.items()
+        for layer, pair in layers.items()
         for name, tensor in zip("AB", pair, strict=True)
     }
     network = base if inner is None else inner.net

@@ -34,12 +34,12 @@ TOLERANCE = 1e-3  # of images in [0, 1]
 COUNT = 2  # of samples that are compared
 
 
-def core_of(generator: Generator) -> Core:
+def core_of(generator: Generator, format: str = "diffusers") -> Core:
     """The diffusers network in a model. Raises ValueError naming `format` for a net of this package."""
     _, core = network_in(generator.denoiser.net)
     if core is None:
         raise ValueError(
-            "format: found 'diffusers', but the model's net is one of this package; expected native or lora"
+            f"format: found {format!r}, but the model's net is one of this package; expected native or lora"
         )
     return core
 

@@ -64,6 +64,11 @@ class Case:
         return self.start == 1 and all(time == int(time) for time in self.times)
 
     @property
+    def boundary_is_small(self) -> bool:
+        """A boundary that changes predictions by `ALIKE` at most."""
+        return self.boundary is None or _changes_nothing(self.boundary, self.process, self.times[:-1])
+
+    @property
     def own(self) -> dict[str, Any]:
         """The options of schedulers with a table of betas."""
         table: Any = self.process
@@ -100,12 +105,12 @@ def stock_scheduler(generator: Generator, arguments: Collection[str]) -> Stock |
     """The stock scheduler that samples as a model does with its default steps; None where there is none.
 
     arguments: those of the pipeline's call."""
-    case = _case(generator, arguments)
+    case = case_of(generator, arguments)
     return None if case is None else next((make(case) for fits, make in TABLE if fits(case)), None)
 
 
-def _case(generator: Generator, arguments: Collection[str]) -> Case | None:
-    """None for samplers that change their fresh noise, or have a solver that is none of the table."""
+def case_of(generator: Generator, arguments: Collection[str]) -> Case | None:
+    """What the table is asked with; None for samplers that change their fresh noise, or have a solver that is not in it."""
     model, spec, net = generator.denoiser, generator.spec, generator.denoiser.net
     times = tuple(spec.grid(model.process).tolist())
     process, kind, boundary, fresh = model.process, model.kind, model.boundary, spec.mode == "sde"

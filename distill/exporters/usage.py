@@ -63,5 +63,18 @@ def of_lora(generator: Generator, file: str, call: Mapping[str, Any] | None, sto
     return "\n\n".join(part for part in (code, note, steps(generator)) if part)
 
 
+def of_workflow(generator: Generator, file: str) -> str:
+    """Of a workflow of ComfyUI."""
+    place = "loras" if "lora" in file else "diffusion_models"
+    return "\n\n".join(
+        [
+            f"Copy `{file}` into ComfyUI's `models/{place}`, load `workflow.json`, and choose the checkpoint of the base in "
+            f"its first node. The sampler, its noise levels and cfg {generator.spec.guidance_scale:g} are those of the "
+            "student: keep them.",
+            steps(generator),
+        ]
+    )
+
+
 def _python(lines: list[str]) -> str:
     return "\n".join(["```python", *lines, "```"])

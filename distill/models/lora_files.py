@@ -209,9 +209,11 @@ def write_peft(path: Path, adapted: Adapted, facts: Mapping[str, Any]) -> None:
 
 def write_kohya(path: Path, adapted: Adapted, facts: Mapping[str, Any]) -> None:
     """The form of kohya's scripts with alpha as a tensor of each layer, and `facts` in the header."""
+    _, core = network_in(adapted.net)
+    start = "lora_unet" if core is None else f"lora_{part_of(core)}"
     tensors: dict[str, Tensor] = {}
     for layer, (down, up) in pairs_of(adapted).items():
-        name = f"lora_unet_{layer.replace('.', '_')}"
+        name = f"{start}_{layer.replace('.', '_')}"
         alpha = torch.tensor(adapted.alpha)
         tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": alpha}
     header = {"ss_network_module": "networks.lora", "ss_network_dim": str(adapted.rank)}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from distill.evaluation.protocol import Protocol
-from distill.exporters import export, lora, pipeline
+from distill.exporters import comfyui, export, lora, pipeline
 from distill.exporters.card import card
 from distill.files import copy, read_json, write_json, write_text
 from distill.models.prompts import FILES as PROMPT_FILES
@@ -34,7 +34,7 @@ class Export(Stage):
     REFERENCES: ClassVar[tuple[str, ...]] = ("student", "evaluate")
     FILES: ClassVar[tuple[str, ...]] = (
         *MODEL_FILES,
-        *patterns("README.md", "grid.png", "metrics.json", *PROMPT_FILES, *lora.FILES),
+        *patterns("README.md", "grid.png", "metrics.json", *PROMPT_FILES, *lora.FILES, *comfyui.FILES),
         *pipeline.FILES,
     )
 

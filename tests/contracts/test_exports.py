@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,10 @@ import teacher_support
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from distill import export as verb
-from distill.exporters import schedulers
+from distill.exporters import comfyui, hub, schedulers
 from distill.exporters.export import Options, check, export
 from distill.exporters.lora import KOHYA, PEFT
 from distill.files import sha256_file
@@ -22,6 +25,8 @@ from distill.models.adapters import trained_parameters
 from distill.models.boundary import Boundary
 from distill.models.denoiser import Denoiser
 from distill.models.families import family_of
+from distill.models.generator import Generator
+from distill.models.lora_files import network_in
 from distill.models.native import load_model, save_model
 from distill.models.pretrained import Folder
 from distill.models.prompts import Prompts, TextEncoders, write_table
@@ -145,7 +150,7 @@ def test_a_merged_adapter_samples_the_same(of: Callable[[str], Path], tmp_path: 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"format": "onnx"}, "format: found 'onnx', expected one of native"),
+        ({"format": "onnx"}, "format: found 'onnx', expected one of native, diffusers, lora, comfyui"),
         ({"format": "lora", "merged": True}, "merged: found true, but format=lora writes the adapter"),
         ({"format": "lora"}, "format: found 'lora', but the model has no adapter"),
         ({"merged": True}, "merged: found true, but the model has no adapter"),
@@ -205,6 +210,7 @@ def test_a_net_of_the_package_is_loaded_by_peft(tmp_path: Path) -> None:
 
 
 LEVEL = float(VPScaledLinear().sigma(torch.tensor(625.5, dtype=torch.float64)))
+LEVEL_625 = float(VPScaledLinear().sigma(torch.tensor(625.0, dtype=torch.float64)))
 SDE: dict[str, Any] = {"mode": "sde"}
 TIMES4 = {4: (999.0, 749.0, 499.0, 249.0, 0.0)}
 LCM4 = {4: (999.0, 759.0, 499.0, 259.0, 0.0)}
@@ -349,3 +355,207 @@ def test_what_has_no_folder_of_diffusers_is_refused(of: Callable[[str], Path], t
     source = student(of("sd"), tmp_path / "student", SamplerSpec(steps=2, any_steps=True, solver="rk45"), {})
     with pytest.raises(ValueError, match="sampler: found the solver rk45"):
         export(source, tmp_path / "out", Options("diffusers"), "sid")
+
+
+# Inputs of nodes of ComfyUI's core -> types, and the types that they return; of its nodes.py and comfy_extras.
+CLIP_SIZES = dict.fromkeys(("width", "height", "crop_w", "crop_h", "target_width", "target_height"), int)
+NODES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "CheckpointLoaderSimple": ({"ckpt_name": str}, ("MODEL", "CLIP", "VAE")),
+    "UNETLoader": ({"unet_name": str, "weight_dtype": str}, ("MODEL",)),
+    "LoraLoaderModelOnly": ({"model": "MODEL", "lora_name": str, "strength_model": float}, ("MODEL",)),
+    "ModelSamplingDiscrete": ({"model": "MODEL", "sampling": str, "zsnr": bool}, ("MODEL",)),
+    "CLIPTextEncode": ({"text": str, "clip": "CLIP"}, ("CONDITIONING",)),
+    "CLIPTextEncodeSDXL": ({"clip": "CLIP", "text_g": str, "text_l": str, **CLIP_SIZES}, ("CONDITIONING",)),
+    "ConditioningZeroOut": ({"conditioning": "CONDITIONING"}, ("CONDITIONING",)),
+    "FluxGuidance": ({"conditioning": "CONDITIONING", "guidance": float}, ("CONDITIONING",)),
+    "CFGGuider": (
+        {"model": "MODEL", "positive": "CONDITIONING", "negative": "CONDITIONING", "cfg": float},
+        ("GUIDER",),
+    ),
+    "RandomNoise": ({"noise_seed": int}, ("NOISE",)),
+    "KSamplerSelect": ({"sampler_name": str}, ("SAMPLER",)),
+    "ManualSigmas": ({"sigmas": str}, ("SIGMAS",)),
+    "EmptyLatentImage": ({"width": int, "height": int, "batch_size": int}, ("LATENT",)),
+    "EmptySD3LatentImage": ({"width": int, "height": int, "batch_size": int}, ("LATENT",)),
+    "SamplerCustomAdvanced": (
+        {
+            "noise": "NOISE",
+            "guider": "GUIDER",
+            "sampler": "SAMPLER",
+            "sigmas": "SIGMAS",
+            "latent_image": "LATENT",
+        },
+        ("LATENT", "LATENT"),
+    ),
+    "VAEDecode": ({"samples": "LATENT", "vae": "VAE"}, ("IMAGE",)),
+    "SaveImage": ({"images": "IMAGE", "filename_prefix": str}, ()),
+}
+
+
+def inputs_of(nodes: dict[str, Any], kind: str) -> dict[str, Any]:
+    return next(node["inputs"] for node in nodes.values() if node["class_type"] == kind)
+
+
+def check_nodes(nodes: dict[str, Any]) -> None:
+    """Every node exists, has exactly its inputs, and links return what they take."""
+    for node in nodes.values():
+        wanted, _ = NODES[node["class_type"]]
+        assert node["inputs"].keys() == wanted.keys(), node
+        for name, value in node["inputs"].items():
+            if isinstance(value, list):
+                assert NODES[nodes[value[0]]["class_type"]][1][value[1]] == wanted[name], (node, name)
+            else:
+                assert type(value) is wanted[name], (node, name)
+
+
+def in_comfyui(generator: Generator, nodes: dict[str, Any], z: Tensor, cond: Any) -> Tensor:
+    """The samplers "euler" and "lcm" of ComfyUI on the workflow's noise levels, with its scalings of states and noise."""
+    model, sigmas = (
+        generator.denoiser,
+        [float(each) for each in inputs_of(nodes, "ManualSigmas")["sigmas"].split(", ")],
+    )
+    flow = not any(node["class_type"] == "ModelSamplingDiscrete" for node in nodes.values())
+    process = Flow() if flow else VPScaledLinear()
+    table = torch.arange(1000, dtype=torch.float64)
+    levels = process.sigma(table) / process.alpha(table) if not flow else table
+    full = not flow and abs(sigmas[0] / float(levels[-1]) - 1) < 1e-5
+    x = z * (1 + sigmas[0] ** 2) ** 0.5 if full else z * sigmas[0]
+    core = network_in(model.net)[1]
+    for sigma, after in itertools.pairwise(sigmas):
+        t = torch.full((len(z),), sigma if flow else float((levels.log() - math.log(sigma)).abs().argmin()))
+        state = x if flow else x / (1 + sigma**2) ** 0.5
+        out = core(state, t, cond)
+        if flow:
+            x0 = x - sigma * out
+        else:
+            kind = {"eps": "eps", "v_prediction": "v", "x0": "x0"}[
+                inputs_of(nodes, "ModelSamplingDiscrete")["sampling"]
+            ]
+            x0 = process.convert(kind, out, state, t, "x0")
+        if inputs_of(nodes, "KSamplerSelect")["sampler_name"] == "euler":
+            x = x + (x - x0) / sigma * (after - sigma)
+        else:
+            noise = torch.randn(z.shape)
+            x = (1 - after) * x0 + after * noise if flow else x0 + after * noise
+    return x
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "spec"),
+    [
+        ("sd", None, SamplerSpec(steps=4, times=TIMES4, **SDE)),
+        ("sdxl", {}, SamplerSpec(steps=3, times=ODD, solver="ddim")),
+        ("sd", FLOW, SamplerSpec(steps=1, times={1: (1.0, 0.0)})),
+        ("sdxl", None, SamplerSpec(steps=1, times={1: (625.0, 0.0)}, start_scale=LEVEL_625, **SDE)),
+        ("sd3", None, SamplerSpec(steps=2, times={2: (1.0, 0.6, 0.0)}, **SDE)),
+        ("flux", {}, SamplerSpec(steps=2, times={2: (1.0, 0.6, 0.0)})),
+    ],
+)
+def test_a_workflow_of_comfyui_takes_the_same_steps(
+    of: Callable[[str], Path], tmp_path: Path, name: str, changes: Any, spec: SamplerSpec
+) -> None:
+    source = student(of(name), tmp_path / "student", spec, changes)
+    (tmp_path / "out").mkdir()
+    found = export(source, tmp_path / "out", Options("comfyui"), "any")
+    assert max(found.facts["differences"].values(), default=0) <= 1e-6
+    nodes = json.loads((tmp_path / "out" / comfyui.WORKFLOW).read_text())
+    check_nodes(nodes)
+    file = comfyui.LORA if changes is None else comfyui.MODEL
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {comfyui.WORKFLOW, file}
+    if changes is None:
+        assert inputs_of(nodes, "LoraLoaderModelOnly")["lora_name"] == file
+        assert all(key.startswith("lora_") for key in load_file(tmp_path / "out" / file))
+        assert student_of(source, of(name), tmp_path / "out" / file)
+    generator = load_model(source)
+    cond = generator.conditions.of(torch.arange(2))
+    torch.manual_seed(0)
+    z = torch.randn(2, *generator.denoiser.sample_shape)
+    with torch.no_grad():
+        torch.manual_seed(1)
+        made = in_comfyui(generator, nodes, z, cond)
+        torch.manual_seed(1)
+        wanted = generator.generate(z, cond, noise=lambda step: torch.randn(z.shape))
+    torch.testing.assert_close(made, wanted, atol=1e-4 * float(wanted.abs().max()), rtol=0)
+
+
+def student_of(source: Path, teacher: Path, file: Path) -> bool:
+    """Whether a student that starts from a file has the adapters of a model folder."""
+    own = trained_parameters(load_model(source).denoiser.net)
+    read = adapted(load_model(teacher / "teacher").denoiser, {"lora": {"file": str(file)}})
+    found = trained_parameters(read.net)
+    return found.keys() == own.keys() and all(torch.equal(found[name], own[name]) for name in own)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "spec", "words"),
+    [
+        (
+            "sd",
+            RAW,
+            SamplerSpec(steps=1, times={1: (1.0, 0.0)}),
+            "its samplers do not take the model's steps",
+        ),
+        (
+            "sd",
+            {},
+            SamplerSpec(steps=1, times={1: (625.0, 0.0)}, **SDE),
+            "it starts at t = 625 with .* times unit noise",
+        ),
+        (
+            "sd",
+            {},
+            SamplerSpec(steps=1, times={1: (625.5, 0.0)}, start_scale=LEVEL, **SDE),
+            "gets whole indices",
+        ),
+        (
+            "sd",
+            {"net": {"guidance_embedding": 8}},
+            SamplerSpec(steps=4, times=LCM4, **SDE, **W),
+            "the guidance as an input",
+        ),
+        ("pixart", {}, ONE, "networks of the class PixArt have no loader"),
+        ("ddpm", {}, ONE, "networks of the class DDPM have no loader"),
+        (
+            "sd3",
+            {},
+            SamplerSpec(steps=1, times={1: (0.9, 0.0)}),
+            "its flows start at t = 1, the model at 0.9",
+        ),
+    ],
+)
+def test_steps_that_comfyui_has_not_are_refused(
+    of: Callable[[str], Path], tmp_path: Path, name: str, changes: Any, spec: SamplerSpec, words: str
+) -> None:
+    source = student(of(name), tmp_path / "student", spec, changes)
+    with pytest.raises(ValueError, match=f"format: found 'comfyui', but .*{words}"):
+        check(load_model(source), Options("comfyui"))
+
+
+def test_uploads_are_asked_for_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "weights").write_text("12345")
+    calls: list[Any] = []
+
+    class Api:
+        def create_repo(self, repo: str, exist_ok: bool) -> None:
+            calls.append((repo, exist_ok))
+
+        def upload_folder(self, repo_id: str, folder_path: str) -> None:
+            calls.append((repo_id, folder_path))
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    lines = hub.push(tmp_path, "me/student", dry_run=True)
+    assert lines == [
+        "would upload 1 files, 5 bytes, to me/student (dry_run=false uploads them):",
+        "  unet/weights (5 bytes)",
+    ]
+    assert not calls
+    hub.push(tmp_path, "me/student", dry_run=False)
+    assert calls == [("me/student", True), ("me/student", str(tmp_path))]
+    for arguments, words in (
+        (["dry_run=false"], "dry_run: found false without push_to_hub"),
+        (["push_to_hub=student"], "push_to_hub: found 'student', expected OWNER/NAME"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            verb.parse(["model=a", f"out={tmp_path / 'new'}", *arguments])
+    assert verb.parse(["model=a", f"out={tmp_path / 'new'}", "push_to_hub=me/student"]).dry_run
