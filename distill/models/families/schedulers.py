@@ -113,8 +113,8 @@ def _complete(config: Mapping[str, Any], name: str, where: str) -> dict[str, Any
         if key in CLIPPING:
             if value:
                 warnings.warn(
-                    f"{where}: {key}: found {value!r}; predicted data are not clipped between the steps here, so samples of the "
-                    "teacher differ from the pipeline's",
+                    f"{where}: {key}: found {value!r}; predicted data are not clipped between the steps here, so the teacher"
+                    " is sampled otherwise than by its pipeline",
                     stacklevel=2,
                 )
         elif (key in only or key not in READ | SOLVERS) and value != expected:
