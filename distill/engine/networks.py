@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -53,6 +53,25 @@ def check_apart(role: str, network: nn.Module, student: nn.Module) -> None:
             f"{role}: shares weights with the student, which training changes; expected another model, such as "
             "copy.deepcopy(student)"
         )
+
+
+def recompute_activations(networks: Mapping[str, nn.Module]) -> None:
+    """Let the blocks of networks keep no activations for the backward pass and compute them again there (activation
+    checkpointing). Results do not change. Each role of adapters has blocks of its own around its layers, so that it computes
+    again what it computed. Copies made afterwards do the same.
+
+    Raises:
+        ValueError: names a network whose net has no `enable_gradient_checkpointing`.
+    """
+    for role, network in networks.items():
+        able: list[Any] = [m for m in network.modules() if hasattr(m, "enable_gradient_checkpointing")]
+        if not able and isinstance(network, Denoiser):
+            raise ValueError(
+                f"trainer.activation_checkpointing: found true, but the net {type(network.net).__name__} of the {role} cannot "
+                "compute activations again; expected false"
+            )
+        for module in able:
+            module.enable_gradient_checkpointing()
 
 
 @contextmanager

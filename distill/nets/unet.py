@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from distill.data.cond import Cond
 from distill.nets.layers import (
@@ -126,6 +127,7 @@ class UNet(Net):
         self._build_up(widths, blocks, block, skips)
         self.out_norm = GroupNorm(groups, widths[0], plain=plain_norm)
         self.out = nn.Conv2d(widths[0], channels, 3, padding=1)
+        self.recomputes = False
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
         self.to(memory_format=self.memory_format)
@@ -164,6 +166,15 @@ class UNet(Net):
             if level:
                 self.grow.append(nn.Conv2d(current, current, 3, padding=1))
 
+    def enable_gradient_checkpointing(self) -> None:
+        """Compute the activations of blocks again in the backward pass, instead of keeping them."""
+        self.recomputes = True
+
+    def _run(self, block: nn.Module, hidden: Tensor, embedding: Tensor) -> Tensor:
+        if self.recomputes and torch.is_grad_enabled():
+            return checkpoint(block, hidden, embedding, use_reentrant=False)
+        return block(hidden, embedding)
+
     def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """[B,C,H,W] at process times t [B] under `cond` -> [B,C,H,W]."""
         embedding = self.embed(self.time(t * self.time_scale))
@@ -181,12 +192,13 @@ class UNet(Net):
                 hidden = self.shrink[level - 1](hidden)
                 skips.append(hidden)
             for block in stack:
-                hidden = block(hidden, embedding)
+                hidden = self._run(block, hidden, embedding)
                 skips.append(hidden)
-        hidden = self.middle_out(self.attention(self.middle_in(hidden, embedding)), embedding)
+        hidden = self.attention(self._run(self.middle_in, hidden, embedding))
+        hidden = self._run(self.middle_out, hidden, embedding)
         for level, stack in enumerate(self.up):
             for block in stack:
-                hidden = block(torch.cat([hidden, skips.pop()], dim=1), embedding)
+                hidden = self._run(block, torch.cat([hidden, skips.pop()], dim=1), embedding)
             if level < len(self.grow):
                 hidden = self.grow[level](F.interpolate(hidden, scale_factor=2.0, mode="nearest"))
         return self.out(F.silu(self.out_norm(hidden))).contiguous()

@@ -57,6 +57,7 @@ class Settings:
     log_every: int = 20
     max_nonfinite: int = 10
     max_nonfinite_share: float = 0.05
+    activation_checkpointing: bool = False
     fast_dev_run: int | bool = 0
     profiler: str | dict[str, Any] | None = None
 

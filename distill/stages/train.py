@@ -19,6 +19,7 @@ from distill.engine.fit import PRECISIONS, Fit, train
 from distill.engine.loggers import close
 from distill.engine.memory import predicted
 from distill.engine.module import DistillModule
+from distill.engine.networks import recompute_activations
 from distill.engine.parallel import full_state
 from distill.models.build import build_net, build_process
 from distill.models.conditions import of_source
@@ -269,6 +270,8 @@ class Train(ModelStage):
         method = self._method(student, models, nodes)
         optim = build_optim(self.optim, self.steps)
         method.prepare(optim, seed=context.seed, stream=self.stream, world=context.world)
+        if context.settings.activation_checkpointing:
+            recompute_activations(method.frozen | method.networks)
         foreseen = predicted(method).total(context.world.size if context.settings.shard == "world" else 1)
 
         def save(folder: Path) -> None:

@@ -14,6 +14,7 @@ from tests_support import call_verb, kill_when, refusal, run_verb
 
 import distill
 from distill.cache.pairs import Pairs
+from distill.models.adapters import trained_parameters
 from distill.models.native import load_model
 from distill.stages import encode
 
@@ -111,6 +112,37 @@ def test_score_distillation_needs_prompts_alone(sd: Path, tmp_path: Path) -> Non
     assert json.loads((prompts / "prompts.json").read_text())["source"]["dtype"] == "bfloat16"
     assert "batch_size: 2" in (prompts / "config.yaml").read_text()
     assert distill.load(tmp_path / "runs" / "sid" / "export").sample(1).shape == (1, 3, 16, 16)
+
+
+def test_adapters_in_float32_on_a_base_in_bfloat16(sd: Path, tmp_path: Path) -> None:
+    """One base in half the memory; with activations computed again."""
+    more = (
+        "teacher.dtype=bfloat16",
+        "student=lora",
+        "stages.distill.steps=2",
+        "trainer.activation_checkpointing=true",
+    )
+    run_verb(tmp_path, "train", *options(sd, "name=half", *more, recipe="sid"))
+    run = tmp_path / "runs" / "half"
+    teacher, student = (load_model(run / stage).denoiser.net for stage in ("teacher", "distill"))
+    assert {p.dtype for p in teacher.parameters()} == {torch.bfloat16}
+    own = trained_parameters(student)
+    assert {p.dtype for p in own.values()} == {torch.float32}
+    assert any(bool(p.any()) for name, p in own.items() if name.endswith("lora_B.weight"))
+    base = {
+        name.removeprefix("net.").replace(".layer.", "."): p
+        for name, p in student.named_parameters()
+        if name not in own
+    }
+    assert all(torch.equal(p, base[name]) for name, p in teacher.named_parameters())
+    facts = json.loads((run / "distill" / "artifact.json").read_text())["facts"]
+    numbers, vae = (
+        sum(p.numel() for p in own.values()),
+        load_model(run / "teacher").denoiser.decoder.weights(),
+    )
+    expected = 2 * sum(p.numel() for p in teacher.parameters()) + 4 * 2 * numbers
+    assert facts["predicted_bytes"]["weights"] == expected + 4 * sum(t.numel() for t in vae.values())
+    assert distill.load(run / "export").sample(1).isfinite().all()
 
 
 def test_latent_consistency_takes_pairs(sd: Path, tmp_path: Path) -> None:
