@@ -202,6 +202,16 @@ def base_folder(folder: Path, base: Base) -> Path:
     return found
 
 
+def placed(description: dict[str, Any], source: Path, folder: Path) -> dict[str, Any]:
+    """The contents of `source`/model.json for a copy in another folder: the base of an adapter is named from there. Raises like
+    `base_folder`."""
+    base = Description.read(source).base
+    if base is None:
+        return description
+    found = os.path.relpath(base_folder(source, base).absolute(), folder.absolute())
+    return description | {"base": {"folder": Path(found).as_posix(), "sha256": base.sha256}}
+
+
 def _built(folder: Path, description: Description, base: Denoiser | None = None) -> Denoiser:
     config = description.model
     if (base is None) == (_adapted_in(config) is not None):

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from distill.files import copy, sha256_file
+from distill.files import canonical_json, copy, read_json, sha256_file, sha256_text, write_json
 from distill.models.description import DESCRIPTION, WEIGHTS, Description
-from distill.models.native import load_model, sketch_model
+from distill.models.native import load_model, placed, sketch_model
 from distill.models.prompts import FILES as PROMPT_FILES
 from distill.stages.base import MODEL_FILES, ModelStage, StageContext
 from distill.stages.made import Made, try_model
@@ -41,9 +41,13 @@ class Load(ModelStage):
     def run(self, context: StageContext) -> dict[str, Any]:
         """Copy the model into the run, and check the copy."""
         source = Path(self.path)
-        for name in (WEIGHTS, DESCRIPTION) if context.world.main else ():
-            copy(source / name, context.folder / name)
         if context.world.main:
+            copy(source / WEIGHTS, context.folder / WEIGHTS)
+            if Description.read(source).base is None:
+                copy(source / DESCRIPTION, context.folder / DESCRIPTION)
+            else:
+                described = placed(read_json(source / DESCRIPTION), source, context.folder)
+                write_json(context.folder / DESCRIPTION, described)
             sketch_model(source).denoiser.conditions.copy_to(context.folder)
         context.world.barrier()
         if self._found not in (None, self._digest(context.folder)):
@@ -53,6 +57,10 @@ class Load(ModelStage):
 
     @staticmethod
     def _digest(folder: Path) -> str:
-        Description.read(folder)
+        base = Description.read(folder).base
         files = [needed(folder / name, "a model folder") for name in (WEIGHTS, DESCRIPTION)]
-        return "".join(sha256_file(file) for file in files)
+        if base is None:
+            return "".join(sha256_file(file) for file in files)
+        # Wherever the base lies, it is the same.
+        described = read_json(folder / DESCRIPTION) | {"base": base.sha256}
+        return sha256_file(files[0]) + sha256_text(canonical_json(described))

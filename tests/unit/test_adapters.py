@@ -6,6 +6,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,6 +32,8 @@ from distill.nets.unet import UNet
 from distill.process.flow import Flow
 from distill.process.vp import VPCosine, VPScaledLinear
 from distill.stages.adapt import adapted
+from distill.stages.load import Load
+from distill.world import World
 
 ANY = SamplerSpec(steps=4, any_steps=True)
 LORA = {"lora": {"rank": 2}}
@@ -135,6 +138,13 @@ def test_a_model_folder_holds_the_adapter_and_finds_its_base(tmp_path):
     assert (tmp_path / "student" / "model.safetensors").stat().st_size < 0.9 * (
         tmp_path / "teacher" / "model.safetensors"
     ).stat().st_size
+    # A Load stage of another run names the base from where the copy lies.
+    copied = tmp_path / "far" / "runs" / "taken" / "student"
+    copied.mkdir(parents=True)
+    stage = Load(str(tmp_path / "student"))
+    stage.fingerprint()
+    stage.run(SimpleNamespace(folder=copied, world=World()))
+    assert torch.equal(load_model(copied).denoiser.transport(z, cond, steps=3), wanted)
     # A run that was moved; an adapter alone; its base beside it; another base.
     shutil.copytree(tmp_path / "student", tmp_path / "alone" / "deep" / "student")
     with pytest.raises(
