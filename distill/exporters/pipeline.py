@@ -28,7 +28,7 @@ from distill.models.prompts import Prompts, Table
 
 SCRIPT = "pipeline.py"
 PARTS = r"(unet|transformer|vae|scheduler|safety_checker|feature_extractor|image_encoder|(text_encoder|tokenizer)(_\d)?)"
-FILES = (r"model_index\.json", r"pipeline\.py", rf"{PARTS}/[^/]+")  # patterns, as of stages
+FILES = (r"model_index\.json", r"pipeline\.py", rf"{PARTS}/.+")  # as of stages: a pattern for each component
 TEXT_FILES = (".json", ".txt", ".model", ".jinja")
 TOLERANCE = 1e-3  # of images in [0, 1]
 COUNT = 2  # of samples that are compared

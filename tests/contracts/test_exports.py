@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from distill.nets.unet import UNet
 from distill.process.flow import Flow
 from distill.process.vp import VPScaledLinear
 from distill.stages.adapt import adapted
+from distill.stages.export import Export
 
 PROMPTS = ["a dog", "a cat on a table"]
 LORA = {"lora": {"rank": 2, "alpha": 3.0}}
@@ -316,6 +318,9 @@ def test_the_type_and_the_variant_of_the_weights_are_kept(tmp_path: Path) -> Non
         "text_encoder/model.fp16.safetensors",
     }
     assert not [name for name in files if name.endswith(".bin")]
+    # The stage knows them as its own, as a whole and by component.
+    assert all(any(re.fullmatch(pattern, name) for pattern in Export.made()) for name in files)
+    assert all(re.compile(part) for pattern in Export.made() for part in pattern.split("/"))
     weights = load_file(tmp_path / "out" / "unet" / "diffusion_pytorch_model.fp16.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
     wanted = {
