@@ -47,6 +47,9 @@ def with_values(
         elif config["_target_"] == GENERATE:
             trained = any(stages[other]["_target_"] == TRAIN for other in references(config))
             values = pairs.get("student" if trained else "teacher", {})
+            values = _untyped(
+                values, typed, f"data.{name}"
+            )  # of the stage that the expansion inserts for prompts
         elif config["_target_"] == EVALUATE:
             own = {label: options for label, options in rows.items() if label in (config.get("models") or {})}
             values = _untyped({"models": own}, typed, "eval")  # as they are typed in most recipes

@@ -59,6 +59,13 @@ def test_the_command_line_stands_above_a_profile() -> None:
     assert stages["evaluate"]["models"]["teacher"]["guidance_scale"] == 2
 
 
+def test_samples_of_the_teacher_for_methods_that_read_images() -> None:
+    stages = expanded("recipe=lcm", *PROMPTS, "profile=latent")
+    assert (stages["samples"]["count"], stages["samples"]["guidance_scale"]) == (20000, 5.0)
+    stages = expanded("recipe=lcm", *PROMPTS, "profile=latent", "data.samples.count=6")
+    assert (stages["samples"]["count"], stages["samples"]["guidance_scale"]) == (6, 5.0)
+
+
 def test_rounds_of_a_halving_have_the_steps_of_the_profile() -> None:
     stages = expanded("recipe=progressive", *PROMPTS, "profile=latent")
     assert {stages[f"distill_{n}"]["steps"] for n in (16, 8, 4, 2, 1)} == {
