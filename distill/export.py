@@ -11,7 +11,8 @@ from pathlib import Path
 from distill import terminal
 from distill.exporters import export, hub
 from distill.exporters.card import card
-from distill.files import make_folder, write_text
+from distill.files import make_folder, read_json, write_text
+from distill.stages.ownership import PLAN, is_run
 
 
 @dataclass
@@ -50,6 +51,13 @@ def parse(arguments: list[str]) -> Options:
     return options
 
 
+def name_of(source: Path) -> str:
+    """The recipe of the run that a model folder belongs to; the folder's name without a run."""
+    plan = source.parent / PLAN
+    found = read_json(plan).get("recipe") if is_run(source.parent) and plan.is_file() else None
+    return found if isinstance(found, str) else source.name
+
+
 def main() -> None:
     """Export into a folder beside `out`, which is renamed when everything is checked."""
     with terminal.report_errors():
@@ -62,8 +70,8 @@ def main() -> None:
         part = out.with_name(f".{out.name}.{os.getpid()}.part")
         try:
             make_folder(part)
-            made = export.export(source, part, wanted, source.absolute().name)
-            page = card(source.absolute().name, made.generator, [], None, grid=False, use=made.use)
+            made = export.export(source, part, wanted, name := name_of(source.absolute()))
+            page = card(name, made.generator, [], None, grid=False, use=made.use)
             write_text(part / "README.md", page)
             part.rename(out)
         finally:

@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ def student(teacher: Path, folder: Path, spec: SamplerSpec, changes: Any = None,
     return folder
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "pixart"])
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", pytest.param("pixart", marks=pytest.mark.slow)])
 def test_an_adapter_is_the_same_in_diffusers(of: Callable[[str], Path], tmp_path: Path, name: str) -> None:
     folder = of(name)
     start = 1.0 if name == "sd3" else 999.0
@@ -220,7 +220,8 @@ ODD = {3: (999.0, 700.0, 320.0, 0.0)}
 RAW = {"process": "flow", "start": "raw"}
 FLOW = {"process": "flow", "start": "converted"}
 W = {"guidance_w": 3.0, "guidance_w_range": (0.0, 8.0)}
-# family, changes, meaning, sampler -> scheduler (None: pipeline.py); each measures a line of exporters.schedulers.TABLE
+# family, changes, meaning, sampler -> scheduler (None: pipeline.py); they measure the lines of exporters.schedulers.TABLE, by
+# default one of each
 STUDENTS: list[tuple[str, Any, dict[str, Any], SamplerSpec, str | None]] = [
     ("sd", None, {}, SamplerSpec(steps=1, times={1: (999.0, 0.0)}, **SDE), "DDIMScheduler"),
     ("sd", {}, {}, SamplerSpec(steps=4, times=TIMES4, solver="ddim", guidance_scale=3.0), "DDIMScheduler"),
@@ -275,7 +276,17 @@ STUDENTS: list[tuple[str, Any, dict[str, Any], SamplerSpec, str | None]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "changes", "meaning", "spec", "scheduler"), STUDENTS)
+DEFAULT = (0, 4, 7, 8, 9, 10, 12, 17)
+
+
+def slow(cases: Sequence[tuple[Any, ...]], default: Collection[int]) -> list[Any]:
+    """The cases; those that are not among the numbers `default` are slow tests."""
+    return [
+        pytest.param(*case, marks=() if i in default else pytest.mark.slow) for i, case in enumerate(cases)
+    ]
+
+
+@pytest.mark.parametrize(("name", "changes", "meaning", "spec", "scheduler"), slow(STUDENTS, DEFAULT))
 def test_a_folder_makes_the_same_images_in_diffusers(
     of: Callable[[str], Path],
     tmp_path: Path,
@@ -447,14 +458,17 @@ def in_comfyui(generator: Generator, nodes: dict[str, Any], z: Tensor, cond: Any
 
 @pytest.mark.parametrize(
     ("name", "changes", "spec"),
-    [
-        ("sd", None, SamplerSpec(steps=4, times=TIMES4, **SDE)),
-        ("sdxl", {}, SamplerSpec(steps=3, times=ODD, solver="ddim")),
-        ("sd", FLOW, SamplerSpec(steps=1, times={1: (1.0, 0.0)})),
-        ("sdxl", None, SamplerSpec(steps=1, times={1: (625.0, 0.0)}, start_scale=LEVEL_625, **SDE)),
-        ("sd3", None, SamplerSpec(steps=2, times={2: (1.0, 0.6, 0.0)}, **SDE)),
-        ("flux", {}, SamplerSpec(steps=2, times={2: (1.0, 0.6, 0.0)})),
-    ],
+    slow(
+        [
+            ("sd", None, SamplerSpec(steps=4, times=TIMES4, **SDE)),
+            ("sdxl", {}, SamplerSpec(steps=3, times=ODD, solver="ddim")),
+            ("sd", FLOW, SamplerSpec(steps=1, times={1: (1.0, 0.0)})),
+            ("sdxl", None, SamplerSpec(steps=1, times={1: (625.0, 0.0)}, start_scale=LEVEL_625, **SDE)),
+            ("sd3", None, SamplerSpec(steps=2, times={2: (1.0, 0.6, 0.0)}, **SDE)),
+            ("flux", {}, SamplerSpec(steps=2, times={2: (1.0, 0.6, 0.0)})),
+        ],
+        default=(1, 2, 4),
+    ),
 )
 def test_a_workflow_of_comfyui_takes_the_same_steps(
     of: Callable[[str], Path], tmp_path: Path, name: str, changes: Any, spec: SamplerSpec
