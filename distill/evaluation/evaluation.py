@@ -51,6 +51,7 @@ class Model:
             followed=nothing if self.follows and evaluation.follows else None,
             path=EulerPath(1.0, 1.0, 1.0) if has_path else None,
             facts=self.facts,
+            clip=None if evaluation.meter.clip_score is None else lambda samples, generator: 0.0,
         )
         return evaluation.of_row(sampled)
 
@@ -121,6 +122,7 @@ class Evaluation:
                     model.facts,
                     latents,
                     None if followed is None else raw,
+                    self.meter.clip_score,
                 )
                 labels = labels_of(model.generator, self.count) if self.by_class else None
                 rows[label, steps] = self.row(label, steps) | self.of_row(sampled)

@@ -84,6 +84,7 @@ class Sampled:
     Attributes:
         steps, count, seconds: sampler steps, samples, and the time that sampling took.
         samples: [N, *S]. followed: [N, *S] the samples of the row that this one follows, or None.
+        clip: CLIP score of samples of a model's prompts, for meters that have it, or None.
         latents, followed_latents: the same before decoding, for meters that ask for them, or None.
         path: how straight the model's flow is, or None.
         facts: what the stage that trained the model recorded.
@@ -99,6 +100,7 @@ class Sampled:
     facts: dict[str, Any] = field(default_factory=dict)
     latents: Tensor | None = None
     followed_latents: Tensor | None = None
+    clip: Callable[[Tensor, Generator], float] | None = None
 
 
 def stratified_split(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -34,6 +34,7 @@ class Meter(ABC):
     caption: str  # of the picture
     least: int = 3  # samples that a set needs
     latents: bool = False  # whether rows compare samples before decoding
+    clip_score: Callable[[Tensor, Generator], float] | None = None  # of samples of a model's prompts
     shown: int  # samples of a row in the picture
     real: RealSet  # after `prepare`
     description: str  # the real set in words, after `prepare`

@@ -1,4 +1,4 @@
-"""Samples of prompts beside each other, where there is no real set to compare them with."""
+"""Samples of prompts beside each other, where there is no real set to compare them with; and their CLIP score."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from distill.evaluation.grid import image_grid, save_png
 from distill.evaluation.measure import RealSet
 from distill.evaluation.meters.meter import Meter, Shown, at_least
 from distill.evaluation.protocol import NO_FEATURES, Protocol
+from distill.files import read_json, sha256_kept, sha256_text
+from distill.models.generator import Generator
 
 PICTURE_WIDTH = 1200  # pixels
 QUOTED = 60  # characters of a prompt in the caption
+CLIP_BATCH = 32
 
 
 class NoImages(RealSet):
@@ -56,20 +60,28 @@ class PromptMeter(Meter):
 
     Attributes:
         columns: prompts in the picture.
+        clip: folder of a CLIP model of transformers with text and image tower, for the metric `clip_score`; None: not measured.
     """
 
     kind: ClassVar[str] = "prompts"
     columns: int = 6
+    clip: str | None = None
 
     def __post_init__(self) -> None:
         at_least(self, "columns")
         self.least, self.latents = 1, True
         self.shown, self.caption = self.columns, "a prompt a column"
         self.real = NoImages()
+        if self.clip is not None:
+            check_clip(Path(self.clip))
+            self.clip_score = ClipScore(Path(self.clip))
 
     def fingerprint(self) -> str:
-        """Nothing is read."""
-        return ""
+        """Of the CLIP model, if there is one."""
+        if self.clip is None:
+            return ""
+        files = sorted(path for path in Path(self.clip).iterdir() if path.is_file())
+        return sha256_text("".join(f"{path.name} {sha256_kept(path)}\n" for path in files))
 
     def trial(
         self, sample_shape: Sequence[int], labels: Tensor | None
@@ -99,3 +111,51 @@ class PromptMeter(Meter):
                 for number in range(columns)
             ]
             self.caption = "columns: " + "; ".join(quoted)
+
+
+def check_clip(folder: Path) -> None:
+    """Raise ValueError or FileNotFoundError unless a folder holds a CLIP model with its tokenizer, in safetensors."""
+    images = ("preprocessor_config.json", "processor_config.json")  # of transformers 4 and 5
+    for names in (("config.json",), ("model.safetensors",), ("tokenizer_config.json",), images):
+        if not any((folder / name).is_file() for name in names):
+            raise FileNotFoundError(
+                f"meter.clip: {folder / names[0]}: missing; expected a local folder of a CLIP model, such as a copy of "
+                "openai/clip-vit-base-patch16"
+            )
+    if (found := read_json(folder / "config.json").get("model_type")) != "clip":
+        raise ValueError(f"meter.clip: {folder}: found a model of type {found!r}, expected 'clip'")
+
+
+class ClipScore:
+    """CLIP score by the model in a local folder, loaded at the first call. (That of torchmetrics 1 does not run with
+    transformers 5.)"""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._loaded: tuple[Any, Any] | None = None
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, generator: Generator) -> float:
+        """max(mean of 100 cos(image, prompt), 0) of decoded images [N,C,H,W] in [-1, 1] and the prompts of samples 0 .. N - 1
+        of a model; prompts are cut at the length that CLIP reads."""
+        table: Any = getattr(generator.conditions, "table", None)
+        if table is None:
+            raise ValueError("meter.clip: found a model without prompts; expected null")
+        model, processor = self._loaded = self._loaded or self._load()
+        prompts = [table.prompts[number % len(table.prompts)] for number in range(len(images))]
+        total = 0.0
+        for start in range(0, len(images), CLIP_BATCH):
+            part = ((images[start : start + CLIP_BATCH].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+            options = {"padding": True, "truncation": True, "return_tensors": "pt"}
+            given = processor(text=prompts[start : start + CLIP_BATCH], images=list(part), **options)
+            made = model(**given)
+            total += float(cosine_similarity(made.image_embeds, made.text_embeds).double().sum())
+        return max(100 * total / len(images), 0.0)
+
+    def _load(self) -> tuple[Any, Any]:
+        try:
+            from transformers import CLIPModel, CLIPProcessor
+        except ImportError as error:
+            raise ImportError("meter.clip: needs transformers: pip install 'distill[features]'") from error
+        model = CLIPModel.from_pretrained(self.folder, local_files_only=True, use_safetensors=True)
+        return model.eval(), CLIPProcessor.from_pretrained(self.folder, local_files_only=True)
