@@ -166,7 +166,7 @@ def adapter_of(net: nn.Module) -> Adapted | None:
 
 def forget_origin(net: nn.Module) -> None:
     """Say that a net's weights, all of which are about to be trained, are no longer those of a model folder."""
-    if isinstance(net, Net):
+    if isinstance(net, Net) and net.origin is not None:
         net.origin = None
 
 
