@@ -27,6 +27,10 @@ MOVED: dict[str, str] = {
 stages of earlier versions are still found."""
 
 
+LATER: dict[str, Any] = {"embed_w": True}
+"""Options that methods of earlier versions did not have -> the value that they had. Digests leave them out at that value."""
+
+
 MOVED_TO_METERS = {name: f"meter.{name}" for name in ("data", "features", "k", "grid_columns", "paths")}
 
 
@@ -47,8 +51,12 @@ def with_name_of_now(difference: str, method: Mapping[str, Any]) -> str:
 
 def former_names(method: Mapping[str, Any]) -> dict[str, Any]:
     """A method's config with the options of `MOVED` by their former names. Options of the blocks that had no former name
-    stay in their block; left out where they are None."""
-    found = {key: dict(value) if isinstance(value, Mapping) else value for key, value in method.items()}
+    stay in their block; left out where they are None, as are those of `LATER` at their value."""
+    found = {
+        key: dict(value) if isinstance(value, Mapping) else value
+        for key, value in method.items()
+        if key not in LATER or value != LATER[key]
+    }
     for old, new in MOVED.items():
         block, _, name = new.partition(".")
         if old not in method and isinstance(found.get(block), dict) and name in found[block]:

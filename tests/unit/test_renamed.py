@@ -93,3 +93,8 @@ def test_a_block_keeps_the_defaults_of_its_method() -> None:
         ValueError, match=r"^updates.first: found 'both', expected one of 'student', 'fake' or null"
     ):
         filled(default, {"first": "both"}, "updates")
+
+
+def test_an_option_that_came_later_keeps_the_digests_of_before() -> None:
+    assert former_names({"w_min": 0.0, "embed_w": True}) == {"w_min": 0.0}
+    assert former_names({"w_min": 0.0, "embed_w": False}) == {"w_min": 0.0, "embed_w": False}
