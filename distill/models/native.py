@@ -121,10 +121,11 @@ def load_model(
     folder = Path(folder)
     description = Description.read(folder)
     path = _weights_file(folder, description)
-    model = None if known is None else _again(folder, description, known)
+    adapter = description.base is not None  # trained on: of it the base alone is shared
+    model = None if known is None or adapter else _again(folder, description, known)
     if model is None:
         model = _loaded(folder, description, path, known)
-        if known is not None:
+        if known is not None and not adapter:
             known[description.weights.sha256] = model
     return Generator(model.eval(), description.sampler).to(device)
 

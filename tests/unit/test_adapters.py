@@ -26,7 +26,7 @@ from distill.methods.progressive import Progressive
 from distill.methods.sid import SiD
 from distill.models.adapters import Adapted, adapter_of, merged, own_names, trained_parameters
 from distill.models.denoiser import Denoiser
-from distill.models.native import load_model, save_model
+from distill.models.native import load_model, load_models, save_model
 from distill.models.spec import SamplerSpec
 from distill.nets.unet import UNet
 from distill.process.flow import Flow
@@ -138,6 +138,13 @@ def test_a_model_folder_holds_the_adapter_and_finds_its_base(tmp_path):
     assert (tmp_path / "student" / "model.safetensors").stat().st_size < 0.9 * (
         tmp_path / "teacher" / "model.safetensors"
     ).stat().st_size
+    # A next round, whose student and teacher are this student: adapters of their own on one base.
+    init, teacher = load_models(
+        {"init": tmp_path / "student", "teacher": tmp_path / "student"}, adapters=False
+    ).values()
+    assert not set(init.denoiser.trained().values()) & set(teacher.denoiser.parameters())
+    shared = set(init.denoiser.parameters()) & set(teacher.denoiser.parameters())
+    assert len(shared) == len(list(load_model(tmp_path / "teacher").denoiser.parameters()))
     # A Load stage of another run names the base from where the copy lies.
     copied = tmp_path / "far" / "runs" / "taken" / "student"
     copied.mkdir(parents=True)
