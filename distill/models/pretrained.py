@@ -27,25 +27,18 @@ class Folder:
     """A pipeline's folder: `model_index.json` and a sub-folder for each part.
 
     Args:
-        path: the folder. variant: of the weights' files: fp16 for model.fp16.safetensors; None: those without.
+        path: the folder; or OWNER/NAME@COMMIT, a model of the Hugging Face hub in the hub's cache. Nothing is downloaded.
+        variant: of the weights' files: fp16 for model.fp16.safetensors; None: those without.
 
     Raises:
-        FileNotFoundError: names `path`: no such folder (a hub id is not downloaded), or no `model_index.json` in it.
-        ValueError: `model_index.json` is not that of a pipeline.
+        FileNotFoundError: names `path`: no such folder or cached model, or no `model_index.json` in it.
+        ValueError: a revision that is no commit, or `model_index.json` is not that of a pipeline.
     """
 
     def __init__(self, path: str | Path, variant: str | None = None) -> None:
         self.path, self.variant = Path(path).expanduser(), variant
         if not self.path.is_dir():
-            hub = not self.path.is_absolute() and str(path).count("/") == 1 and not str(path).startswith(".")
-            more = (
-                f"; to use a model of the Hugging Face hub, download it first: hf download {path} --local-dir FOLDER"
-                if hub
-                else ""
-            )
-            raise FileNotFoundError(
-                f"path: {path}: no such folder; expected a diffusers pipeline with {INDEX}{more}"
-            )
+            self.path = _cached(str(path))
         if not (self.path / INDEX).is_file():
             single = sorted(p.name for p in self.path.iterdir() if p.suffix in (".safetensors", ".ckpt"))
             more = (
@@ -176,6 +169,34 @@ class Folder:
                 if path.is_file():
                     files[f"{part}/{path.name}"] = sha256_kept(path)
         return hashlib.sha256(canonical_json(files).encode()).hexdigest()
+
+
+def _cached(path: str) -> Path:
+    """The folder of OWNER/NAME@COMMIT in the hub's cache ($HF_HOME). A commit, because branches move."""
+    found = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@(.*))?", path)
+    if found is None or path.startswith("."):
+        raise FileNotFoundError(f"path: {path}: no such folder; expected a diffusers pipeline with {INDEX}")
+    name, commit = found.groups()
+    if commit is None:
+        raise FileNotFoundError(
+            f"path: {path}: no such folder; expected a diffusers pipeline with {INDEX}; to use a model of the Hugging Face "
+            f"hub, download it first: hf download {path} --local-dir FOLDER, or hf download {path} --revision COMMIT and "
+            f"type {path}@COMMIT"
+        )
+    if not re.fullmatch("[0-9a-f]{40}", commit):
+        raise ValueError(
+            f"path: {path}: found the revision {commit!r}, expected a commit of 40 hexadecimal digits"
+        )
+    try:
+        hub = importlib.import_module("huggingface_hub")
+    except ImportError as error:
+        raise ImportError(f"path: {path}: needs the package huggingface_hub: {INSTALL}") from error
+    try:
+        return Path(hub.snapshot_download(name, revision=commit, local_files_only=True))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"path: {path}: not in the hub's cache; expected it there: hf download {name} --revision {commit}"
+        ) from error
 
 
 def class_named(library: str, name: str, where: str) -> Any:

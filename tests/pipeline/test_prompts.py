@@ -16,6 +16,7 @@ import distill
 from distill.cache.pairs import Pairs
 from distill.models.adapters import trained_parameters
 from distill.models.native import load_model
+from distill.models.pretrained import Folder
 from distill.stages import encode
 
 PROMPTS = ("a dog", "a cat on a table", "a house", "two words that are too long for this text encoder")
@@ -217,6 +218,13 @@ def test_bad_folders(sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     assert "path: nowhere/sd: no such folder" in refused("teacher.path=nowhere/sd")
     assert "hf download nowhere/sd" in refused("teacher.path=nowhere/sd")
+    # A commit of the hub is read from the hub's cache; branches, which move, are not.
+    commit, cache = "0123456789abcdef" * 2 + "01234567", tmp_path / "hub"
+    assert "expected a commit of 40 hexadecimal digits" in refused("teacher.path=some/sd@main")
+    assert f"hf download some/sd --revision {commit}" in refused(f"teacher.path=some/sd@{commit}")
+    shutil.copytree(sd / "sd", cache / "models--some--sd" / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    assert Folder(f"some/sd@{commit}").path == cache / "models--some--sd" / "snapshots" / commit
     assert "no model_index.json in it" in refused(f"teacher.path={sd}")
     assert "family: found 'dit', but" in refused("teacher.family=dit")
     folder = broken("part")
