@@ -54,8 +54,7 @@ def _is_option(argument: str, keys: tuple[str, ...]) -> bool:
 def main() -> None:
     """Read, check, print, write."""
     with terminal.report_errors():
-        if {"-h", "--help"} & set(sys.argv[1:]):
-            print(f"{__doc__}\n{Options.__doc__}")
+        if terminal.asked_for_help(__doc__, Options.__doc__):
             return
         options = parse(sys.argv[1:])
         out = Path(options.out).expanduser()

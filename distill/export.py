@@ -61,8 +61,7 @@ def name_of(source: Path) -> str:
 def main() -> None:
     """Export into a folder beside `out`, which is renamed when everything is checked."""
     with terminal.report_errors():
-        if {"-h", "--help"} & set(sys.argv[1:]):
-            print(f"{__doc__}\n\n{Options.__doc__}")
+        if terminal.asked_for_help(__doc__, Options.__doc__):
             return
         options = parse(sys.argv[1:])
         source, out = Path(options.model).expanduser(), Path(options.out).expanduser().absolute()

@@ -77,8 +77,7 @@ def check_device(name: str) -> None:
 def main() -> None:
     """Draw samples and save the picture."""
     with terminal.report_errors():
-        if {"-h", "--help"} & set(sys.argv[1:]):
-            print(f"{__doc__}\n\n{Options.__doc__}")
+        if terminal.asked_for_help(__doc__, Options.__doc__):
             return
         options = parse(sys.argv[1:])
         out = output_picture(options.out, "grid.png")

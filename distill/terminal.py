@@ -77,6 +77,13 @@ def report_errors(explain: Callable[[Exception], str | None] = lambda _: None) -
         sys.exit(f"error: {printable(message)}")
 
 
+def asked_for_help(*pages: str | None) -> bool:
+    """Print `pages` if the command line has -h or --help; returns whether it has."""
+    if asked := bool({"-h", "--help"} & set(sys.argv[1:])):
+        print("\n\n".join(filter(None, pages)))
+    return asked
+
+
 def read_options(schema: type[Options], given: Sequence[str]) -> Options:
     """Parse `key=value` arguments into a dataclass. If a key is given twice, the last value is used.
 

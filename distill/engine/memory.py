@@ -168,7 +168,7 @@ def optimizer_state(make: Callable[[Any], Any], parameters: list[nn.Parameter]) 
     try:
         optimizer = make(list(stand_ins.values()))
         optimizer.step()
-    except (RuntimeError, TypeError, NotImplementedError):
+    except (RuntimeError, TypeError):
         return None
     states = {
         kind: [value for value in optimizer.state[tensor].values() if isinstance(value, Tensor)]

@@ -120,7 +120,8 @@ def shard_net(
     trained: Container[int] = frozenset(),
 ) -> None:
     """Shard a net in place: blocks first, then the root. Methods that the net names in `entries` may be called beside
-    `forward`. Of a net that contains modules that are sharded already, the modules without such ones are sharded.
+    `forward`. Of a net that contains modules that are sharded already, and of a list of modules, the modules without such ones
+    are sharded.
 
     The root is resharded after its forward like every other unit. By default it is not, and then a forward
     under no_grad followed by an optimizer step leaves the next forward with the old weights, silently."""
@@ -132,13 +133,8 @@ def shard_net(
 
     if isinstance(net, FSDPModule):
         return
-    if isinstance(
-        net, nn.ModuleList | nn.ModuleDict
-    ):  # they have no forward, at which they would be gathered
-        for child in net.children():
-            shard_net(child, mesh, least=least, trained=trained)
-        return
-    if any(isinstance(module, FSDPModule) for module in net.modules()):
+    uncalled = isinstance(net, nn.ModuleList | nn.ModuleDict)  # no forward, at which it would be gathered
+    if uncalled or any(isinstance(module, FSDPModule) for module in net.modules()):
         for name, parameter in net.named_parameters(recurse=False):
             if id(parameter) in trained:
                 raise ValueError(

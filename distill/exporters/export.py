@@ -183,5 +183,8 @@ def _whole(generator: Generator) -> Generator:
 
 
 WRITERS: Mapping[str, Callable[[Generator, Path, Options, str], Exported]] = {
-    **{"native": _native, "diffusers": _diffusers, "lora": _lora, "comfyui": _comfyui}
+    "native": _native,
+    "diffusers": _diffusers,
+    "lora": _lora,
+    "comfyui": _comfyui,
 }

@@ -46,11 +46,11 @@ def of_pipeline(generator: Generator, call: Mapping[str, Any], stock: Stock | No
 def of_lora(generator: Generator, file: str, call: Mapping[str, Any] | None, stock: Stock | None) -> str:
     """Of a LoRA file; `call`: None for nets of this package."""
     if call is None:
-        text = [
-            "from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict",
-            f"# {file}: names of the net's layers; rank, alpha and layers are in its header, lora_adapter_metadata",
-        ]
-        return "\n\n".join([_python(text), steps(generator)])
+        text = (
+            f"`{file}` has the names of the net's layers, and rank, alpha and layers in its header (`lora_adapter_metadata`). "
+            f"It is a start for training: `student=lora student.lora.file={file}`."
+        )
+        return "\n\n".join([text, steps(generator)])
     load = ["from diffusers import DiffusionPipeline" + ("" if stock is None else f", {stock.name}"), ""]
     load += ['pipe = DiffusionPipeline.from_pretrained("path/to/the/base")']
     load += [f'pipe.load_lora_weights("path/to/this/folder", weight_name="{file}")']

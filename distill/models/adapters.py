@@ -54,7 +54,14 @@ class LowRank(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         """Of the layer."""
-        return self.layer.bias  # type: ignore[return-value]
+        found = self.layer.bias
+        assert found is None or isinstance(found, Tensor)
+        return found
+
+    @property
+    def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """The weights of A and B."""
+        return _weight(self.lora_A), _weight(self.lora_B)
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
         """As the layer's."""
@@ -64,7 +71,7 @@ class LowRank(nn.Module):
 
     def delta(self) -> Tensor:
         """scale B A in the shape of the layer's weight, float32."""
-        down, up = _weight(self.lora_A), _weight(self.lora_B)
+        down, up = self.factors
         return self.scale * (up.flatten(1) @ down.flatten(1)).reshape(len(up), *down.shape[1:])
 
 
@@ -124,12 +131,6 @@ class Adapted(Net):
     def own(self) -> list[str]:
         """Names of the adapter's tensors in `state_dict`."""
         return [f"net.{path}.{name}" for path in self.paths for name in (A, B)]
-
-    def reset(self) -> None:
-        """Make the net equal to its base again."""
-        with torch.no_grad():
-            for layer in self.layers().values():
-                _weight(layer.lora_B).zero_()
 
     def takes(self, rank: int, alpha: float | None, targets: list[str] | None, dropout: float) -> bool:
         """Whether the constructor's options make adapters like these."""

@@ -143,8 +143,7 @@ class LoraFile:
                 f"file: {self.path}: {extra}: its name ends as that of an adapted layer; expected that layer in the file"
             )
         for path, (down, up) in given.items():
-            for part, tensor in ((layers[path].lora_A, down), (layers[path].lora_B, up)):
-                weight: Any = part.weight
+            for weight, tensor in zip(layers[path].factors, (down, up), strict=True):
                 if weight.shape != tensor.shape:
                     raise ValueError(
                         f"file: {self.path}: {path}: found the shape {list(tensor.shape)}, expected {list(weight.shape)}: "
@@ -179,10 +178,7 @@ def part_of(core: Core) -> str:
 def pairs_of(adapted: Adapted) -> dict[str, Pair]:
     """layer -> A, B of an adapted net, with the names of the diffusers network, or of the net."""
     prefix, _ = network_in(adapted.net)
-    return {
-        path.removeprefix(prefix): (low_rank.lora_A.weight, low_rank.lora_B.weight)  # type: ignore[misc]
-        for path, low_rank in adapted.layers().items()
-    }
+    return {path.removeprefix(prefix): low_rank.factors for path, low_rank in adapted.layers().items()}
 
 
 def write_peft(path: Path, adapted: Adapted, facts: Mapping[str, Any]) -> None:

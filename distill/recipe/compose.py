@@ -53,8 +53,6 @@ def register_recipes() -> None:
     Users add recipes as `recipe/*.yaml` in a folder given by `--config-dir` or the search path."""
     register_sources()
     store = ConfigStore.instance()
-    # Hydra copies the whole store for each composition (0.1 s), although it copies every config that it loads from it.
-    ConfigStore.__deepcopy__ = lambda self, memo: self  # type: ignore[attr-defined]
     for name, path in recipes().items():
         group, _, own = f"recipe/{name}".rpartition("/")
         store.store(group=group, name=own, node=OmegaConf.load(path), package="_global_", provider="distill")

@@ -136,9 +136,9 @@ def test_each_process_has_its_shards() -> None:
     assert Memory([row, row], alternate=True).total()["weights"] == 4 * 22
 
 
-@pytest.fixture(scope="module", params=SHAPES)
+@pytest.fixture(scope="module")
 def shape(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any]:
-    """A teacher with the shape of a real one, on the meta device."""
+    """A teacher with the shape of a real one, on the meta device; `request.param`: its name."""
     folder = load_script("memory_table").sketched_teacher(
         tmp_path_factory.mktemp(request.param), request.param
     )
@@ -167,22 +167,16 @@ def counted(net: nn.Module, rank: int, targets: list[str]) -> tuple[int, int]:
 
 
 REFLOW, SID = "reflow", "sid"
-CASES = {
-    "sd15": [(name, student) for name in (REFLOW, SID) for student in ("full", "LoRA 64", "LoRA 16")],
-    "sdxl": [
-        (SID, "full"),
-        (REFLOW, "LoRA 64"),
-        (SID, "LoRA 16"),
-    ],  # the others take seconds, and go the same ways
-}
+CASES = [
+    *(("sd15", name, student) for name in (REFLOW, SID) for student in ("full", "LoRA 64", "LoRA 16")),
+    # Half of the cases of the larger shape, which takes seconds: each method and each student once.
+    *(("sdxl", SID, "full"), ("sdxl", REFLOW, "LoRA 64"), ("sdxl", SID, "LoRA 16")),
+]
 
 
-@pytest.mark.parametrize("number", range(6))
-def test_real_shapes(shape: tuple[str, Any], number: int) -> None:
+@pytest.mark.parametrize(("shape", "name", "student"), CASES, indirect=["shape"])
+def test_real_shapes(shape: tuple[str, Any], name: str, student: str) -> None:
     shape_name, teacher = shape
-    if number >= len(CASES[shape_name]):
-        pytest.skip("fewer cases of the larger shape")
-    name, student = CASES[shape_name][number]
     targets = load_script("memory_table").LCM_TARGETS
     lora = {"LoRA 64": {"rank": 64, "targets": targets}, "LoRA 16": {"rank": 16}}.get(student)
     models = copied({"init": teacher, "teacher": teacher}, adapters=lora is not None)

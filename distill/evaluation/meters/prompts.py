@@ -90,8 +90,10 @@ class PromptMeter(Meter):
         return {}, {}
 
     def prepare(self, seed: int, stream: str, count: int, device: torch.device) -> None:
-        """There is nothing to prepare."""
+        """There is no real set; a CLIP model runs on `device`."""
         self.description = "no real images"
+        if isinstance(self.clip_score, ClipScore):
+            self.clip_score.device = device
 
     def measure(self, samples: Tensor, labels: Tensor | None) -> dict[str, float | None]:
         """None; `teacher_mse` compares with the teacher's samples."""
@@ -131,7 +133,7 @@ class ClipScore:
     transformers 5.)"""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.device = folder, torch.device("cpu")
         self._loaded: tuple[Any, Any] | None = None
 
     @torch.no_grad()
@@ -148,7 +150,7 @@ class ClipScore:
             part = ((images[start : start + CLIP_BATCH].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
             options = {"padding": True, "truncation": True, "return_tensors": "pt"}
             given = processor(text=prompts[start : start + CLIP_BATCH], images=list(part), **options)
-            made = model(**given)
+            made = model(**given.to(self.device))
             total += float(cosine_similarity(made.image_embeds, made.text_embeds).double().sum())
         return max(100 * total / len(images), 0.0)
 
@@ -158,4 +160,4 @@ class ClipScore:
         except ImportError as error:
             raise ImportError("meter.clip: needs transformers: pip install 'distill[features]'") from error
         model = CLIPModel.from_pretrained(self.folder, local_files_only=True, use_safetensors=True)
-        return model.eval(), CLIPProcessor.from_pretrained(self.folder, local_files_only=True)
+        return model.eval().to(self.device), CLIPProcessor.from_pretrained(self.folder, local_files_only=True)
