@@ -98,9 +98,11 @@ def fresh_model(
     process: Mapping[str, Any],
     kind: str,
     source: Any,
+    teacher: Generator | None,
     make: Callable[[Mapping[str, Any]], Any] = build_net,
 ) -> Generator:
-    """Return an untrained model of the samples of a source (or of `PairsMade`). `make` builds the net."""
+    """Return an untrained model of the samples of a source (or of `PairsMade`), decoded as those of the teacher, if there is
+    one: prompts do not say what samples are. `make` builds the net."""
     built = make(net)
     model = Denoiser(
         built,
@@ -108,7 +110,7 @@ def fresh_model(
         kind,
         source.sample_shape,
         conditions=of_net(built) or conditions_of(source),
-        decoder=decoder_of(source),
+        decoder=decoder_of(source) if teacher is None else teacher.decoder,
     )
     return Generator(model, SamplerSpec(steps=1, any_steps=True))
 

@@ -208,7 +208,7 @@ class Train(ModelStage):
             raise ValueError(
                 f"nodes: {self.nodes!r} stores no nodes; expected a stage with the method `degrade`"
             )
-        start = self._start(models.get("init"), 0, source, try_build)
+        start = self._start(models, 0, source, try_build)
         method = self._method(start.denoiser, models, ())
         check_reads(method, self.method, source, self.data, before)
         method.prepare(build_optim(self.optim, self.steps), seed=0, stream=self.stream)
@@ -260,7 +260,7 @@ class Train(ModelStage):
         source = source_of(self.data, context.inputs)
         folders = {role: context.inputs[role] for role in self._models()}
         models = load_models(folders, adapters=self._adapts)
-        start = self._start(models.get("init"), context.seed, source)
+        start = self._start(models, context.seed, source)
         student = start.denoiser
         threads = use_threads(context, sum(p.numel() for p in student.parameters()))
         nodes: Sequence[Path] = ()
@@ -367,15 +367,15 @@ class Train(ModelStage):
         return {role: name for role, name in named.items() if name is not None}
 
     def _start(
-        self, init: Generator | None, seed: int, source: Source | PairsMade, make: Any = build_net
+        self, models: Mapping[str, Generator], seed: int, source: Source | PairsMade, make: Any = build_net
     ) -> Generator:
         """The student before training: that of `init`, perhaps adapted, or a fresh one whose net `make` builds."""
-        if init is None or self.adapt is not None:
+        if (init := models.get("init")) is None or self.adapt is not None:
             torch.manual_seed(stream_key(seed, self.stream, "init") % 2**63)
         if init is None:
             assert self.net is not None
             assert self.process is not None
-            init = fresh_model(self.net, self.process, self.kind, source, make)
+            init = fresh_model(self.net, self.process, self.kind, source, models.get("teacher"), make)
         elif self.adapt is not None:
             with device_of(init.denoiser.net):
                 init = Generator(adapted(init.denoiser, self.adapt), init.spec)

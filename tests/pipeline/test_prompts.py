@@ -311,6 +311,27 @@ def test_adapters_on_prompts_continue_bit_equal_after_a_kill(sd: Path, tmp_path:
 
 
 @pytest.mark.slow
+def test_a_student_with_a_smaller_network(sd: Path, tmp_path: Path) -> None:
+    """From fresh weights; its samples are decoded as the teacher's."""
+    config = json.loads((sd / "sd" / "unet" / "config.json").read_text())
+    config |= {"block_out_channels": [4, 8], "attention_head_dim": 2}
+    net = {"_target_": "distill.models.families.sd.SD", "config": config}
+    process = {"_target_": "distill.process.vp.VPScaledLinear"}
+    folder = tmp_path / "own" / "recipe"
+    folder.mkdir(parents=True)
+    stage = {"init": None, "adapt": None, "net": net, "process": process, "kind": "v"}
+    stages = "stages: " + json.dumps({"distill": stage})
+    (folder / "small.yaml").write_text(f"# @package _global_\ndefaults: [sid, _self_]\n{stages}\n")
+    command = options(sd, "name=run", "eval.count=4", "--config-dir", str(tmp_path / "own"), recipe="small")
+    call_verb(tmp_path, "train", *command, check=True)
+    student, teacher = (distill.load(tmp_path / "runs" / "run" / name) for name in ("export", "teacher"))
+    assert sum(p.numel() for p in student.denoiser.parameters()) < 0.5 * sum(
+        p.numel() for p in teacher.denoiser.parameters()
+    )
+    assert student.sample(1, prompt="a dog").shape == (1, 3, 16, 16)
+
+
+@pytest.mark.slow
 def test_adapters_on_prompts_are_the_same_on_two_processes(sd: Path, tmp_path: Path) -> None:
     command, folders = adapters_of_sid(sd), (tmp_path / "one", tmp_path / "two")
     for folder, more in zip(folders, ((), ("trainer.devices=2", "trainer.shard=world")), strict=True):
