@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import teacher_support
 import torch
+import yaml
+from tests_support import ROOT
 from torch import Tensor
 
 from distill.data.batch import Batch
@@ -123,6 +125,9 @@ def a_student(generator: Generator, cond: Cond, folder: Path) -> None:
 def test_all_families_have_a_test() -> None:
     assert sorted(families()) == sorted(teacher_support.MAKERS)
     assert len(families()) == 7
+    for name in families():
+        config = yaml.safe_load((ROOT / "configs" / "teacher" / f"{name}.yaml").read_text())
+        assert (config["family"], config["defaults"][0]) == (name, "pipeline")
 
 
 @pytest.mark.parametrize(
