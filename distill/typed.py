@@ -53,9 +53,31 @@ def settle(instance: Any, where: str = "") -> None:
             object.__setattr__(instance, field.name, value)
 
 
+# Options of other tools that a user may look for. Without these words the nearest key would be suggested in their place.
+NOT_IMPLEMENTED = {
+    **dict.fromkeys(
+        (
+            "guidance_rescale",
+            "cfg_rescale",
+            "rescale_cfg",
+            "true_cfg_scale",
+            "cfg_zero_star",
+            "guidance_interval",
+        ),
+        "not implemented: guidance is u + g (c - u) at all times, without rescaling",
+    ),
+    **dict.fromkeys(
+        ("pag_scale", "sag_scale", "perturbed_attention"),
+        "not implemented: guidance is u + g (c - u), with the null condition as u",
+    ),
+}
+
+
 def unknown_key(where: str, key: str, known: Iterable[str]) -> str:
     """Return the message for an unknown key, with the most similar known key and the list of all."""
     names = [str(name) for name in known]
+    if (why := NOT_IMPLEMENTED.get(str(key))) is not None:
+        return f"{join(where, key)}: no such key, {why}; expected {', '.join(names) or 'none'}"
     near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
     hint = f", did you mean {join(where.rpartition(': ')[2], near[0])}?" if near else ""
     return f"{join(where, key)}: no such key{hint}; expected {', '.join(names) or 'none'}"

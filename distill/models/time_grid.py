@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
 from torch import Tensor
 
+from distill.models.scheduler_grid import scheduler_grid
 from distill.process.base import Process
 from distill.process.times import GRIDS, grid
 from distill.typed import check_keys, parse
 
+NAMED: dict[str, Callable[..., Tensor]] = {**GRIDS, "scheduler": scheduler_grid}
+"""Name -> (process, steps, **options) -> [steps + 1] float64."""
+
 
 @dataclass(frozen=True)
 class TimeGrid:
-    """A grid of ``process.times.GRIDS`` by name, with the options of its function: ``{name: shifted, factor: 3}``."""
+    """A grid of ``NAMED`` with the options of its function: ``{name: shifted, factor: 3}``."""
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -30,11 +34,11 @@ class TimeGrid:
         """
         if not isinstance(value, Mapping):
             raise ValueError(
-                f"{where}: found {value!r}, expected a mapping with a name of {sorted(GRIDS)} and its options"
+                f"{where}: found {value!r}, expected a mapping with a name of {sorted(NAMED)} and its options"
             )
         name = value.get("name")
-        if not isinstance(name, str) or name not in GRIDS:
-            raise ValueError(f"{where}.name: found {name!r}, expected one of {sorted(GRIDS)}")
+        if not isinstance(name, str) or name not in NAMED:
+            raise ValueError(f"{where}.name: found {name!r}, expected one of {sorted(NAMED)}")
         given = {option: found for option, found in value.items() if option != "name"}
         known = _options(name)
         check_keys(given, known, where)
@@ -51,13 +55,15 @@ class TimeGrid:
             ValueError: names the grid: ``process`` has no such grid, or not of so many steps.
         """
         try:
-            return grid(self.name, process, steps, **self.options)
+            if self.name in GRIDS:
+                return grid(self.name, process, steps, **self.options)
+            return NAMED[self.name](process, steps, **self.options)
         except ValueError as error:
             raise ValueError(f"grid: {self.to_dict()}: {error}") from error
 
 
 def _options(name: str) -> dict[str, Any]:
     """option -> its type, of the grid ``name``."""
-    hints = get_type_hints(GRIDS[name])
-    known = inspect.signature(GRIDS[name]).parameters
+    hints = get_type_hints(NAMED[name])
+    known = inspect.signature(NAMED[name]).parameters
     return {option: hints[option] for option in known if option not in ("process", "steps", "device")}

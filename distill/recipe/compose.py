@@ -27,6 +27,7 @@ from distill.recipe.arguments import arguments, check_choice, quoted, slug, swep
 from distill.recipe.sources import SUFFIXES, register_sources
 from distill.stages.renamed import moved_option
 from distill.terminal import report_errors
+from distill.typed import NOT_IMPLEMENTED
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -179,6 +180,8 @@ def _unknown_key(error: Any) -> str:
     keys = sorted(set(keys))
     if (moved := moved_option(key, keys)) is not None:
         return f"{path}: is now {where}.{moved}; write {where}.{moved}=..."
+    if (why := NOT_IMPLEMENTED.get(key)) is not None:
+        return f"{path}: no such key, {why}; expected {', '.join(keys)}"
     near = _near(key, keys, where)
     add = f"; to add an option that the config omits, type +{path}=..." if where and not near else ""
     return f"{path}: no such key{near}; expected {', '.join(keys)}{add}"

@@ -38,8 +38,9 @@ FIRST_NAMES = {
 }
 
 # Options that later versions added, with the values that change nothing: digests leave them out.
-ADDED = {
-    "distill.stages.export.Export": {"format": "native", "merged": False, "pipeline": None, "variant": None}
+ADDED: dict[str, dict[str, Any]] = {
+    "distill.stages.export.Export": {"format": "native", "merged": False, "pipeline": None, "variant": None},
+    "distill.stages.pretrained.Pretrained": {"solver": None, "grid": None},
 }
 
 

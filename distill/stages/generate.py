@@ -36,7 +36,7 @@ class Generate(Stage):
     Attributes:
         teacher: name of the stage whose model is sampled.
         count: number of pairs. guidance_scale: g in u + g (c - u), with conditional prediction c and unconditional u.
-        sampler: {solver, steps, grid} of the ODE; grid: {name: ..., option: ...}, a key of `process.times.GRIDS` and
+        sampler: {solver, steps, grid} of the ODE; grid: {name: ..., option: ...}, a key of `models.time_grid.NAMED` and
             options of its function; the default is the process's grid. "teacher": the teacher's own sampler.
         stream: name of the noise. Stages with the same stream and seed use the same noise.
         batch_size: samples per network call.

@@ -35,6 +35,9 @@ class Pretrained(ModelStage):
         variant: of the weights' files: fp16 for model.fp16.safetensors; None: those without.
         dtype: of the network's weights: float32, bfloat16 or float16.
         constants: constant inputs of the family.
+        solver: of the teacher's sampler; None: ddim, or euler for flows.
+        grid: None: trailing times, or the shifted times of flows; scheduler: those of the solver's scheduler in diffusers, with
+            the options of the folder's.
     """
 
     REFERENCES: ClassVar[tuple[str, ...]] = ("prompts",)
@@ -47,6 +50,8 @@ class Pretrained(ModelStage):
     variant: str | None = None
     dtype: str = "float32"
     constants: dict[str, Any] = field(default_factory=dict)
+    solver: str | None = None
+    grid: str | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -99,5 +104,7 @@ class Pretrained(ModelStage):
             resolution=self.resolution,
             dtype=self.dtype,
             constants=self.constants,
+            solver=self.solver,
+            grid=self.grid,
             weights=weights,
         )

@@ -199,6 +199,71 @@ def test_sd3_is_its_pipeline(tmp_path: Path) -> None:
         TextEncoders.of(Folder(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("maker", "solver", "name"),
+    [
+        ("sd", "ddim", "DDIMScheduler"),
+        ("sd", "dpmpp_2m", "DPMSolverMultistepScheduler"),
+        ("ddpm", "ddim", "DDIMScheduler"),
+        ("sd3", "euler", "FlowMatchEulerDiscreteScheduler"),
+    ],
+)
+def test_times_of_the_solvers_scheduler(tmp_path: Path, maker: str, solver: str, name: str) -> None:
+    """The loop of network and scheduler, with the times that the folder's options give the scheduler of the solver."""
+    import diffusers
+
+    pipeline = teacher_support.MAKERS[maker](tmp_path)
+    generator, cond = loaded(tmp_path, solver=solver, grid="scheduler")
+    model, z = generator.denoiser, noise(generator.denoiser)
+    scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config)
+    scheduler.set_timesteps(STEPS)
+    times = scheduler.sigmas[:-1] if maker == "sd3" else scheduler.timesteps
+    assert generator.spec.solver == solver
+    assert generator.spec.grid(model.process, STEPS)[:-1].tolist() == times.tolist()
+    assert SamplerSpec.from_dict(generator.spec.to_dict()) == generator.spec
+    x = z
+    with torch.no_grad():
+        for step, t in zip(scheduler.timesteps, times, strict=True):
+            out = model.net(x, t.expand(2).float(), cond)
+            x = scheduler.step(out, step, x).prev_sample
+    close(ours(model, z, cond, generator.spec.grid(model.process, STEPS).tolist(), 1.0, solver), x)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "message"),
+    [
+        ({}, {"grid": "karras"}, "grid: found 'karras', expected null or scheduler"),
+        (
+            {},
+            {"solver": "euler"},
+            "solver: found 'euler', but grid=scheduler knows ddim, dpmpp_2m, unipc here",
+        ),
+        (
+            {"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True},
+            {"solver": "dpmpp_2m"},
+            "config.use_karras_sigmas: found true, expected false",
+        ),
+        (
+            {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True},
+            {},
+            "config.use_dynamic_shifting: found true, expected false",
+        ),
+        (
+            {"_class_name": "FlowMatchEulerDiscreteScheduler"},
+            {"solver": "heun"},
+            "solver: found 'heun', but grid=scheduler knows euler here",
+        ),
+    ],
+)
+def test_times_of_schedulers_that_are_refused(
+    config: dict[str, Any], options: dict[str, Any], message: str
+) -> None:
+    config = {"_class_name": "DDIMScheduler", "clip_sample": False, **config}
+    found = schedulers.meaning(config, "config", 16)
+    with pytest.raises(ValueError, match=message):
+        schedulers.sampled(found, config, "config", **{"grid": "scheduler", **options})
+
+
 def test_flux_is_its_pipeline(tmp_path: Path) -> None:
     """With dev's guidance as a constant, and the grid of the pipeline, which depends on the size of the image."""
     pipeline = teacher_support.flux(tmp_path)

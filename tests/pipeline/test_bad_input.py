@@ -31,6 +31,12 @@ SHORT = tuple(f"~stages.{name}" for name in ("pairs2", "distill", "evaluate", "e
         ),
         ("stages.distill.method.step=2", "did you mean stages.distill.method.steps?"),
         ("stages.teacher.steps=3", "stages.teacher is the group 'teacher'; override teacher.steps=..."),
+        # guidance of other tools
+        ("stages.pairs.guidance_rescale=0.7", "not implemented: guidance is u + g (c - u) at all times"),
+        (
+            "+stages.pairs.guidance_rescale=0.7",
+            "stages.pairs.guidance_rescale: no such key, not implemented: guidance is",
+        ),
         # wrong group values
         (
             "data=digit",

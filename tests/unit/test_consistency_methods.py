@@ -716,8 +716,14 @@ def test_wrong_models_of_consistency_training() -> None:
 LATENT = [
     ({"w_min": 4.0, "w_max": 2.0}, "w_min, w_max: found 4.0 and 2.0, expected -1 <= w_min <= w_max"),
     ({"w_min": -2.0}, "w_min, w_max: found -2.0"),
-    ({"w_min": 2.0, "w_max": 2.0}, "w_min, w_max, embed_w: found 2.0, 2.0, True, expected a student without a guidance"),
-    ({"student": {"w": 0}}, r"w_min, w_max, embed_w: found 0.0, 1.0, True, expected a student with a guidance .*adapt"),
+    (
+        {"w_min": 2.0, "w_max": 2.0},
+        "w_min, w_max, embed_w: found 2.0, 2.0, True, expected a student without a guidance",
+    ),
+    (
+        {"student": {"w": 0}},
+        r"w_min, w_max, embed_w: found 0.0, 1.0, True, expected a student with a guidance .*adapt",
+    ),
     (
         {"teacher": {"guidable": False}},
         "w_max: found 1.0, but the teacher was trained without a null condition",

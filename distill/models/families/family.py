@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from distill.models.conditions import Conditions
 from distill.models.decoder import Decoder
 from distill.models.denoiser import Denoiser
 from distill.models.families.core import Core, plain
-from distill.models.families.schedulers import Meaning, meaning
+from distill.models.families.schedulers import Meaning, meaning, sampled
 from distill.models.families.vae import decoder_of
 from distill.models.generator import Generator
 from distill.models.pretrained import CONFIGS, Folder
@@ -118,9 +118,12 @@ class Family(ABC):
         resolution: int | None = None,
         dtype: str = "float32",
         constants: Mapping[str, Any] | None = None,
+        solver: str | None = None,
+        grid: str | None = None,
         weights: bool = True,
     ) -> Generator:
-        """The model of a folder; without `weights`, its net and decoder are on the meta device.
+        """The model of a folder; without `weights`, its net and decoder are on the meta device. For `solver` and `grid` see
+        `schedulers.sampled`.
 
         Raises:
             ValueError, FileNotFoundError: names the part, the entry of its config, or the option.
@@ -146,6 +149,7 @@ class Family(ABC):
             )
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
-        sampler = replace(found.sampler)
+        file = str(folder.path / SCHEDULER / CONFIGS[1])
+        sampler = sampled(found, folder.config(SCHEDULER), file, solver=solver, grid=grid)
         model.sampler = sampler
         return Generator(model.eval().requires_grad_(True), sampler)

@@ -7,10 +7,11 @@ import json
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from distill.models.pretrained import class_named
+from distill.models.scheduler_grid import scheduler_of
 from distill.models.spec import SamplerSpec
 from distill.models.time_grid import TimeGrid
 from distill.process.base import Process
@@ -98,6 +99,39 @@ def meaning(config: Mapping[str, Any], where: str, tokens: int) -> Meaning:
     # Trailing times: they start at t_max, where the noise of pairs and students belongs. (Many pipelines start below.)
     sampler = SamplerSpec(steps=STEPS, any_steps=True, solver="ddim", time_grid=TimeGrid("trailing"))
     return Meaning(_table(config, where), kind, sampler)
+
+
+def sampled(
+    found: Meaning,
+    config: Mapping[str, Any],
+    where: str,
+    *,
+    solver: str | None = None,
+    grid: str | None = None,
+) -> SamplerSpec:
+    """The sampler of a teacher with a solver, and a time grid, of one's own.
+
+    Args:
+        config: of the folder's scheduler. where: its file, for messages.
+        solver: one of `samplers.solvers.CALLS`; None: that of `found`.
+        grid: None: that of `found`; "scheduler": the times of the solver's own scheduler of diffusers with this config.
+
+    Raises:
+        ValueError: names the option, or the entry of the config.
+    """
+    sampler = found.sampler if solver is None else replace(found.sampler, solver=solver)
+    if grid is None:
+        return sampler
+    if grid != "scheduler":
+        raise ValueError(f"grid: found {grid!r}, expected null or scheduler")
+    name = scheduler_of(sampler.solver, isinstance(found.process, Flow))
+    given = {key: value for key, value in _complete(config, name, where).items() if key in config}
+    sampler = replace(sampler, time_grid=TimeGrid("scheduler", {"config": {"_class_name": name, **given}}))
+    try:
+        sampler.grid(found.process)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    return sampler
 
 
 def _complete(config: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
