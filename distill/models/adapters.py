@@ -74,6 +74,11 @@ class LowRank(nn.Module):
         down, up = self.factors
         return self.scale * (up.flatten(1) @ down.flatten(1)).reshape(len(up), *down.shape[1:])
 
+    def norm(self) -> Tensor:
+        """Frobenius norm of `delta`, of products of the size of the rank."""
+        down, up = (factor.flatten(1) for factor in self.factors)
+        return abs(self.scale) * ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt()
+
 
 class Adapted(Net):
     """`base` with low-rank terms beside the layers `targets`. The base's weights are shared, not copied: every net made from

@@ -56,6 +56,7 @@ from distill.stages.optim import build_optim, check_optim
 from distill.stages.renamed import moved_option
 from distill.stages.targets import resolve
 from distill.stages.threads import PeakMemory, use_threads
+from distill.stages.trial import parts_digest
 from distill.typed import parse, unknown_key
 
 CHECKPOINTS = "checkpoints"
@@ -226,10 +227,10 @@ class Train(ModelStage):
         return Made(model=model, nodes=nodes, trained=True, memory=predicted(method))
 
     def fingerprint(self) -> str:
-        """The data's fingerprint, where it does not come from a stage, what a monitor measures with, and a LoRA file."""
+        """The data's fingerprint, where it does not come from a stage, and what a monitor, a LoRA file and the method read."""
         parts = ["" if isinstance(self.data, str) else instantiate(self.data).fingerprint()]
         parts += [] if self._monitor is None else [self._monitor.fingerprint()]
-        return " ".join([*parts, files_digest(self.adapt)]).strip()
+        return " ".join([*parts, files_digest(self.adapt), parts_digest(self.method)]).strip()
 
     def begun(self, folder: Path) -> bool:
         """A checkpoint is there."""

@@ -39,3 +39,13 @@ def build_meter(config: Mapping[str, Any], device: torch.device | str = "cpu") -
     except ValueError as error:
         raise ValueError(f"meter.{error}") from error
     return meter
+
+
+def parts_digest(method: Mapping[str, Any]) -> str:
+    """The sha256 of the networks that a method's options name, such as feature extractors; empty for none."""
+    found = [
+        str(build_part(value, f"method.{key}").sha256)
+        for key, value in method.items()
+        if isinstance(value, Mapping) and "_target_" in value
+    ]
+    return " ".join(found)
