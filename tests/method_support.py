@@ -41,16 +41,25 @@ def mlp(
     w: int = 0,
     seed: int = 0,
     double: bool = False,
+    shape: tuple[int, ...] = (2,),
     **meaning: Any,
 ) -> Denoiser:
-    """A small random net for two dimensions, on whose answer every input has a say."""
+    """A small random net, for two dimensions or another shape, on whose answer every input has a say."""
     torch.manual_seed(seed)
     scale = 30.0 / process.t_max
-    net = MLP(width=16, depth=2, features=8, num_classes=classes, time_scale=scale, guidance_embedding=w)
+    net = MLP(
+        shape=shape,
+        width=16,
+        depth=2,
+        features=8,
+        num_classes=classes,
+        time_scale=scale,
+        guidance_embedding=w,
+    )
     for parameter in net.parameters():
         nn.init.normal_(parameter, std=0.3)
     net = net.double() if double else net
-    return Denoiser(net, process, kind, (2,), **{"guidable": classes > 0} | meaning)
+    return Denoiser(net, process, kind, shape, **{"guidable": classes > 0} | meaning)
 
 
 class GaussianMap(nn.Module):

@@ -95,7 +95,7 @@ class HiPA(DistillModule):
         mse: float = 1.0,
         perceptual: float = 1.0,
         features: nn.Module | None = None,
-        high_frequency: HighFrequency | Mapping[str, Any] = HighFrequency(),  # noqa: B008 (immutable)
+        high_frequency: HighFrequency | Mapping[str, Any] = HighFrequency(),
     ) -> None:
         super().__init__(student)
         if student.embeds_guidance:

@@ -20,6 +20,7 @@ from distill.engine.module import DistillModule
 from distill.engine.schedule import Constant
 from distill.engine.update import Optim
 from distill.models.build import build_net
+from distill.models.decoder import Pixels
 from distill.models.denoiser import Denoiser
 from distill.models.native import save_model
 from distill.models.spec import SamplerSpec
@@ -34,6 +35,7 @@ RESULTS = {
     "dmd": ("endpoint", False),
     "flow_matching": ("independent", True),
     "guided": ("independent", False),
+    "hipa": ("endpoint", False),
     "lcm": ("few_step", False),
     "one_step": ("endpoint", False),
     "progressive": ("few_step", False),
@@ -52,7 +54,7 @@ def networks(path: Path) -> dict[str, Denoiser]:
     for role in (role for role in ROLES if role in taken):
         torch.manual_seed(len(role))
         config = net if role == "student" else NET
-        model = Denoiser(build_net(config), process, kind, (1, 8, 8), guidable=True)
+        model = Denoiser(build_net(config), process, kind, (1, 8, 8), guidable=True, decoder=Pixels())
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
         model.sampler = SamplerSpec(steps=50, any_steps=True)

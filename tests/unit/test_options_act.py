@@ -13,10 +13,12 @@ import torch
 import yaml
 from method_support import draws, mlp, noise, optim, ring_batch
 from tests_support import ROOT
+from torch import Tensor, nn
 
 from distill.data.batch import Batch
 from distill.engine.module import DistillModule
 from distill.engine.update import Step
+from distill.models.decoder import Pixels
 from distill.models.denoiser import Denoiser
 from distill.process.base import Process
 from distill.process.edm import EDM
@@ -24,6 +26,17 @@ from distill.process.flow import Flow
 from distill.process.vp import VPCosine, VPScaledLinear
 
 CLASSES = 8
+IMAGES = ("hipa",)  # methods that are shown images of the size SHAPE, the others points
+SHAPE = (3, 4, 4)
+
+
+class Brightness(nn.Module):
+    """Features of images: the mean of each row."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.mean((1, 3))
+
+
 SCORE: dict[str, list[Any]] = {
     "sampling.levels": [[4.0]],
     "sampling.unit_noise": [(True, {"sampling.levels": [4.0]})],
@@ -98,6 +111,16 @@ OTHERS: dict[str, dict[str, list[Any]]] = {
         "weight": ["constant", "snr", "snr_trunc"],
         "clip": [0.1],
     },
+    "hipa": {
+        "level": [2.5],
+        "mse": [0.5],
+        "perceptual": [(0.5, {"features": Brightness()})],
+        "features": [Brightness()],
+        "high_frequency.fourier": [0.5],
+        "high_frequency.edges": [0.5],
+        "high_frequency.rho": [0.75],
+        "high_frequency.luminance": [True],
+    },
     "lcm": {
         "w_min": [0.5],
         "w_max": [3.0],
@@ -160,8 +183,9 @@ def made(stem: str, options: dict[str, Any]) -> DistillModule:
     embeds = stem == "lcm" and options.get("embed_w", True)
     widths = {"student": options.pop("w", 8 if embeds else 0), "teacher": options.pop("teacher_w", 0)}
     taken = inspect.signature(cls).parameters
+    samples: dict[str, Any] = {"shape": SHAPE, "decoder": Pixels()} if stem in IMAGES else {}
     given: dict[str, Any] = {
-        role: mlp(process, kind, classes=CLASSES, w=widths.get(role, 0), seed=seed)
+        role: mlp(process, kind, classes=CLASSES, w=widths.get(role, 0), seed=seed, **samples)
         for seed, role in enumerate(("teacher", "generator", "student"))
         if role in taken
     }
@@ -182,9 +206,12 @@ def made(stem: str, options: dict[str, Any]) -> DistillModule:
     return method
 
 
-def batch() -> Batch:
+def batch(shape: tuple[int, ...]) -> Batch:
     found = ring_batch(classes=CLASSES)
-    return Batch(**vars(found) | {"z": noise(len(found), dtype=torch.float32)})
+    if len(shape) == 1:
+        return Batch(**vars(found) | {"z": noise(len(found), dtype=torch.float32)})
+    x0, z = (torch.randn(len(found), *shape, generator=torch.Generator().manual_seed(n)) for n in (1, 2))
+    return Batch(**vars(found) | {"x0": x0, "z": z})
 
 
 def seen(method: DistillModule) -> dict[str, Any]:
@@ -194,7 +221,9 @@ def seen(method: DistillModule) -> dict[str, Any]:
         shared: dict[str, Any] = {}
         for update in method.plan:
             step = Step(iteration, draws(32).named(update.name), shared)
-            found[f"{update.name}, {iteration}"] = update.loss(batch(), step).total.item()
+            found[f"{update.name}, {iteration}"] = update.loss(
+                batch(method.student.sample_shape), step
+            ).total.item()
     found["updates"] = [(update.name, update.every, update.start) for update in method.plan]
     found["averages"] = {name: [average.decay(k) for k in (0, 5)] for name, average in method.further.items()}
     rules = ("path", "criterion", "window", "tolerance")  # of DisBack's walk, which needs nodes to show
@@ -278,6 +307,7 @@ IDLE: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("dmd", {"noise_scale": 0.5}, "noise_scale: found 0.5, which changes nothing for a student of one step"),
     ("dmd", {"fake.sigma_data": 0.7}, "fake.sigma_data: found 0.7, which changes nothing with the weighting"),
+    ("hipa", {"perceptual": 0.5}, "perceptual: found 0.5, which changes nothing without `features`"),
     ("lcm", {"loss": "l1", "huber_c": 0.1}, "huber_c: found 0.1, which changes nothing with the loss 'l1'"),
     (
         "lcm",

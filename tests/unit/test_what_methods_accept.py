@@ -24,6 +24,7 @@ from distill.methods.dmd import DMD
 from distill.methods.families.suits import error_factor
 from distill.methods.flow_matching import FlowMatching
 from distill.methods.guided import Guided
+from distill.methods.hipa import HiPA
 from distill.methods.lcm import LCM
 from distill.methods.one_step import OneStep
 from distill.methods.progressive import Progressive
@@ -85,6 +86,7 @@ METHODS: dict[str, Callable[[Denoiser, Denoiser], DistillModule]] = {
     "cm": lambda s, t: ConsistencyTraining(s, curriculum="cm", total_steps=100),
     "ict": lambda s, t: ConsistencyTraining(s, curriculum="ict", total_steps=100),
     "ect": lambda s, t: ConsistencyTraining(s, curriculum="ect", total_steps=100),
+    "hipa": lambda s, t: HiPA(s, high_frequency={"fourier": 0.0, "edges": 0.0}),
     "lcm": lambda s, t: LCM(s, t, w_min=0, w_max=0),
     "sid": SiD,
     "dmd": DMD,
@@ -179,6 +181,14 @@ TRAINED: dict[str, dict[str, str]] = {
         "edm": "x0 eps velocity",
         "trig1 cosine sd0 ddpm iddpm": "x0 v velocity",
         "vplinear": "x0 v",
+        "sd": "x0 eps v velocity",
+    },
+    "hipa": {
+        "flow trig": "x0 velocity",
+        "edm": "x0 eps velocity",
+        "trig1": "x0 v velocity",
+        "cosine sd0 ddpm iddpm": "x0 v velocity",
+        "vplinear": "x0 v velocity",
         "sd": "x0 eps v velocity",
     },
     "lcm": {"sd": "x0 eps v velocity", "sd0 ddpm iddpm": "x0 v velocity"},
