@@ -232,7 +232,10 @@ def test_shifted_times_by_hand() -> None:
     ("named", "message"),
     [
         ("karras", r"grid: found 'karras', expected a mapping with a name of \['karras', 'leading'"),
-        ({}, r"grid.name: found None, expected one of \['karras', 'leading', 'linspace', 'scheduler', 'shifted'"),
+        (
+            {},
+            r"grid.name: found None, expected one of \['karras', 'leading', 'linspace', 'scheduler', 'shifted'",
+        ),
         ({"name": "cosine"}, r"grid.name: found 'cosine', expected one of \['karras'"),
         ({"name": "karras", "rhoo": 7}, "grid.rhoo: no such key, did you mean grid.rho"),
         ({"name": "karras", "rho": "7"}, "grid.rho: found '7', expected float"),
