@@ -32,6 +32,7 @@ from hydra.core.global_hydra import GlobalHydra
 ConfigStore.__deepcopy__ = lambda self, memo: self
 
 ROOT = Path(__file__).resolve().parents[1]
+OF_TOKENS, SMALL_TOKENS = ("distilled_decoding",), ("teacher.net.width=16", "teacher.net.depth=1")
 SMALL = ("teacher.net.width=8", "teacher.net.multipliers=[1]")  # of recipes of images: half the layers
 
 
@@ -275,7 +276,7 @@ def shared_run(place: Path, recipe: str) -> Path:
         if not (folder / "done").exists():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-            small = () if recipe.startswith("toy_") else SMALL
+            small = () if recipe.startswith("toy_") else SMALL_TOKENS if recipe in OF_TOKENS else SMALL
             run_verb(folder, "train", f"recipe={recipe}", "profile=smoke", "name=run", *small)
             (folder / "done").touch()
     return folder

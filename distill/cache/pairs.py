@@ -23,10 +23,12 @@ from distill.files import canonical_json, read_json, sha256_file, sha256_text
 from distill.models.autoencoder import read_decoder
 from distill.models.build import build_conditions
 from distill.models.conditions import classes
+from distill.models.decoder import codebook_of, codes_of
 from distill.models.description import decoder_of_schema_1
 from distill.models.model import LARGEST_SAMPLE
 from distill.names import inside
 from distill.samplers.solvers import CALLS
+from distill.samplers.token_filters import Filters
 from distill.typed import check_keys, parse
 
 SCHEMA = 2
@@ -63,6 +65,8 @@ class Header:
     torch: str = str(torch.__version__)
     schema: int = field(default=SCHEMA, compare=False)
     grid: dict[str, Any] | None = None
+    column: Literal["x0", "tokens"] = "x0"
+    settings: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         shape = self.sample_shape
@@ -81,11 +85,22 @@ class Header:
         """The guidance of the pairs: what the teacher had learned already, times the scale that it was sampled with."""
         return self.guidance_learned * self.guidance_scale
 
+    @property
+    def baked(self) -> str | None:
+        """Guidance and filters of pairs of tokens in words, which a student of them cannot change; None for other pairs."""
+        filters = (self.settings or {}).get("filters")
+        return None if filters is None else parse(Filters, filters, "settings.filters").words(self.guidance)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
         plain = asdict(self) | {"sample_shape": list(self.sample_shape)}
-        if self.grid is None:
-            plain.pop("grid")
+        for name, default in (
+            ("grid", None),
+            ("column", "x0"),
+            ("settings", None),
+        ):  # as in caches of older versions
+            if plain[name] == default:
+                plain.pop(name)
         if self.schema == 1:  # training on an old cache is continued: what it was known by stays
             count = plain.pop("conditions").get("num_classes", 0)
             plain |= {"num_classes": count, "labels": "balanced"}
@@ -132,6 +147,13 @@ class _Old:
     def __post_init__(self) -> None:
         if self.num_classes < 0:
             raise ValueError(f"num_classes: found {self.num_classes}, expected at least 0")
+
+
+def sample_column(header: Header) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """name -> (shape of a row, type) of the column that holds the samples."""
+    if header.column == "tokens":
+        return {"tokens": (header.sample_shape[:1], torch.uint16)}
+    return {"x0": (header.sample_shape, torch.float32)}
 
 
 @dataclass(frozen=True)
@@ -202,7 +224,7 @@ class Pairs:
         self.columns = {
             name: torch.cat([table[name] for table in tables]) for name in self._condition_columns()
         }
-        self.x0 = [table["x0"] for table in tables]
+        self.x0 = [table[header.column] for table in tables]
         self.stored = [table["z"] for table in tables] if header.noise == "stored" else None
         self.starts = torch.tensor([0, *(len(x0) for x0 in self.x0)]).cumsum(0)
         if int(self.ids.min()) < 0:
@@ -251,7 +273,7 @@ class Pairs:
         columns: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "ids": ((), torch.int64),
             **self._condition_columns(),
-            "x0": (sample, torch.float32),
+            **sample_column(self.header),
         }
         if self.header.noise == "stored":
             columns["z"] = (sample, torch.float32)
@@ -264,7 +286,7 @@ class Pairs:
                 raise ValueError(f"{path}: {column}: found {found_shape}, expected {expected}")
             if table[column].dtype != dtype:
                 raise ValueError(f"{path}: {column}: found {table[column].dtype}, expected {dtype}")
-        self.check_values(path, table)
+        self.check_values(path, table, self.header.column, self._vocabulary)
         return table
 
     def _condition_columns(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -272,9 +294,20 @@ class Pairs:
         columns = self.conditions.columns(torch.arange(0))
         return {name: (tuple(column.shape[1:]), column.dtype) for name, column in columns.items()}
 
+    @property
+    def _vocabulary(self) -> int:
+        """Codes of the codebook."""
+        return len(codebook_of(self.decoder)) if self.header.column == "tokens" else 0
+
     @staticmethod
-    def check_values(path: Path, table: dict[str, Tensor]) -> None:
-        """Data are finite and of a size that data have; stored noise has unit variance, else it was scaled."""
+    def check_values(path: Path, table: dict[str, Tensor], column: str = "x0", vocabulary: int = 0) -> None:
+        """Data are finite and of a size that data have, tokens indices of the codebook; stored noise has unit variance, else it
+        was scaled."""
+        if column == "tokens":
+            most = int(table["tokens"].long().max())
+            if most >= vocabulary:
+                raise ValueError(f"{path}: tokens: found {most}, expected indices below {vocabulary}")
+            return
         largest = float(table["x0"].abs().amax()) if table["x0"].isfinite().all() else math.nan
         if not largest <= LARGEST:
             raise ValueError(
@@ -294,7 +327,10 @@ class Pairs:
     def fetch(self, rows: Tensor, index: Tensor) -> Batch:
         """Pairs at `rows`, with their noise."""
         ids = self.ids[rows]
-        x0 = self._rows(self.x0, rows)
+        x0, tokens = self._rows(self.x0, rows), None
+        if self.header.column == "tokens":
+            tokens = x0.long()
+            x0 = codes_of(self.decoder, tokens)
         if self.stored is not None:
             z = self._rows(self.stored, rows)
         elif self._z is not None:
@@ -302,7 +338,7 @@ class Pairs:
         else:
             z = sample_noise(self.header.seed, self.header.stream, ids, self.sample_shape)
         cond = self.conditions.stored({name: column[rows] for name, column in self.columns.items()})
-        return Batch(ids=ids, index=index, cond=cond, x0=x0, z=z)
+        return Batch(ids=ids, index=index, cond=cond, x0=x0, z=z, tokens=tokens)
 
     def _rows(self, column: list[Tensor], rows: Tensor) -> Tensor:
         """Rows of a column that lies in one tensor a shard."""

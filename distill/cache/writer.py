@@ -13,12 +13,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from distill.cache.pairs import HEADER, MANIFEST, Header, Pairs, differing, read_manifest
+from distill.cache.pairs import HEADER, MANIFEST, Header, Pairs, differing, read_manifest, sample_column
 from distill.data.plain import plain_torch
 from distill.data.rng import sample_noise
 from distill.files import read_json, remove, sha256_file, write_json, write_safetensors
 from distill.models.autoencoder import write_weights
 from distill.models.build import build_conditions
+from distill.models.decoder import codebook_of, indices
 from distill.models.model import Model
 from distill.models.time_grid import TimeGrid
 from distill.world import World
@@ -99,10 +100,12 @@ def write_pairs(
         write_json(begun, header.to_dict())
         write_weights(folder, teacher.decoder)
     shards = []
-    pieces = torch.arange(header.count).split(shard_rows(header.sample_shape, shard_bytes))
+    vocabulary = len(codebook_of(teacher.decoder)) if header.column == "tokens" else 0
+    stored_shape = next(iter(sample_column(header).values()))[0]
+    pieces = torch.arange(header.count).split(shard_rows(stored_shape, shard_bytes))
     for number, ids in enumerate(pieces):
         path = folder / f"pairs-{number:05d}.safetensors"
-        reason = check_shard(path, header, ids, written.get(path.name)) if world.main else ""
+        reason = check_shard(path, header, ids, written.get(path.name), vocabulary) if world.main else ""
         if world.any(bool(reason)):
             if world.main and path.is_file():
                 tell(f"{path}: {reason}; made again")
@@ -116,7 +119,8 @@ def write_pairs(
                 on_samples=on_samples,
             )
             if x0 is not None:
-                write_safetensors(path, {"ids": ids, **teacher.conditions.columns(ids), "x0": x0})
+                column = stored(teacher, header, x0)
+                write_safetensors(path, {"ids": ids, **teacher.conditions.columns(ids), **column})
                 written[path.name] = sha256_file(path)
                 write_json(folder / WRITTEN, {"header": header.to_dict(), "sha256": written})
         else:
@@ -128,6 +132,17 @@ def write_pairs(
         remove(begun)
         remove(folder / WRITTEN)
     world.barrier()
+
+
+def stored(teacher: Model, header: Header, x0: Tensor) -> dict[str, Tensor]:
+    """The column of samples [n,*S]. Raises ValueError for tokens of more codes than 16 bits count."""
+    if header.column == "x0":
+        return {"x0": x0}
+    if (codes := len(codebook_of(teacher.decoder))) > 2**16:
+        raise ValueError(
+            f"decoder: found {codes} codes, expected at most {2**16}: tokens are stored in 16 bits"
+        )
+    return {"tokens": indices(teacher.decoder, x0).to(torch.uint16)}
 
 
 def recorded(folder: Path, header: Header) -> dict[str, str]:
@@ -143,7 +158,7 @@ def recorded(folder: Path, header: Header) -> dict[str, str]:
     return {}
 
 
-def check_shard(path: Path, header: Header, ids: Tensor, sha256: str | None) -> str:
+def check_shard(path: Path, header: Header, ids: Tensor, sha256: str | None, vocabulary: int = 0) -> str:
     """Why a shard is not the one that was written for `ids` (one sentence), or "" where it is."""
     if not path.is_file():
         return "missing"
@@ -153,10 +168,11 @@ def check_shard(path: Path, header: Header, ids: Tensor, sha256: str | None) -> 
         return f"sha256: found {found[:12]}, expected {sha256[:12]}: changed after it was written"
     try:
         table = safetensors.torch.load_file(path)
-        Pairs.check_values(path, table)
+        Pairs.check_values(path, table, header.column, vocabulary)
     except (SafetensorError, ValueError, KeyError) as error:
         return str(error)
     wanted = {"ids": ids, **build_conditions(header.conditions).columns(ids)}
     fits = all(name in table and torch.equal(table[name], column) for name, column in wanted.items())
-    shape = (len(ids), *header.sample_shape)
-    return "" if fits and tuple(table["x0"].shape) == shape else "holds other pairs"
+    ((column, (row, _)),) = sample_column(header).items()
+    same = column in table and tuple(table[column].shape) == (len(ids), *row)
+    return "" if fits and same else "holds other pairs"

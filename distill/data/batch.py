@@ -20,6 +20,7 @@ class Batch:
         cond: conditions.
         x0: data, or samples of the teacher [B,*S].
         z: noise that the teacher mapped to `x0` [B,*S].
+        tokens: indices [B,L] int64 of the codes that `x0` consists of.
         path: states between `z` and `x0` [B,K,*S]. times: their times [K], descending to 0.
     """
 
@@ -28,6 +29,7 @@ class Batch:
     cond: Cond
     x0: Tensor | None = None
     z: Tensor | None = None
+    tokens: Tensor | None = None
     path: Tensor | None = None
     times: Tensor | None = None
 
@@ -38,7 +40,7 @@ class Batch:
         """Return the batch on `device`."""
         moved = {
             name: value.to(device, non_blocking=True)
-            for name in ("ids", "index", "x0", "z", "path", "times")
+            for name in ("ids", "index", "x0", "z", "tokens", "path", "times")
             if (value := getattr(self, name)) is not None
         }
         return replace(self, cond=self.cond.to(device), **moved)

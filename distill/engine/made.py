@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from distill.data.source import Source
 from distill.engine.module import DistillModule
 from distill.files import sha256_file, sha256_text
-from distill.models.denoiser import Denoiser
 from distill.models.description import WEIGHTS
+from distill.models.model import Model
 from distill.process.base import Process
 
 DEPTH = 8  # of nested objects that are looked into
@@ -121,8 +121,6 @@ def _options(method: DistillModule) -> dict[str, Any]:
             told[name] = [sha256_file(Path(folder) / WEIGHTS) for folder in value]
         elif isinstance(value, nn.Module) and {id(tensor) for tensor in _tensors(value)} - known:
             told[name] = {**describe(value), "weights": weights_of(value)}
-        elif callable(fingerprint := getattr(value, "fingerprint", None)):
-            told[name] = fingerprint()
         else:
             told[name] = describe(value)
     return told
@@ -199,7 +197,7 @@ def _describe_network(network: nn.Module, depth: int) -> dict[str, Any]:
     layers = [f"{name} {name_of(type(part))} {part.extra_repr()}" for name, part in network.named_modules()]
     told: dict[str, Any] = {"class": name_of(type(network))}
     told["layers"] = sha256_text(_without_address("\n".join(layers)))
-    if isinstance(network, Denoiser):
+    if isinstance(network, Model):
         told |= {"process": describe(network.process, depth), "kind": network.kind}
         told |= {"sample_shape": list(network.sample_shape), "num_classes": 0}
         told |= {k: v for k, v in network.conditions.config().items() if k != "_target_"}

@@ -1,10 +1,12 @@
 """Base class of methods: a LightningModule that runs the updates that a method declares.
 
-It uses manual optimization, because a method may have several optimizers in one iteration, and counts, clips and averages.
+It uses manual optimization, because a method may have several optimizers in one iteration. Counting, clipping, accumulation,
+freezing, learning rates and averages are implemented here.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -16,11 +18,10 @@ from torch import Tensor, nn
 
 from distill.data.batch import Batch
 from distill.data.rng import Draws
-from distill.data.source import Source
 from distill.engine.ema import EmaUpdater
 from distill.engine.hooks import StepHooks
-from distill.engine.networks import check_apart, frozen_copy
-from distill.engine.nonfinite import NonFinite, bad_step, step_unless
+from distill.engine.networks import check_apart, check_model, frozen_copy
+from distill.engine.nonfinite import NonFinite, nonfinite, step_unless
 from distill.engine.parallel import full_norm, make_mesh, net_of, shard_networks
 from distill.engine.params import ParameterSet
 from distill.engine.progress import Progress
@@ -29,6 +30,7 @@ from distill.engine.update import Average, Diagnostics, Optim, Step, Update
 from distill.models.adapters import forget_origin
 from distill.models.denoiser import Denoiser
 from distill.models.generator import Generator
+from distill.models.model import Model
 from distill.models.result import Result
 from distill.typed import check_keys
 from distill.world import World
@@ -47,6 +49,9 @@ class DistillModule(L.LightningModule):
 
     # Options of the constructor that name model folders. Checkpoints record their weights, not their paths.
     FOLDERS: ClassVar[tuple[str, ...]] = ()
+    MODELS: ClassVar[type[Model]] = (
+        Denoiser  # what the student, and other models that it is given, have to be
+    )
     # Fields of a batch that the losses always need beside its conditions, see `needs`.
     reads: ClassVar[tuple[str, ...]] = ()
     given: Any  # (arguments, options) of the constructor, described by `engine.made` once training begins
@@ -57,18 +62,13 @@ class DistillModule(L.LightningModule):
         made.__dict__["given"] = (args, options)
         return made
 
-    def __init__(self, student: Denoiser) -> None:
+    def __init__(self, student: Model) -> None:
         super().__init__()
-        if student.kind == "score":
-            raise ValueError(
-                "student: predicts 'score', which is unbounded at the clean end; expected a net that predicts x0, eps, v or "
-                "velocity"
-            )
+        check_model("student", student, self.MODELS)
         self.automatic_optimization = False
-        self.student = student
+        self.student: Denoiser = student  # type: ignore[assignment]  # or another of `MODELS`
         self.frozen: dict[str, nn.Module] = {}
-        self.progress = Progress()
-        self.nonfinite = NonFinite()
+        self.progress, self.nonfinite = Progress(), NonFinite()
         self._step_caches: dict[str, Running] = {}
         self._running: Running | None = None  # the update that ran last
         self._hook = StepHooks()
@@ -111,22 +111,19 @@ class DistillModule(L.LightningModule):
         gradients, on every process."""
         return Diagnostics()
 
+    def monitored(self, generator: Generator, source: Any, ids: Tensor, seed: int, stream: str) -> Tensor:
+        """The samples `ids` that a monitor measures, on the CPU; by default the student's."""
+        return generator.sample_ids(ids, seed=seed, stream=stream)
+
     def snapshots(self) -> Sequence[int]:
         """Student steps after which the stage saves the student (DisBack's path)."""
         return ()
 
-    def before_training(self, source: Source) -> None:
-        """Called before the first iteration of each start, on every process, with the networks on their devices."""
-
     def after_step(self) -> None:
         """Called after each step of the student, on every process."""
 
-    def nonfinite_place(self) -> str:
-        """Where numbers of the last batch were not finite, for the error that ends training; empty: not known."""
-        return ""
-
     def state(self) -> dict[str, Any]:
-        """State of the method beside its networks, as plain numbers and strings; saved in checkpoints."""
+        """Plain numbers and strings of the method beside its networks; saved in checkpoints."""
         return {}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -138,6 +135,7 @@ class DistillModule(L.LightningModule):
         the base of adapters, is the same in both.
 
         Raises ValueError naming `role` where the network shares weights with the student."""
+        check_model(role, network, self.MODELS)
         check_apart(role, network, self.student)
         kept = self.frozen[role] = frozen_copy(network, [self.student])
         return kept
@@ -324,7 +322,7 @@ class DistillModule(L.LightningModule):
         gradients = [p.grad for p in parameters if p.grad is not None]
         norm = full_norm(torch.nn.utils.get_total_norm(gradients, foreach=together))
         step = update.runs_before(iteration)
-        bad = bad_step(self.world, norm, logs[f"{update.name}/loss"])
+        bad = self._bad(norm, logs[f"{update.name}/loss"])
         self.nonfinite.count(update.name, step, bad)
         if settings.clip is not None:
             logs[f"{update.name}/clipped"] = norm > settings.clip
@@ -346,6 +344,12 @@ class DistillModule(L.LightningModule):
             self.after_step()
         logs[f"{update.name}/grad_norm"], logs[f"{update.name}/lr"] = norm, optimizer.param_groups[0]["lr"]
         return logs
+
+    def _bad(self, norm: Tensor, loss: Tensor | float) -> Tensor | bool:
+        """Whether norm or loss is not finite on any process. On a CPU a bool: reading costs less than arithmetic there."""
+        if self.world.size == 1 and norm.device.type == "cpu":
+            return not (math.isfinite(float(norm)) and math.isfinite(float(loss)))
+        return self.world.maximum(nonfinite(norm, torch.as_tensor(loss)))
 
     def _backward(
         self, update: Update, batch: list[Batch], shared: list[dict[str, Any]], iteration: int
@@ -389,11 +393,7 @@ class DistillModule(L.LightningModule):
 
     def as_generator(self) -> Generator:
         """The student with the weights of `best` and the properties of `result`."""
-        best, result = self.best(), self.result()
-        assert isinstance(best, Denoiser)
-        denoiser = best.with_(coupling=result.coupling, guidable=result.guidable, boundary=result.boundary)
-        denoiser.sampler = result.sampler
-        return Generator(denoiser, result.sampler)
+        return self.result().of(self.best())
 
     def best(self, role: str = STUDENT) -> nn.Module:
         """The network to use after training: the average if there is one, else the trained network."""

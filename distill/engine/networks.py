@@ -13,6 +13,7 @@ from torch import nn
 from distill.engine.params import trained_by
 from distill.models.adapters import adapter_of
 from distill.models.denoiser import Denoiser
+from distill.models.model import Model
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -55,6 +56,20 @@ def check_apart(role: str, network: nn.Module, student: nn.Module) -> None:
         )
 
 
+def check_model(role: str, network: nn.Module, wanted: type[Model]) -> None:
+    """Raise ValueError naming `role` for a model of another class than a method works on, or that no method trains."""
+    if role == "student" and isinstance(network, Model) and network.kind == "score":
+        raise ValueError(
+            "student: predicts 'score', which is unbounded at the clean end; expected a net that predicts x0, eps, v or "
+            "velocity"
+        )
+    if isinstance(network, Model) and not isinstance(network, wanted):
+        raise ValueError(
+            f"{role}: found a {type(network).__name__}, but the method needs a {wanted.__name__}; expected a "
+            f"stage that makes one"
+        )
+
+
 def recompute_activations(networks: Mapping[str, nn.Module]) -> None:
     """Let the blocks of networks keep no activations for the backward pass and compute them again there (activation
     checkpointing). Results do not change. Each role of adapters has blocks of its own around its layers, so that it computes
@@ -65,7 +80,7 @@ def recompute_activations(networks: Mapping[str, nn.Module]) -> None:
     """
     for role, network in networks.items():
         able: list[Any] = [m for m in network.modules() if hasattr(m, "enable_gradient_checkpointing")]
-        if not able and isinstance(network, Denoiser):
+        if not able and isinstance(network, Model):
             raise ValueError(
                 f"trainer.activation_checkpointing: found true, but the net {type(network.net).__name__} of the {role} cannot "
                 "compute activations again; expected false"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.models.adapters import own_names
-from distill.models.denoiser import Denoiser
+from distill.models.model import Model
 from distill.world import World
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def shard_networks(
 
 def net_of(network: nn.Module) -> nn.Module:
     """What is sharded of a network: of a denoiser, which only reads its net's output, the net."""
-    return network.net if isinstance(network, Denoiser) else network
+    return network.net if isinstance(network, Model) else network
 
 
 def common_modules(nets: Sequence[nn.Module], trained: Container[int]) -> list[nn.Module]:

@@ -47,6 +47,7 @@ class Row:
         if self.guidance_w is not None:
             spec = replace(spec, guidance_w=spec.embedded(self.guidance_w))
         if self.guidance_scale is not None:
+            spec.check_asked(self.guidance_scale)
             spec = replace(spec, guidance_scale=float(self.guidance_scale))
         if spec.guidance_scale != 1 and not model.guidable:
             raise ValueError(

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from distill.exporters.pipeline import check_network
 from distill.models.adapters import Adapted, adapter_of
 from distill.models.build import build_net
-from distill.models.denoiser import Denoiser
 from distill.models.lora_files import LoraFile, network_in, part_of, write_kohya, write_peft
+from distill.models.model import Model
 from distill.models.native import load_model
 from distill.models.pretrained import INSTALL, Folder, class_named
 from distill.nets.converted import Converted, Retimed
@@ -25,7 +25,7 @@ TOLERANCE = 1e-5  # of the largest output, in float32
 
 def write(
     folder: Path,
-    model: Denoiser,
+    model: Model,
     pipeline: Folder | None,
     facts: Mapping[str, Any],
     kohya: str | None = None,
@@ -164,7 +164,7 @@ def _loaded(file: Path, adapted: Adapted, pipeline: Folder | None) -> nn.Module:
 
 
 @torch.no_grad()
-def _outputs(net: nn.Module, model: Denoiser) -> Tensor:
+def _outputs(net: nn.Module, model: Model) -> Tensor:
     """Of two random samples at two times of the model."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, *model.sample_shape, generator=generator)

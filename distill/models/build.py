@@ -18,6 +18,7 @@ from distill.models.conditions import Conditions
 from distill.models.decoder import Decoder
 from distill.models.model import Model
 from distill.nets.autoencoder import AutoencoderNet
+from distill.nets.tokenizer import TokenizerNet
 from distill.process.base import Process
 from distill.typed import check_keys, join, name_of, parse
 
@@ -25,10 +26,14 @@ Base = TypeVar("Base", bound=object)
 TARGET = "_target_"
 # What a config may name: base class -> (where its classes are, how messages call them).
 PLACES: dict[type, tuple[str, str]] = {
-    Model: (r"distill\.models\.denoiser", "a model under distill.models"),
+    Model: (r"distill\.models\.(denoiser|tokens|involved)", "a model under distill.models"),
     AutoencoderNet: (
         r"distill\.(nets|models\.families)\.\w+",
         "an autoencoder under distill.nets or distill.models.families",
+    ),
+    TokenizerNet: (
+        r"distill\.(nets|models\.families)\.\w+",
+        "a tokenizer under distill.nets or distill.models.families",
     ),
     nn.Module: (
         r"distill\.(nets\.\w+|models\.(analytic|adapters|families\.\w+))",
@@ -50,6 +55,18 @@ def build_model(config: Any, where: str = "model") -> Model:
 
     Raises ValueError naming the entry behind `where`."""
     return _build(config, Model, where)  # type: ignore[type-abstract]
+
+
+def fresh_as(config: Any, where: str = "model", **parts: Any) -> Model:
+    """The model of a class and its options, {_target_: ..., option: ...}, whose further arguments are `parts`.
+
+    Raises like `build_model`."""
+    target = _class(config.get(TARGET), Model, join(where, TARGET))  # type: ignore[type-abstract]
+    given = {key: value for key, value in config.items() if key != TARGET}
+    hints = get_type_hints(target.__init__)
+    check_keys(given, [name for name in hints if name not in (*parts, "return")], where)
+    options = {name: _argument(hints[name], value, join(where, name)) for name, value in given.items()}
+    return target(**parts, **options)
 
 
 def build_net(config: Any, where: str = "net") -> nn.Module:
@@ -148,4 +165,4 @@ def _class(target: Any, base: type[Base], where: str) -> type[Base]:
 
 def _is_net(cls: type) -> bool:
     """Nets are the modules that map states, times and conditions to states."""
-    return [*inspect.signature(cls.forward).parameters][2:] == ["t", "cond"]  # type: ignore[attr-defined]
+    return [*inspect.signature(cls.forward).parameters][2:4] == ["t", "cond"]  # type: ignore[attr-defined]

@@ -5,13 +5,16 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from distill.nets.autoencoder import AutoencoderNet
+from distill.nets.tokenizer import TokenizerNet, nearest_codes
 from distill.typed import Configured
+
+Moved = TypeVar("Moved", bound=nn.Module)
 
 
 class Decoder(Configured, ABC):
@@ -36,6 +39,11 @@ class Decoder(Configured, ABC):
     def encode(self, data: Tensor) -> Tensor:
         """[B,*D] -> [B,*S]."""
         return data
+
+    @property
+    def codebook(self) -> Tensor | None:
+        """The vectors [V,C] that samples [L,C] are sequences of; None for samples that are no tokens."""
+        return None
 
     def clamp(self, data: Tensor) -> Tensor:
         """Data within `range`."""
@@ -122,18 +130,125 @@ class Autoencoder(Decoder):
         self.net.load_state_dict(weights)
 
     def _net(self, x: Tensor) -> AutoencoderNet:
-        """The net on the device of x: the models that share it may lie on several."""
-        if x.is_meta:  # moving the net there would lose its weights
-            raise ValueError(
-                "samples: found a tensor on the meta device, expected values to decode or encode"
-            )
-        return self.net.to(x.device)
+        return _on_device(self.net, x)
 
     def _numbers(self, x: Tensor) -> list[Tensor]:
         """(scale, shift), each [1 or C, 1, ...] as x [B,C,...]."""
         return [
             n.to(x.device, x.dtype).reshape(-1, *(1,) * (x.dim() - 2)) for n in (self._scale, self._shift)
         ]
+
+
+class Codes(Decoder):
+    """Samples are sequences [L,C] of vectors of a codebook, used as they are.
+
+    Args:
+        vocabulary: V. size: C. The codebook itself is the decoder's weights; `Codes.of` has it from a tensor.
+    """
+
+    images, range = False, None
+
+    def __init__(self, vocabulary: int, size: int) -> None:
+        if vocabulary < 1 or size < 1:
+            raise ValueError(f"vocabulary, size: found {vocabulary}, {size}, expected at least 1")
+        self._book = torch.zeros(vocabulary, size)
+
+    @classmethod
+    def of(cls, codebook: Tensor) -> Codes:
+        """With the vectors [V,C]."""
+        made = cls(*codebook.shape)
+        made.load_weights({"codebook": codebook})
+        return made
+
+    @property
+    def codebook(self) -> Tensor:
+        return self._book
+
+    def shape(self, sample_shape: Sequence[int]) -> tuple[int, ...]:
+        if len(sample_shape) != 2 or sample_shape[1] != self._book.shape[1]:
+            raise ValueError(
+                f"sample_shape: found {list(sample_shape)}, expected [L, {self._book.shape[1]}]: a code of the "
+                f"codebook a position"
+            )
+        return tuple(sample_shape)
+
+    def encode(self, data: Tensor) -> Tensor:
+        book = self._book.to(data.device)
+        return book[nearest_codes(data, book)]
+
+    def weights(self) -> dict[str, Tensor]:
+        return {"codebook": self._book}
+
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        self._book = weights["codebook"].detach().clone().float()
+
+
+class VQ(Decoder):
+    """Samples are code vectors [L,C] of a tokenizer; images = net.decode(samples), which are not quantised again.
+
+    Args:
+        net: the tokenizer; its weights are frozen.
+    """
+
+    def __init__(self, net: TokenizerNet) -> None:
+        self.net = net.requires_grad_(False).eval()
+
+    @property
+    def codebook(self) -> Tensor:
+        return self.net.codes()
+
+    def shape(self, sample_shape: Sequence[int]) -> tuple[int, ...]:
+        return self.net.image_shape(sample_shape)
+
+    def decode(self, samples: Tensor) -> Tensor:
+        net = _on_device(self.net, samples)
+        return net.decode(samples.to(_type(net))).to(samples.dtype)
+
+    def encode(self, data: Tensor) -> Tensor:
+        net = _on_device(self.net, data)
+        vectors = net.encode(data.to(_type(net)))
+        book = net.codes()
+        if net.l2_norm:
+            vectors = torch.nn.functional.normalize(vectors, dim=-1)
+        return book[nearest_codes(vectors, book)].to(data.dtype)
+
+    def weights(self) -> dict[str, Tensor]:
+        return self.net.state_dict()
+
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        self.net.load_state_dict(weights)
+
+
+def indices(decoder: Decoder, samples: Tensor) -> Tensor:
+    """The tokens [B,L] int64 of samples [B,L,C]: the nearest codes. Raises ValueError for a decoder without a codebook."""
+    return nearest_codes(samples, codebook_of(decoder).to(samples.device))
+
+
+def codebook_of(decoder: Decoder) -> Tensor:
+    """The codebook [V,C] of a decoder. Raises ValueError naming `decoder` for one without."""
+    if (book := decoder.codebook) is None:
+        raise ValueError(
+            f"decoder: found {type(decoder).__name__}, whose samples are no tokens; expected a decoder with a codebook, VQ or "
+            "Codes"
+        )
+    return book
+
+
+def codes_of(decoder: Decoder, tokens: Tensor) -> Tensor:
+    """The code vectors [...,C] of tokens [...], on their device. Raises IndexError for tokens on the CPU outside 0 .. V - 1."""
+    book = codebook_of(decoder)
+    if tokens.device.type == "cpu" and tokens.numel():
+        wrong = tokens[(tokens < 0) | (tokens >= len(book))]
+        if len(wrong):
+            raise IndexError(f"tokens: found {int(wrong[0])}, expected indices 0 .. {len(book) - 1}")
+    return book.to(tokens.device)[tokens]
+
+
+def _on_device(net: Moved, x: Tensor) -> Moved:
+    """The net on the device of x: the models that share it may lie on several."""
+    if x.is_meta:  # moving the net there would lose its weights
+        raise ValueError("samples: found a tensor on the meta device, expected values to decode or encode")
+    return net.to(x.device)
 
 
 def _type(net: nn.Module) -> torch.dtype:

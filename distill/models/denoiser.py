@@ -10,14 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from distill.data.cond import Cond
-from distill.models.adapters import trained_parameters
 from distill.models.boundary import Boundary
 from distill.models.conditions import Conditions, Nothing, of_net
 from distill.models.decoder import Decoder, Points
 from distill.models.guidance import guide
 from distill.models.model import Model
-from distill.nets.layers import GuidanceEmbedding
-from distill.nets.net import Net
 from distill.process.base import Process, at_least_float32
 from distill.process.times import default_grid
 from distill.samplers.adaptive import rk45
@@ -72,20 +69,14 @@ class Denoiser(Model):
         known = of_net(net)
         if conditions is not None and known is not None and conditions != known:
             raise ValueError(f"conditions: found {conditions.words()}, but the net takes {known.words()}")
-        super().__init__(process, sample_shape, conditions or known or Nothing(), decoder, coupling, guidable)
-        self.net, self.kind = net, kind
+        super().__init__(
+            net, process, sample_shape, conditions or known or Nothing(), decoder, coupling, guidable
+        )
+        self.kind = kind
         self.sigma_data = sigma_data_of(net, process)
         if boundary is not None and boundary.form == "cm":
             check_sigma_data(self, boundary.sigma_data, "boundary.sigma_data")
         self.boundary = boundary
-
-    def net_config(self) -> dict[str, Any]:
-        """What `models.build.build_net` makes the net from. Raises ValueError for a net that keeps no config."""
-        if not isinstance(self.net, Net):
-            raise ValueError(
-                f"net: {type(self.net).__name__} keeps no config; expected a subclass of distill.nets.net.Net"
-            )
-        return self.net.config()
 
     def config(self) -> dict[str, Any]:
         """See `Model`; raises like `net_config`."""
@@ -101,34 +92,6 @@ class Denoiser(Model):
             "coupling": self.coupling,
             "boundary": None if self.boundary is None else self.boundary.to_dict(),
         }
-
-    def with_(self, **meaning: Any) -> Denoiser:
-        """The same net, shared and not copied, with another meaning; `self` stays as it is.
-
-        meaning: constructor arguments to change."""
-        names = (
-            "net",
-            "process",
-            "kind",
-            "sample_shape",
-            "conditions",
-            "guidable",
-            "coupling",
-            "boundary",
-            "decoder",
-        )
-        other = Denoiser(**({name: getattr(self, name) for name in names} | meaning))
-        other.sampler, other.training = self.sampler, self.training
-        return other
-
-    def trained(self) -> dict[str, nn.Parameter]:
-        """See `Model`: all, or of an adapted net those of the adapter."""
-        return {f"net.{name}": p for name, p in trained_parameters(self.net).items()}
-
-    @property
-    def embeds_guidance(self) -> bool:
-        """Whether the net takes the guidance w as an input (`guidance_w` of `Cond`)."""
-        return embeds_guidance(self.net)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond, guidance_scale: float | Tensor = 1.0) -> Tensor:
         """The prediction [B,*S] of the net's own kind at times t [B], guided: u + g (c - u), in one batched
@@ -217,9 +180,9 @@ class Denoiser(Model):
         states = _solve(solver, self, cond, guidance_scale)(self.process.prior(z), grid, index is not None)
         return states[None] if index is None else torch.stack([states[i] for i in index])
 
-    def check_transport(self, guidance_scale: float = 1.0) -> None:
+    def check_transport(self, guidance_scale: float = 1.0, solver: str | None = None) -> None:
         """See `Model`; a net that takes the guidance as an input is no teacher."""
-        super().check_transport(guidance_scale)
+        super().check_transport(guidance_scale, solver)
         if self.embeds_guidance:
             raise ValueError("guidance_w: the net takes the guidance as an input; expected a model without")
 
@@ -257,15 +220,7 @@ def check_sigma_data(model: Denoiser, sigma_data: float, where: str = "sigma_dat
         )
 
 
-def embeds_guidance(net: nn.Module) -> bool:
-    """Whether a net takes the guidance w as an input."""
-    return any(
-        isinstance(module, GuidanceEmbedding) or getattr(module, "embeds_guidance", False) is True
-        for module in net.modules()
-    )
-
-
-def check_same_samples(student: Denoiser, teacher: Denoiser) -> None:
+def check_same_samples(student: Model, teacher: Model) -> None:
     """Refuse a teacher whose samples or times mean something else to the student.
 
     Raises:
@@ -278,7 +233,7 @@ def check_same_samples(student: Denoiser, teacher: Denoiser) -> None:
     check_same("teacher", teacher, "student", student)
 
 
-def check_same(role: str, model: Denoiser, other_role: str, other: Denoiser) -> None:
+def check_same(role: str, model: Model, other_role: str, other: Model) -> None:
     """Raise ValueError naming `role` where two models differ in the shape of samples or in their conditions."""
     if model.sample_shape != other.sample_shape:
         raise ValueError(

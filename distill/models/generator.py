@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +15,10 @@ from distill.data.cond import Cond
 from distill.data.plain import plain_torch
 from distill.data.rng import sample_noise
 from distill.models.conditions import Conditions, Label, Prompt
-from distill.models.decoder import Decoder
-from distill.models.denoiser import Denoiser
+from distill.models.decoder import Decoder, codes_of
+from distill.models.model import Model
 from distill.models.spec import SamplerSpec
+from distill.process.base import Process
 from distill.samplers.fewstep import few_step
 from distill.samplers.integrate import Noise
 
@@ -25,7 +27,7 @@ class Generator:
     """z ~ N(0, I) -> data, in the few steps that `spec` names. `generate` returns the model's own samples [B,*S]; `sample`
     returns data: samples decoded and clamped by the model's decoder."""
 
-    def __init__(self, denoiser: Denoiser, spec: SamplerSpec) -> None:
+    def __init__(self, denoiser: Model, spec: SamplerSpec) -> None:
         self.denoiser, self.spec = denoiser, spec
 
     def __repr__(self) -> str:
@@ -99,6 +101,7 @@ class Generator:
         guidance_w: float | None = None,
         noise_scale: float | None = None,
         noise: Noise | None = None,
+        known: Tensor | None = None,
         return_path: bool = False,
     ) -> Tensor:
         """[B,*S] noise -> [B,*S] samples in `steps` steps (default: the spec's); refuses counts that the
@@ -106,14 +109,18 @@ class Generator:
         (0, 1.5], of the fresh noise of "sde") replace the spec's.
 
         `noise` [steps, B,*S], or step -> [B,*S], is the fresh noise of stochastic samplers ("sde") with more than one
-        step. With `return_path`, all states [steps + 1, B,*S] from the noise to the samples. Differentiable with respect
-        to z."""
+        step. `known` [B,n,C] are the first n positions of the samples, which models of tokens complete. With `return_path`,
+        all states [steps + 1, B,*S] from the noise to the samples. Differentiable with respect to z."""
         self._check(z, cond)
         model, spec = self.denoiser, self.spec.with_noise_scale(noise_scale)
         grid = spec.grid(model.process, steps, force=force)
         cond = cond.with_guidance(spec.embedded(guidance_w)).to(z.device)
         scale = spec.guidance_scale if guidance_scale is None else finite("guidance_scale", guidance_scale)
+        spec.check_asked(scale)
+        given: dict[str, Any] = {} if known is None else {"known": self._known(known, z)}
         if spec.mode == "ode":
+            if given and not model.completes:
+                model.process.known_time(given["known"].shape[1])  # raises
             states = model.transport(
                 spec.start_scale * z,
                 cond,
@@ -121,8 +128,14 @@ class Generator:
                 grid=grid,
                 guidance_scale=scale,
                 times=grid.tolist() if return_path else None,
+                **given,
             )
             return states if return_path else states[0]
+        start = model.process.prior(spec.start_scale * z)
+        if spec.renoise == "same":
+            noise = lambda step: z  # noqa: E731
+        if given:
+            start, grid = self._completing(start, given["known"], grid, force)
         if noise is None and len(grid) > 2:
             raise ValueError(
                 f"noise: missing; this model's sampler draws fresh noise in each of {len(grid) - 1} steps"
@@ -130,13 +143,36 @@ class Generator:
         return few_step(
             lambda x, t: model.x0(x, t, cond, scale),
             model.process,
-            model.process.prior(spec.start_scale * z),
+            start,
             grid,
             torch.zeros_like(z)[None] if noise is None else noise,
             noise_scale=spec.noise_scale,
             noise_floor=spec.noise_floor,
             return_path=return_path,
         )
+
+    def _known(self, known: Tensor, z: Tensor) -> Tensor:
+        """The known first positions in type and place of z."""
+        size = z.shape[2:]
+        if known.shape[:1] != z.shape[:1] or known.shape[2:] != size or not 0 < known.shape[1] < z.shape[1]:
+            raise ValueError(
+                f"known: found shape {list(known.shape)}, expected the first positions of samples {list(z.shape)}"
+            )
+        return known.to(z.device, z.dtype)
+
+    def _completing(self, start: Tensor, known: Tensor, grid: Tensor, force: bool) -> tuple[Tensor, Tensor]:
+        """(the state with its first positions known, the rest of the grid from its time on)."""
+        process, spec = self.denoiser.process, self.spec
+        begin, count = process.known_time(known.shape[1]), known.shape[1]
+        trained = sorted({time for times in spec.times.values() for time in times[:-1]})
+        if not force and all(abs(begin - time) > 1e-9 for time in trained):
+            counts = [n for n in range(1, start.shape[1]) if _time_of(process, n) in trained]
+            raise ValueError(
+                f"known: found {count} positions, but this student was trained with {counts or 'no'} known positions; expected "
+                "one of them (force=true samples all the same)"
+            )
+        rest = grid[grid < begin - 1e-9]
+        return torch.cat([known, start[:, count:]], 1), torch.cat([grid.new_tensor([begin]), rest])
 
     @plain_torch()
     @torch.no_grad()
@@ -153,15 +189,24 @@ class Generator:
         guidance_scale: float | None = None,
         guidance_w: float | None = None,
         noise_scale: float | None = None,
+        known: Tensor | None = None,
         batch_size: int = 500,
     ) -> Tensor:
         """`count` decoded samples [count, ...] on the CPU, images in [-1, 1]; sample i is a function of (seed, stream, i) and
         its condition alone.
 
+        known: the first tokens [count,n] int64 of the samples, for models of tokens: indices of the codebook. The samples are
+        completed, and the tokens kept.
+
         label: one class for all, one a sample, or None: classes 0, 1, 2, ... in turn. prompt: the same, of models that take
         prompts. Raises ValueError for what the model does not take."""
         count, batch_size = integer("count", count, at_least=1), integer("batch_size", batch_size, at_least=1)
         cond = self.conditions.ask(count=count, label=label, prompt=prompt)
+        if known is not None and (known.dim() != 2 or len(known) != count or known.is_floating_point()):
+            raise ValueError(
+                f"known: found {known.dtype} {list(known.shape)}, expected tokens [{count},n] int64"
+            )
+        codes = None if known is None else codes_of(self.decoder, known)
         parts = [
             self.sample_ids(
                 ids,
@@ -173,6 +218,7 @@ class Generator:
                 guidance_scale=guidance_scale,
                 guidance_w=guidance_w,
                 noise_scale=noise_scale,
+                known=None if codes is None else codes[ids],
             )
             for ids in torch.arange(count, device="cpu").split(batch_size)
         ]
@@ -192,10 +238,12 @@ class Generator:
         guidance_scale: float | None = None,
         guidance_w: float | None = None,
         noise_scale: float | None = None,
+        known: Tensor | None = None,
         decode: bool = True,
     ) -> Tensor:
         """The samples `ids` [n] of `sample`, in one batch, decoded or as the model's own. `cond` holds the conditions of all
-        samples, 0 and up; None: the defaults of these ids. Raises FloatingPointError for samples that are not finite."""
+        samples, 0 and up; None: the defaults of these ids. `known`: see `generate`. Raises FloatingPointError for samples
+        that are not finite."""
         seed, force = integer("seed", seed), flag("force", force)
         limit = None if cond is None else len(cond)
         if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.ndim != 1:
@@ -216,6 +264,7 @@ class Generator:
             guidance_w=guidance_w,
             noise_scale=noise_scale,
             noise=fresh,
+            known=known,
         )
         return self.decoded(samples) if decode else samples.cpu()
 
@@ -239,3 +288,11 @@ class Generator:
             return sample_noise(seed, f"{stream}/renoise{step}", ids, shape).to(device)
 
         return sample_noise(seed, stream, ids, shape).to(device), fresh
+
+
+def _time_of(process: Process, count: int) -> float | None:
+    """The time at which `count` positions are data; None where there is none."""
+    try:
+        return process.known_time(count)
+    except ValueError:
+        return None

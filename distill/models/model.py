@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor, nn
 
 from distill.data.cond import Cond
+from distill.models.adapters import trained_parameters
+from distill.models.boundary import Boundary
 from distill.models.conditions import Conditions
 from distill.models.decoder import Decoder
 from distill.models.guidance import check_guidance_scale
 from distill.models.spec import SamplerSpec
+from distill.nets.layers import GuidanceEmbedding
+from distill.nets.net import Net
 from distill.process.base import Process
 
 COUPLINGS = ("independent", "paired", "endpoint", "few_step")
@@ -23,7 +28,15 @@ LARGEST_SAMPLE = 2**26  # numbers; an image of 8 megapixels has 2**25
 class Model(nn.Module, ABC):
     """A deterministic transport from Gaussian noise to data, and a prediction of the data at every noise level.
 
+    Its constructor's arguments are attributes of the same names, and the entries of `config`.
+
     Attributes:
+        net: the network, whose parameters are the model's. kind: what its output is: a prediction ("x0", "eps", "v",
+            "velocity"), or "logits" of tokens.
+        boundary: turns the predicted x0 into a consistency function; None: none is needed.
+        column: what a pair cache stores of its samples: "x0", or "tokens" where all samples are codes of the decoder's
+            codebook.
+        completes: whether `transport` takes `known`, the first part of the samples.
         sample_shape: S of noise, data and every state between them.
         process: the noise process of its states.
         conditions: what it is conditioned on.
@@ -40,9 +53,14 @@ class Model(nn.Module, ABC):
     """
 
     sampler: SamplerSpec | None = None
+    column: ClassVar[Literal["x0", "tokens"]] = "x0"
+    kind: str = "x0"
+    boundary: Boundary | None = None
+    completes: ClassVar[bool] = False
 
     def __init__(
         self,
+        net: nn.Module,
         process: Process,
         sample_shape: Sequence[int],
         conditions: Conditions,
@@ -61,6 +79,7 @@ class Model(nn.Module, ABC):
         decoder.shape(shape)  # raises for samples that it does not decode
         self.process, self.sample_shape, self.conditions, self.decoder = process, shape, conditions, decoder
         self.coupling, self.guidable = coupling, guidable
+        self.net = net
 
     @abstractmethod
     def transport(
@@ -84,12 +103,46 @@ class Model(nn.Module, ABC):
     def calls(self, solver: str, steps: int, guidance_scale: float = 1.0) -> int | None:
         """Network calls that `transport` makes for a sample; None where the solver chooses."""
 
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """Shape of the net's output for one sample."""
+        return self.sample_shape
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the net takes the guidance w as an input (`guidance_w` of `Cond`)."""
+        return embeds_guidance(self.net)
+
+    def net_config(self) -> dict[str, Any]:
+        """What `models.build.build_net` makes the net from. Raises ValueError for a net that keeps no config."""
+        if not isinstance(self.net, Net):
+            raise ValueError(
+                f"net: {type(self.net).__name__} keeps no config; expected a subclass of distill.nets.net.Net"
+            )
+        return self.net.config()
+
     @abstractmethod
     def config(self) -> dict[str, Any]:
-        """What `models.build.build_model` makes the same model from, without its weights, in plain containers."""
+        """What `models.build.build_model` makes the same model from, without its weights, in plain containers. Raises like
+        `net_config`."""
 
-    def check_transport(self, guidance_scale: float = 1.0) -> None:
-        """Raise ValueError where `transport` has no ODE to solve, or not with this guidance."""
+    def with_(self, **meaning: Any) -> Self:
+        """The same net, shared and not copied, with another meaning; `self` stays as it is.
+
+        meaning: constructor arguments to change; None for one that the class does not have."""
+        names = [*inspect.signature(type(self)).parameters]
+        meaning = {name: value for name, value in meaning.items() if name in names or value is not None}
+        other = type(self)(**({name: getattr(self, name) for name in names} | meaning))
+        other.sampler, other.training = self.sampler, self.training
+        return other
+
+    def transport_settings(self) -> dict[str, Any] | None:
+        """What samples of `transport` depend on beside the weights and its arguments, for the record of pairs; None:
+        nothing."""
+        return None
+
+    def check_transport(self, guidance_scale: float = 1.0, solver: str | None = None) -> None:
+        """Raise ValueError where `transport` has no ODE to solve, or not with this guidance or solver."""
         if self.coupling in ("endpoint", "few_step"):
             student = (
                 "one-step student, valid only at t_max"
@@ -100,5 +153,13 @@ class Model(nn.Module, ABC):
         check_guidance_scale(self.guidable, guidance_scale)
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """The parameters that training changes, by name."""
-        return dict(self.named_parameters())
+        """The parameters that training changes, by name: all, or of an adapted net those of the adapter."""
+        return {f"net.{name}": p for name, p in trained_parameters(self.net).items()}
+
+
+def embeds_guidance(net: nn.Module) -> bool:
+    """Whether a net takes the guidance w as an input."""
+    return any(
+        isinstance(module, GuidanceEmbedding) or getattr(module, "embeds_guidance", False) is True
+        for module in net.modules()
+    )

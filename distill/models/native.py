@@ -18,9 +18,9 @@ from distill.data.plain import plain_torch
 from distill.files import canonical_json, sha256_file, write_json, write_safetensors
 from distill.models.adapters import Adapted, adapter_of, own_names
 from distill.models.build import REFUSALS, TARGET, at_most, build_model
-from distill.models.denoiser import Denoiser
 from distill.models.description import DESCRIPTION, SCHEMA, WEIGHTS, Base, Description
 from distill.models.generator import Generator
+from distill.models.model import Model
 from distill.models.spec import SamplerSpec
 from distill.models.weights import check_tensors, read_header, read_tensors
 from distill.names import inside
@@ -31,13 +31,13 @@ BASE = "base"  # sub-folder in which the base of an adapter may lie
 ADAPTED = f"{Adapted.__module__}.{Adapted.__qualname__}"
 
 
-def describe(model: Denoiser, spec: SamplerSpec) -> dict[str, Any]:
+def describe(model: Model, spec: SamplerSpec) -> dict[str, Any]:
     """The contents of `model.json` except the weights' digest."""
     return {"schema": SCHEMA, **model.config(), "sampler": spec.to_dict()}
 
 
 def save_model(
-    folder: Path, model: Denoiser, spec: SamplerSpec, weights: Mapping[str, Tensor] | None = None
+    folder: Path, model: Model, spec: SamplerSpec, weights: Mapping[str, Tensor] | None = None
 ) -> None:
     """Write a model folder: the weights, then their description; both atomically.
 
@@ -61,7 +61,7 @@ def save_model(
     write_json(folder / DESCRIPTION, describe(model, spec) | {"weights": digest} | base)
 
 
-def _tensors(model: Denoiser, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+def _tensors(model: Model, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The contents of a weights file. An adapter has the decoder of its base."""
     if weights is None:
         state = model.net.state_dict()
@@ -106,7 +106,7 @@ def load_model(
     folder: Path | str,
     *,
     device: torch.device | str = "cpu",
-    known: MutableMapping[str, Denoiser] | None = None,
+    known: MutableMapping[str, Model] | None = None,
 ) -> Generator:
     """Read a model folder into a `Generator` in eval mode.
 
@@ -135,13 +135,13 @@ def load_models(folders: Mapping[str, Path], *, adapters: bool) -> dict[str, Gen
     one sha256 are loaded once for all roles: nothing trains them. Raises like `load_model`."""
     if "init" in folders and Description.read(folders["init"]).base is not None:
         adapters = True
-    known: dict[str, Denoiser] | None = {} if adapters else None
+    known: dict[str, Model] | None = {} if adapters else None
     return {role: load_model(folder, known=known) for role, folder in folders.items()}
 
 
 def _loaded(
-    folder: Path, description: Description, path: Path, known: MutableMapping[str, Denoiser] | None
-) -> Denoiser:
+    folder: Path, description: Description, path: Path, known: MutableMapping[str, Model] | None
+) -> Model:
     _sketch(folder, description, path)
     base = None
     if description.base is not None:
@@ -159,7 +159,7 @@ def _loaded(
     return model
 
 
-def _again(folder: Path, description: Description, known: Mapping[str, Denoiser]) -> Denoiser | None:
+def _again(folder: Path, description: Description, known: Mapping[str, Model]) -> Model | None:
     """The described model with the net and decoder of a known one, where one has the same weights and the same nets."""
     other = known.get(description.weights.sha256)
     same = ("net", "decoder")
@@ -213,7 +213,7 @@ def placed(description: dict[str, Any], source: Path, folder: Path) -> dict[str,
     return description | {"base": {"folder": Path(found).as_posix(), "sha256": base.sha256}}
 
 
-def _built(folder: Path, description: Description, base: Denoiser | None = None) -> Denoiser:
+def _built(folder: Path, description: Description, base: Model | None = None) -> Model:
     config = description.model
     if (base is None) == (_adapted_in(config) is not None):
         found = (
@@ -235,8 +235,8 @@ def _built(folder: Path, description: Description, base: Denoiser | None = None)
     return _with_folder(build_model(config, f"{folder / DESCRIPTION}: "), folder, description)
 
 
-def _with_folder(model: Any, folder: Path, description: Description) -> Denoiser:
-    assert isinstance(model, Denoiser)
+def _with_folder(model: Any, folder: Path, description: Description) -> Model:
+    assert isinstance(model, Model)
     model.conditions = model.conditions.beside(folder)
     model.sampler = description.sampler
     return model
@@ -265,7 +265,7 @@ def _with_base(config: Any, base: nn.Module) -> Any:
     return {key: _with_base(value, base) for key, value in config.items()}
 
 
-def _sketch(folder: Path, description: Description, path: Path) -> Denoiser:
+def _sketch(folder: Path, description: Description, path: Path) -> Model:
     """The described model on the meta device, where nothing is allocated, after all checks: exactly the tensors of the weights
     file, a valid process and sampler, and a forward call on samples of the described shape."""
     where, stored = f"{folder / DESCRIPTION}: ", read_header(path)
@@ -291,7 +291,7 @@ def _weights_file(folder: Path, description: Description) -> Path:
     return path
 
 
-def _check_sampler(model: Denoiser, spec: SamplerSpec, where: str) -> None:
+def _check_sampler(model: Model, spec: SamplerSpec, where: str) -> None:
     """The process is one from data to noise, and the sampler's times, guidance and inputs are the model's."""
     process = model.process
     ends = torch.tensor([process.t_min, process.t_max], dtype=torch.float64)
@@ -320,9 +320,9 @@ def _check_sampler(model: Denoiser, spec: SamplerSpec, where: str) -> None:
 _calls: set[str] = set()  # of nets that take their samples: a run loads the same ones again and again
 
 
-def _check_samples(model: Denoiser, description: Description, where: str) -> None:
+def _check_samples(model: Model, description: Description, where: str) -> None:
     """Require that the net, on the meta device, maps samples of the described shape to the same shape."""
-    shape, embeds = model.sample_shape, model.embeds_guidance
+    shape, embeds, output = model.sample_shape, model.embeds_guidance, model.output_shape
     call = canonical_json({"model": description.model, "w": embeds})
     if call in _calls:
         return
@@ -334,8 +334,9 @@ def _check_samples(model: Denoiser, description: Description, where: str) -> Non
             made = tuple(model.net(x, t, cond).shape)
     except REFUSALS as error:
         raise ValueError(f"{where}sample_shape: the net does not take {list(shape)}: {error}") from error
-    if made != (1, *shape):
+    if made != (1, *output):
         raise ValueError(
             f"{where}sample_shape: found {list(shape)}, but the net makes {list(made[1:])} of it"
+            + ("" if output == shape else f", expected {list(output)}")
         )
     _calls.add(call)

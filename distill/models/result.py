@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import nn
+
 from distill.models.boundary import Boundary
-from distill.models.model import COUPLINGS
+from distill.models.generator import Generator
+from distill.models.model import COUPLINGS, Model
 from distill.models.spec import SamplerSpec
 
 
@@ -37,3 +40,10 @@ class Result:
             raise ValueError(
                 f"sampler.guidance_scale: found {self.sampler.guidance_scale}, but the student is not guidable; expected 1"
             )
+
+    def of(self, model: nn.Module) -> Generator:
+        """A `Model` with these properties."""
+        assert isinstance(model, Model)
+        described = model.with_(coupling=self.coupling, guidable=self.guidable, boundary=self.boundary)
+        described.sampler = self.sampler
+        return Generator(described, self.sampler)

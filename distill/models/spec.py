@@ -39,6 +39,9 @@ class SamplerSpec:
             that it was trained for; None for a net without that input.
         noise_scale: multiplies the fresh noise of "sde"; 1 is what the student was trained for.
         noise_floor: level sigma / alpha of noise that the predictions still hold (`samplers.fewstep`).
+        renoise: "fresh" noise in each step of "sde", or the "same" in all of them, the sample's own z (Distilled Decoding).
+        baked: in words, what the pairs were made with that the student learned from; None for students of no pairs of
+            tokens. Where it is set, a request for another guidance is refused.
         time_grid: the grid of step counts that `times` does not list; None: the process's default grid.
     """
 
@@ -55,6 +58,8 @@ class SamplerSpec:
     noise_scale: float = 1.0
     noise_floor: float = 0.0
     time_grid: TimeGrid | None = None
+    renoise: Literal["fresh", "same"] = "fresh"
+    baked: str | None = None
 
     def __post_init__(self) -> None:
         settle(self)
@@ -66,8 +71,20 @@ class SamplerSpec:
             raise ValueError(f"noise_scale: found {self.noise_scale}, expected a number in (0, 1.5]")
         if not self.noise_floor >= 0:
             raise ValueError(f"noise_floor: found {self.noise_floor}, expected a number of at least 0")
+        if self.renoise == "same" and (self.mode, self.noise_scale, self.noise_floor) != ("sde", 1.0, 0.0):
+            raise ValueError(
+                "renoise: found 'same', expected mode 'sde' with noise_scale 1 and noise_floor 0"
+            )
         self._check_guidance()
         self._check_steps()
+
+    def check_asked(self, guidance_scale: float) -> None:
+        """Raise ValueError for a guidance scale that a student cannot be sampled with, since pairs had another one."""
+        if self.baked is not None and guidance_scale != 1:
+            raise ValueError(
+                f"guidance_scale: found {guidance_scale:g}, but {self.baked} is baked into the pairs that this student learned "
+                "from; expected 1, or a student of pairs made with another guidance (stages.pairs.guidance_scale)"
+            )
 
     def _check_guidance(self) -> None:
         if self.guidance_w is None or self.guidance_w_range is None:
@@ -164,7 +181,7 @@ class SamplerSpec:
         """The same sampler with another scale of its fresh noise (None: its own); refuses one where none is drawn."""
         if scale is None:
             return self
-        if self.mode != "sde" or (not self.any_steps and max(self.times) == 1):
+        if self.mode != "sde" or self.renoise == "same" or (not self.any_steps and max(self.times) == 1):
             raise ValueError(
                 f"noise_scale: found {scale}, but this model's sampler draws no fresh noise between steps; expected none"
             )
@@ -174,6 +191,12 @@ class SamplerSpec:
         """JSON-able form."""
         plain = asdict(self) | {"times": {str(n): list(t) for n, t in sorted(self.times.items())}}
         plain.pop("time_grid")
+        for name, default in (
+            ("renoise", "fresh"),
+            ("baked", None),
+        ):  # files of older versions have no such entries
+            if plain[name] == default:
+                plain.pop(name)
         return plain if self.time_grid is None else plain | {"time_grid": self.time_grid.to_dict()}
 
     @classmethod

@@ -166,6 +166,16 @@ class Process(ABC):
         """
         return z
 
+    def known_time(self, count: int) -> float:
+        """The time at which the first ``count`` positions of a state are data and the others noise.
+
+        Raises:
+            ValueError: names ``known``: the process has no such states, or none of so many positions.
+        """
+        raise ValueError(
+            f"known: found {count} known positions, but states of {self!r} are noisy everywhere; expected a model of tokens"
+        )
+
     def target(self, kind: str, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """What a perfect prediction of ``kind`` would be given the data and the noise, [B, *S], p x0 + q eps.
 

@@ -7,16 +7,20 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from distill.models.adapters import Adapted, adapter_of
 from distill.models.build import build_net
-from distill.models.conditions import of_net
+from distill.models.conditions import Conditions, of_net
+from distill.models.decoder import codebook_of
 from distill.models.denoiser import Denoiser
 from distill.models.lora_files import LoraFile, digest
+from distill.models.model import Model
 from distill.nets.converted import Converted, Retimed
 from distill.process.base import KINDS
 from distill.process.flow import Flow
+from distill.process.prefix import Prefix
 from distill.typed import parse
 
 
@@ -52,7 +56,8 @@ class Adapt:
         net: changed options of the net, or None.
         lora: train low-rank adapters on the model, which itself stays as it is; None: train all weights. Where the model has
             these adapters, they are continued.
-        process: flow makes a flow of a model of another process; None keeps the process.
+        process: "flow" makes a flow of a model of another process; "prefix" makes a student of Distilled Decoding of a model of
+            tokens; None keeps the process.
         start: of that flow: "converted", which has the trajectories of the model, or "raw": its net, at times scaled to its
             own, read as a velocity, which it has yet to learn (InstaFlow). Models that are flows stay as they are.
     """
@@ -60,16 +65,22 @@ class Adapt:
     kind: str | None = None
     net: dict[str, Any] | None = None
     lora: Lora | None = None
-    process: Literal["flow"] | None = None
+    process: Literal["flow", "prefix"] | None = None
     start: Literal["converted", "raw"] | None = None
 
     def __post_init__(self) -> None:
         if self.kind is not None and self.kind not in KINDS:
             raise ValueError(f"kind: found {self.kind!r}, expected one of {list(KINDS)}")
-        if self.start is not None and self.process is None:
+        if self.start is not None and self.process != "flow":
             raise ValueError(f"start: found {self.start!r} without `process: flow`")
+        if self.process == "prefix" and self.lora is not None:
+            raise ValueError(
+                "lora: found adapters, but a student of tokens has layers that its teacher has not; expected null"
+            )
         if self.process is not None and self.kind is not None:
-            raise ValueError(f"kind: found {self.kind!r}, but a flow predicts its velocity; expected null")
+            raise ValueError(
+                f"kind: found {self.kind!r}, but `process` says what the student predicts; expected null"
+            )
         if self.lora is not None and (self.net or self.kind is not None):
             changed = "net" if self.net else "kind"
             raise ValueError(
@@ -84,7 +95,7 @@ def files_digest(changes: Mapping[str, Any] | None) -> str:
     return "" if file is None else digest(file)
 
 
-def adapted(student: Denoiser, changes: Mapping[str, Any]) -> Denoiser:
+def adapted(student: Model, changes: Mapping[str, Any]) -> Model:
     """Return the model with changed net options, prediction kind or process.
 
     All weights are kept; new parameters have their initial values. The output of the net is not converted to the new kind:
@@ -96,7 +107,7 @@ def adapted(student: Denoiser, changes: Mapping[str, Any]) -> Denoiser:
     options = parse(Adapt, changes, "adapt")
     if options.lora is not None:
         student = with_adapter(student, options.lora)
-    if options.process is not None and not options.net:
+    if options.process == "flow" and not options.net:
         return as_flow(student, options.start or "converted")
     if options.lora is not None:
         return student
@@ -109,11 +120,13 @@ def adapted(student: Denoiser, changes: Mapping[str, Any]) -> Denoiser:
     if unexpected or not set(missing) <= set(built.state_dict()) - set(state):
         raise ValueError(f"adapt.net: {config} has no parameters for the weights {list(unexpected)[:4]}")
     conditions = of_net(built) or student.conditions
+    if options.process == "prefix":
+        return as_prefix(student, built, conditions)
     student = student.with_(net=built, kind=changes.get("kind") or student.kind, conditions=conditions)
     return as_flow(student, changes.get("start") or "converted") if changes.get("process") else student
 
 
-def with_adapter(model: Denoiser, lora: Lora) -> Denoiser:
+def with_adapter(model: Model, lora: Lora) -> Model:
     """A model with low-rank adapters on its net, equal to it; one with the same adapters as it is.
 
     Raises:
@@ -138,7 +151,32 @@ def with_adapter(model: Denoiser, lora: Lora) -> Denoiser:
     )
 
 
-def as_flow(model: Denoiser, start: str) -> Denoiser:
+def as_prefix(model: Model, net: nn.Module, conditions: Conditions) -> Denoiser:
+    """A student of Distilled Decoding with this net: the states of `model` are sequences of data and noise.
+
+    Raises:
+        ValueError: names `adapt.process`: a model that is none of tokens.
+    """
+    if model.column != "tokens":
+        raise ValueError(
+            f"adapt.process: found prefix, but {type(model).__name__} is no model of tokens; expected one"
+        )
+    groups: Any = net.groups
+    book, own = codebook_of(model.decoder), getattr(net, "codebook", None)
+    if own is None or own.shape != book.shape:
+        found = "none" if own is None else f"{len(own)} of {own.shape[1]} numbers"
+        raise ValueError(
+            f"adapt.net: found {found} codes, expected the {len(book)} of {book.shape[1]} numbers of the model's codebook, and "
+            "a net of students: adapt: {process: prefix, net: {student: true}}"
+        )
+    with torch.no_grad():
+        own.copy_(book)
+    return Denoiser(
+        net, Prefix(groups), "x0", model.sample_shape, conditions=conditions, decoder=model.decoder
+    )
+
+
+def as_flow(model: Model, start: str) -> Model:
     """A model of another process as a flow, see `Adapt.start`; a flow as it is.
 
     Raises:
@@ -146,6 +184,10 @@ def as_flow(model: Denoiser, start: str) -> Denoiser:
     """
     if isinstance(model.process, Flow):
         return model
+    if not isinstance(model, Denoiser):
+        raise ValueError(
+            f"adapt.process: found flow, but {type(model).__name__} is no diffusion model; expected one"
+        )
     if model.boundary is not None or model.coupling != "independent":
         raise ValueError(
             f"adapt.process: found flow, but the model is a {model.coupling} student; expected a diffusion model"

@@ -13,6 +13,7 @@ import torch
 from hydra.utils import instantiate
 
 from distill.cache.pairs import MANIFEST, Pairs
+from distill.cache.tokens import TOKENS, Tokens
 from distill.data.prompts import Prompts as PromptFile
 from distill.data.source import Source
 from distill.engine.memory import Memory, Size, stored_row
@@ -171,5 +172,7 @@ def source_of(data: str | Mapping[str, Any], inputs: Mapping[str, Path]) -> Sour
     """The training data of a stage: the pairs or the prompts of its input `data`, or the source of a config."""
     if not isinstance(data, str):
         return instantiate(data)
+    if (inputs["data"] / TOKENS).is_file():
+        return Tokens(inputs["data"])
     pairs = (inputs["data"] / MANIFEST).is_file()
     return Pairs(inputs["data"]) if pairs else PromptSource(inputs["data"])

@@ -121,7 +121,11 @@ class Generate(Stage):
             later = ("decoder", "conditions") if sketched else ()
             self._check_header(found, self._header(teacher, found.seed, found.teacher), later)
         guidance = teacher.spec.guidance_baked * self.guidance_scale
-        return Made(pairs=PairsMade(model.sample_shape, model.conditions, model.decoder, guidance))
+        has = tuple(dict.fromkeys(("x0", "z", model.column)))
+        baked = self._header(teacher, 0, "").baked
+        return Made(
+            pairs=PairsMade(model.sample_shape, model.conditions, model.decoder, guidance, has, baked)
+        )
 
     def begun(self, folder: Path) -> bool:
         """Return whether a header or a shard exists."""
@@ -155,7 +159,7 @@ class Generate(Stage):
     def _check_teacher(self, teacher: Generator) -> None:
         """Raise ValueError unless the model is an ODE from noise to data that accepts the guidance scale."""
         try:
-            teacher.denoiser.check_transport(self.guidance_scale)
+            teacher.denoiser.check_transport(self.guidance_scale, self._ode(teacher)[0])
         except ValueError as error:
             raise ValueError(f"teacher: {self.teacher!r}: {error}") from error
         _, steps, grid = self._ode(teacher)
@@ -180,6 +184,8 @@ class Generate(Stage):
             decoder=entry_of(teacher.decoder),
             guidance_learned=generator.spec.guidance_baked,
             grid=None if grid is None else grid.to_dict(),
+            column=teacher.column,
+            settings=teacher.transport_settings(),
         )
 
     def _check_header(self, header: Header, wanted: Header, later: tuple[str, ...] = ()) -> None:

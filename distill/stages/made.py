@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from distill.engine.memory import Memory
 from distill.models.adapters import adapter_of
-from distill.models.build import build_net, build_process
+from distill.models.build import build_net, build_process, fresh_as
 from distill.models.conditions import Conditions, of_net
 from distill.models.conditions import of_source as conditions_of
 from distill.models.decoder import Decoder
@@ -21,6 +21,7 @@ from distill.models.decoder import of_source as decoder_of
 from distill.models.denoiser import Denoiser
 from distill.models.description import WEIGHTS
 from distill.models.generator import Generator
+from distill.models.model import Model
 from distill.models.native import load_model, sketch_model
 from distill.models.spec import SamplerSpec
 
@@ -40,6 +41,7 @@ class PairsMade:
     decoder: Decoder
     guidance: float
     has: tuple[str, ...] = ("x0", "z")
+    baked: str | None = None
 
 
 @dataclass(frozen=True)
@@ -95,16 +97,28 @@ def device_of(net: nn.Module) -> torch.device:
 
 def fresh_model(
     net: Mapping[str, Any],
-    process: Mapping[str, Any],
+    process: Mapping[str, Any] | None,
     kind: str,
     source: Any,
     teacher: Generator | None,
     make: Callable[[Mapping[str, Any]], Any] = build_net,
+    model: Mapping[str, Any] | None = None,
 ) -> Generator:
     """Return an untrained model of the samples of a source (or of `PairsMade`), decoded as those of the teacher, if there is
-    one: prompts do not say what samples are. `make` builds the net."""
+    one: prompts do not say what samples are. `make` builds the net. `model`: class and options of another model than a
+    `Denoiser`, which has no choice of process and kind."""
     built = make(net)
-    model = Denoiser(
+    if model is not None:
+        made = fresh_as(
+            model,
+            net=built,
+            sample_shape=source.sample_shape,
+            conditions=of_net(built) or conditions_of(source),
+            decoder=decoder_of(source),
+        )
+        return Generator(made, SamplerSpec(steps=1, any_steps=True))
+    assert process is not None
+    denoiser = Denoiser(
         built,
         build_process(process),
         kind,
@@ -112,10 +126,10 @@ def fresh_model(
         conditions=of_net(built) or conditions_of(source),
         decoder=decoder_of(source) if teacher is None else teacher.decoder,
     )
-    return Generator(model, SamplerSpec(steps=1, any_steps=True))
+    return Generator(denoiser, SamplerSpec(steps=1, any_steps=True))
 
 
-def check_student(student: Denoiser, sample_shape: Sequence[int], conditions: Conditions) -> None:
+def check_student(student: Model, sample_shape: Sequence[int], conditions: Conditions) -> None:
     """Raise ValueError unless the student takes the data's samples and conditions; one forward call shows it."""
     if student.sample_shape != tuple(sample_shape):
         raise ValueError(
@@ -134,6 +148,12 @@ def check_student(student: Denoiser, sample_shape: Sequence[int], conditions: Co
             student(x, t, cond)
     except RuntimeError as error:
         raise ValueError(f"net: does not take samples of shape {tuple(sample_shape)}: {error}") from error
+
+
+def of_pairs(spec: SamplerSpec, student: Model, pairs: Any) -> SamplerSpec:
+    """The sampler of a student with the record of the pairs (their header, or `PairsMade`) that it learned from. What is
+    baked into them cannot be changed unless the student is guidable itself."""
+    return replace(spec, guidance_baked=pairs.guidance, baked=None if student.guidable else pairs.baked)
 
 
 def check_reads(

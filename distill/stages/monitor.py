@@ -227,7 +227,7 @@ class Monitor:
             generator = module.as_generator()
             for number in range(world.rank, -(-len(chunks) // world.size) * world.size, world.size):
                 ids = chunks[number] if number < len(chunks) else chunks[0]
-                images = generator.sample_ids(ids, seed=self.context.seed, stream=STREAM)
+                images = module.monitored(generator, self.source, ids, self.context.seed, STREAM)
                 if number < len(chunks):
                     parts[number] = images
         return world.collect(parts)

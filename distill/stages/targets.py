@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from hydra.utils import get_object
 
+from distill.stages.renamed import moved_option
 from distill.typed import parse, unknown_key
 
 SCALARS = (int, float, bool, str, None, NoneType, Any)
@@ -88,3 +89,23 @@ def _plain(declared: Any) -> bool:
     if origin in CONTAINERS:
         return all(option is ... or _plain(option) for option in get_args(declared))
     return declared in SCALARS or declared in CONTAINERS
+
+
+def check_method(
+    method: Mapping[str, Any], takes: Mapping[str, inspect.Parameter], models: Collection[str]
+) -> None:
+    """Every option of a method's config is one that its constructor `takes`, and none is missing; `models` are given to it.
+    Values are the constructor's business, when the stage starts and the networks are there. Raises ValueError naming the
+    option."""
+    target = method["_target_"]
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):
+        return
+    options = {name: takes[name] for name in takes if name not in models}
+    given = [name for name in method if name != "_target_"]
+    if unknown := [name for name in given if name not in options]:
+        if moved := moved_option(unknown[0], options):
+            raise ValueError(f"method.{unknown[0]}: is now method.{moved}; write it there")
+        raise ValueError(unknown_key("method", unknown[0], options))
+    for name, parameter in options.items():
+        if parameter.default is parameter.empty and name not in given:
+            raise ValueError(f"method.{name}: missing; {target} needs it")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,8 +23,8 @@ from distill.engine.networks import recompute_activations
 from distill.engine.parallel import full_state
 from distill.models.build import build_net, build_process
 from distill.models.conditions import of_source
-from distill.models.denoiser import Denoiser
 from distill.models.generator import Generator
+from distill.models.model import Model
 from distill.models.native import load_models, save_model
 from distill.stages.adapt import Adapt, adapted, files_digest
 from distill.stages.artifact import digest_of, lasting_identity
@@ -41,6 +41,7 @@ from distill.stages.made import (
     copied,
     device_of,
     fresh_model,
+    of_pairs,
     try_build,
 )
 from distill.stages.monitor import Monitor, options_of
@@ -53,11 +54,11 @@ from distill.stages.nodes import (
     write_manifest,
 )
 from distill.stages.optim import build_optim, check_optim
-from distill.stages.renamed import moved_option
-from distill.stages.targets import resolve
+from distill.stages.targets import check_method, resolve
 from distill.stages.threads import PeakMemory, use_threads
+from distill.stages.tokenize import Tokenize
 from distill.stages.trial import parts_digest
-from distill.typed import parse, unknown_key
+from distill.typed import parse
 
 CHECKPOINTS = "checkpoints"
 ROLES = ("student", "teacher")
@@ -81,6 +82,8 @@ class Train(ModelStage):
             kept in `best/`.
         networks: further frozen models by the name under which the method's constructor takes them, and the stages that
             made them.
+        model: class and options of a fresh model that is no denoiser, {_target_: distill.models.tokens.TokenTeacher}; it has
+            its own `process` and `kind`.
         nodes: name of a stage that stored nodes on its way (method `degrade`), for a method that takes them.
         adapt: changes to the model of `init`, see `adapted`: {kind: v, net: {guidance_embedding: 64}}.
     """
@@ -107,6 +110,7 @@ class Train(ModelStage):
     adapt: dict[str, Any] | None = None
     networks: dict[str, str] | None = None
     nodes: str | None = None
+    model: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -120,7 +124,9 @@ class Train(ModelStage):
                 raise ValueError(f"adapt: found {self.adapt}, but no `init`; expected a model to change")
             parse(Adapt, self.adapt, "adapt")
         self._monitor = options_of(self.monitor)
-        if self.init is None and (self.net is None or self.process is None):
+        if self.model is not None and (self.init is not None or self.process is not None or self.net is None):
+            raise ValueError("model: found a fresh model, expected `net`, and no `init` and `process`")
+        if self.init is None and (self.net is None or (self.process is None and self.model is None)):
             raise ValueError("init: without a stage to start from, both `net` and `process` are needed")
         if self.init is None and self.process is not None:
             build_process(self.process).check_kind(self.kind)
@@ -154,7 +160,7 @@ class Train(ModelStage):
         for role, name in {"init": self.init, "teacher": self.teacher, **further}.items():
             if name is not None and not isinstance(stages[name], ModelStage):
                 raise ValueError(f"{role}: {name!r} makes no model; expected a stage with a model")
-        self._check_method()
+        check_method(self.method, self._takes, {*ROLES, "nodes", *further})
         if self.nodes is not None and "nodes" not in self._takes:
             raise ValueError(
                 f"nodes: found {self.nodes!r}, but the method {self.method['_target_']} takes none"
@@ -178,26 +184,9 @@ class Train(ModelStage):
             raise ValueError(
                 f"teacher: found {self.teacher!r}, but the method {self.method['_target_']} {wants}"
             )
-        if isinstance(self.data, str) and not isinstance(stages[self.data], Generate | Encode):
+        if isinstance(self.data, str) and not isinstance(stages[self.data], Generate | Encode | Tokenize):
             found = type(stages[self.data]).__name__
             raise ValueError(f"data: {self.data!r} is a {found} stage, expected a Generate stage")
-
-    def _check_method(self) -> None:
-        """Every option of the method is one that its constructor takes, and none is missing. Their values are the
-        constructor's business, when the stage starts and the networks are there."""
-        target, known = self.method["_target_"], dict(self._takes)
-        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
-            return
-        models = {*ROLES, "nodes", *(self.networks or {})}
-        options = {name: known[name] for name in known if name not in models}
-        given = [name for name in self.method if name != "_target_"]
-        if unknown := [name for name in given if name not in options]:
-            if moved := moved_option(unknown[0], options):
-                raise ValueError(f"method.{unknown[0]}: is now method.{moved}; write it there")
-            raise ValueError(unknown_key("method", unknown[0], options))
-        for name, parameter in options.items():
-            if parameter.default is parameter.empty and name not in given:
-                raise ValueError(f"method.{name}: missing; {target} needs it")
 
     def dry_run(self, before: Mapping[str, Made]) -> Made:
         """Build the student and the method on what the stages before will make, and try the monitor's measurement."""
@@ -216,7 +205,7 @@ class Train(ModelStage):
         generator = method.as_generator()
         spec = generator.spec
         if pairs is not None and self.teacher is None:
-            spec = replace(spec, guidance_baked=pairs.guidance)
+            spec = of_pairs(spec, generator.denoiser, pairs)
         if (monitor := self._monitor) is not None and monitor.metric is not None:
             labels = generator.conditions.ask(count=monitor.count).get("label")
             try:
@@ -280,7 +269,7 @@ class Train(ModelStage):
             made = method.as_generator()
             weights, spec = full_state(made.denoiser.net), made.spec
             if isinstance(source, Pairs) and self.teacher is None:  # else the data are not what is learned
-                spec = replace(spec, guidance_baked=source.header.guidance)
+                spec = of_pairs(spec, made.denoiser, source.header)
             if context.world.main:
                 save_model(folder, made.denoiser, spec, weights)
 
@@ -375,8 +364,9 @@ class Train(ModelStage):
             torch.manual_seed(stream_key(seed, self.stream, "init") % 2**63)
         if init is None:
             assert self.net is not None
-            assert self.process is not None
-            init = fresh_model(self.net, self.process, self.kind, source, models.get("teacher"), make)
+            init = fresh_model(
+                self.net, self.process, self.kind, source, models.get("teacher"), make, self.model
+            )
         elif self.adapt is not None:
             with device_of(init.denoiser.net):
                 init = Generator(adapted(init.denoiser, self.adapt), init.spec)
@@ -384,7 +374,7 @@ class Train(ModelStage):
         return init
 
     def _method(
-        self, student: Denoiser, models: Mapping[str, Generator], nodes: Sequence[Path]
+        self, student: Model, models: Mapping[str, Generator], nodes: Sequence[Path]
     ) -> DistillModule:
         """The method on its networks."""
         given: dict[str, Any] = {role: model.denoiser for role, model in models.items() if role != "init"}

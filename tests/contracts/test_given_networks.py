@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_recipes import METHOD_CONFIGS, NET, PairedDigits, method_class, setting
+from test_recipes import METHOD_CONFIGS, NET, TOKENS, PairedDigits, method_class, setting
+from token_support import TokenDigits
 
 from distill.engine.fit import Fit, train
 from distill.engine.module import DistillModule
@@ -27,11 +28,13 @@ from distill.models.spec import SamplerSpec
 
 # By the loss: what each method trains. "of the teacher": as the teacher's.
 RESULTS = {
+    "autoregressive": ("independent", True),
     "consistency": ("few_step", False),
     "consistency_training": ("few_step", False),
     "degrade": ("independent", False),
     "denoising": ("independent", True),
     "disback": ("endpoint", False),
+    "distilled_decoding": ("few_step", False),
     "dmd": ("endpoint", False),
     "flow_matching": ("independent", True),
     "guided": ("independent", False),
@@ -41,6 +44,7 @@ RESULTS = {
     "progressive": ("few_step", False),
     "reflow": ("paired", True),
     "sid": ("endpoint", False),
+    "tokenizer": ("endpoint", False),
 }
 ROLES = ("student", "teacher", "generator")
 every_method = pytest.mark.parametrize("path", METHOD_CONFIGS, ids=lambda path: path.stem)
@@ -48,6 +52,10 @@ every_method = pytest.mark.parametrize("path", METHOD_CONFIGS, ids=lambda path: 
 
 def networks(path: Path) -> dict[str, Denoiser]:
     """The models that a method takes, as they come from a run: guidable, with a sampler; the student in training mode."""
+    if path.stem in TOKENS:
+        model = TOKENS[path.stem]().train()
+        model.sampler = SamplerSpec(steps=50, any_steps=True)
+        return {"student": model}
     process, kind, net = setting(path)
     taken = inspect.signature(method_class(path)[0]).parameters
     found = {}
@@ -66,6 +74,8 @@ def made(path: Path, given: dict[str, Denoiser], **options: Any) -> DistillModul
     cls, known = method_class(path)
     if "total_steps" in known:
         known["total_steps"] = 4
+    if "timesteps" in known:
+        known["timesteps"] = [0, 2]
     if "nodes" in inspect.signature(cls).parameters:
         options = {"nodes": []} | options
     return cls(**given, **{**known, **options})
@@ -109,7 +119,8 @@ def test_a_method_changes_nothing_that_it_was_given(path: Path, tmp_path: Path) 
     before = {role: record(model) for role, model in given.items()}
     method = made(path, given)
     assert {role: record(model) for role, model in given.items()} == before
-    train(prepared(method), PairedDigits(), Fit(steps=1, batch_size=8), folder=tmp_path, config={})
+    source = TokenDigits() if given["student"].decoder.codebook is not None else PairedDigits()
+    train(prepared(method), source, Fit(steps=1, batch_size=8), folder=tmp_path, config={})
     for role, model in given.items():
         if role != "student":
             assert record(model) == before[role], role

@@ -11,11 +11,13 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import token_support
 import torch
 import yaml
 from tests_support import call_verb
 
 import distill
+from distill.data.cond import Cond
 from distill.data.digits import Digits
 from distill.data.rng import sample_noise
 from distill.engine import checkpoint
@@ -41,12 +43,20 @@ NET = {"_target_": "distill.nets.unet.UNet", "width": 8, "embedding": 16, "group
 
 def test_counts():
     """What this file covers; a new recipe or method raises the number here, and nothing else."""
-    assert len(RECIPES) == 14
-    assert len(METHOD_CONFIGS) == 15
+    assert len(RECIPES) == 13
+    assert len(METHOD_CONFIGS) == 17
     on_disk = {path.stem for path in (ROOT / "distill" / "methods").glob("*.py")} - {"__init__"}
     assert on_disk == {path.stem for path in METHOD_CONFIGS}, (
         "every method has a config of its name, and no other has"
     )
+
+
+# Methods of models of tokens, and a tiny student of each.
+TOKENS = {
+    "tokenizer": token_support.tokenizer,
+    "autoregressive": token_support.teacher,
+    "distilled_decoding": token_support.student,
+}
 
 
 def method_class(path: Path) -> tuple[type[DistillModule], dict]:
@@ -78,6 +88,9 @@ def build(path: Path) -> DistillModule:
     cls, options = method_class(path)
     if "total_steps" in options:
         options["total_steps"] = 4  # as a training stage does
+    if path.stem in TOKENS:
+        options |= {"timesteps": [0, 2]} if "timesteps" in options else {}
+        return prepared(cls(TOKENS[path.stem](), **options))
     process, kind, net = setting(path)
     torch.manual_seed(0)
     roles = {
@@ -102,6 +115,10 @@ def build(path: Path) -> DistillModule:
     ):  # it starts as the teacher, where distribution matching has no gradient at all
         for parameter in method.fake.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
+    return prepared(method)
+
+
+def prepared(method: DistillModule) -> DistillModule:
     optim = Optim(partial(torch.optim.AdamW, lr=1e-3), Constant())
     method.prepare({update.name: optim for update in method.updates()}, seed=0)
     return method
@@ -150,7 +167,14 @@ def test_one_step_trains_what_the_updates_name_alone_and_is_exported(path, tmp_p
         return optimizers
 
     monkeypatch.setattr(method, "configure_optimizers", watched)
-    train(method, PairedDigits(), Fit(steps=1, batch_size=8), folder=tmp_path, config={})
+    tokens = path.stem in TOKENS and path.stem != "tokenizer"
+    train(
+        method,
+        token_support.TokenDigits() if tokens else PairedDigits(),
+        Fit(steps=1, batch_size=8),
+        folder=tmp_path,
+        config={},
+    )
     assert list(found) == [update.name for update in method.plan]
     for update in method.plan:
         for role, reached in found[update.name].items():
@@ -173,6 +197,11 @@ def test_one_step_trains_what_the_updates_name_alone_and_is_exported(path, tmp_p
     again, result = load_model(tmp_path / "model"), method.result()
     read = again.denoiser
     assert Result(again.spec, read.coupling, read.guidable, read.boundary) == result
+    if path.stem == "tokenizer":  # makes no samples from noise
+        images = Digits().images[:3]
+        given = (images, torch.zeros(3), Cond.nothing(3))
+        assert torch.equal(original.denoiser.eval().x0(*given), read.x0(*given))
+        return
     assert torch.equal(original.sample(3), again.sample(3))
 
 

@@ -1,0 +1,96 @@
+"""The base of networks that give probabilities of tokens, group by group."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill.data.cond import Cond
+from distill.nets.layers import ClassEmbedding
+from distill.nets.net import Net
+
+
+class TokenNet(Net, ABC):
+    """An autoregressive network over K groups of positions, L in all; the positions of one group are independent of each other.
+
+    Attributes:
+        vocabulary: V. groups: positions of each group, in the order of generation.
+    """
+
+    vocabulary: int
+    groups: Sequence[int]
+
+    @abstractmethod
+    def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """Code vectors x [B,L,C] of all positions -> logits [B,L,V] of each position given the groups before its own. Times are
+        not read."""
+
+    @abstractmethod
+    def begin(self, cond: Cond) -> Any:
+        """The state of generation, before the first group."""
+
+    @abstractmethod
+    def advance(self, state: Any, codes: Tensor | None) -> Tensor:
+        """Add the code vectors [B,n,C] of the last group to the state, in place; returns the logits [B,n,V] of the next group.
+        In the first call, None, or the codes of as many groups as are known."""
+
+
+class TokenTable(TokenNet):
+    """Logits of each position that depend on the class alone: tokens are independent, in one group.
+
+    Args:
+        vocabulary: V. length: L. num_classes: rows of the table; 0 for one row.
+    """
+
+    def __init__(self, *, vocabulary: int, length: int, num_classes: int = 0) -> None:
+        super().__init__()
+        if vocabulary < 1 or length < 1 or num_classes < 0:
+            raise ValueError(
+                f"vocabulary, length, num_classes: found {vocabulary}, {length}, {num_classes}, expected at least 1, 1 and 0"
+            )
+        self.vocabulary, self.length, self.num_classes = vocabulary, length, num_classes
+        self.groups = (length,)
+        self.table = nn.Embedding(num_classes or 1, length * vocabulary)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        return self.advance(self.begin(cond), None)
+
+    def begin(self, cond: Cond) -> Any:
+        label = cond.get("label")
+        return torch.zeros(len(cond), dtype=torch.int64) if label is None else label
+
+    def advance(self, state: Any, codes: Tensor | None) -> Tensor:
+        rows = state.to(self.table.weight.device) if self.num_classes else torch.zeros_like(state)
+        found: Tensor = self.table(rows.to(self.table.weight.device))
+        return found.view(len(state), self.length, self.vocabulary)
+
+
+class StudentAndTeacher(Net):
+    """Two networks of one sequence of tokens; a call is the student's."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
+        super().__init__()
+        self.student, self.teacher = student, teacher
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """See the student."""
+        out: Tensor = self.student(x, t, cond)
+        return out
+
+
+def class_rows(cond: Cond, table: ClassEmbedding | None, size: int, like: Tensor) -> Tensor:
+    """The embedding [B, width] of the classes of `cond`; zeros where there is no table.
+
+    Raises ValueError for conditions without a label where there is one."""
+    if table is None:
+        return like.new_zeros(len(cond), size)
+    if (label := cond.get("label")) is None:
+        raise ValueError(
+            f"cond: this net expects one of {table.num_classes} class labels a sample, found no labels"
+        )
+    rows: Tensor = table(label)
+    return rows
