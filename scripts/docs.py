@@ -23,6 +23,7 @@ WRITTEN = (
     "recipes.md",
     "teachers.md",
     "score_distillation.md",
+    "mmd.md",
     "distilled_decoding.md",
     "evaluation.md",
     "python.md",

@@ -222,7 +222,8 @@ class CheckpointCallback(Checkpoint):
             if streak >= self.max_nonfinite or often:
                 last = "none was saved yet" if self.saved is None else f"{self.path} at step {self.saved}"
                 count = f"{recent} of at most {WINDOW} steps" if often else f"{streak} steps in a row"
+                place = f"; {where}" if (where := module.nonfinite_place()) else ""
                 raise FloatingPointError(
                     f"update {name!r}: loss or gradient was not finite in {count} ({total} in "
-                    f"all), up to step {module.progress.step}; all were skipped. Last good checkpoint: {last}"
+                    f"all), up to step {module.progress.step}{place}; all were skipped. Last good checkpoint: {last}"
                 )

@@ -170,6 +170,7 @@ def _train(
     stop = method.student_update.iterations_for(fit.steps)
     if begin >= stop:
         return
+    method.before_training(source)
     loader = StepLoader(
         source,
         fit.batch_size,

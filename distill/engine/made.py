@@ -121,6 +121,8 @@ def _options(method: DistillModule) -> dict[str, Any]:
             told[name] = [sha256_file(Path(folder) / WEIGHTS) for folder in value]
         elif isinstance(value, nn.Module) and {id(tensor) for tensor in _tensors(value)} - known:
             told[name] = {**describe(value), "weights": weights_of(value)}
+        elif callable(fingerprint := getattr(value, "fingerprint", None)):
+            told[name] = fingerprint()
         else:
             told[name] = describe(value)
     return told

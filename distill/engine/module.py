@@ -1,16 +1,14 @@
 """Base class of methods: a LightningModule that runs the updates that a method declares.
 
-It uses manual optimization, because a method may have several optimizers in one iteration. Counting, clipping, accumulation,
-freezing, learning rates and averages are implemented here.
+It uses manual optimization, because a method may have several optimizers in one iteration, and counts, clips and averages.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar, cast
 
 import lightning as L
 import torch
@@ -18,10 +16,11 @@ from torch import Tensor, nn
 
 from distill.data.batch import Batch
 from distill.data.rng import Draws
+from distill.data.source import Source
 from distill.engine.ema import EmaUpdater
 from distill.engine.hooks import StepHooks
 from distill.engine.networks import check_apart, check_model, frozen_copy
-from distill.engine.nonfinite import NonFinite, nonfinite, step_unless
+from distill.engine.nonfinite import NonFinite, bad_step, step_unless
 from distill.engine.parallel import full_norm, make_mesh, net_of, shard_networks
 from distill.engine.params import ParameterSet
 from distill.engine.progress import Progress
@@ -49,9 +48,7 @@ class DistillModule(L.LightningModule):
 
     # Options of the constructor that name model folders. Checkpoints record their weights, not their paths.
     FOLDERS: ClassVar[tuple[str, ...]] = ()
-    MODELS: ClassVar[type[Model]] = (
-        Denoiser  # what the student, and other models that it is given, have to be
-    )
+    MODELS: ClassVar[type[Model]] = Denoiser  # class of the student and of other models that it is given
     # Fields of a batch that the losses always need beside its conditions, see `needs`.
     reads: ClassVar[tuple[str, ...]] = ()
     given: Any  # (arguments, options) of the constructor, described by `engine.made` once training begins
@@ -71,8 +68,7 @@ class DistillModule(L.LightningModule):
         self.progress, self.nonfinite = Progress(), NonFinite()
         self._step_caches: dict[str, Running] = {}
         self._running: Running | None = None  # the update that ran last
-        self._hook = StepHooks()
-        self.world, self.seed, self.stream = World(), 0, "train"
+        self._hook, self.world, self.seed, self.stream = StepHooks(), World(), 0, "train"
         self.begun: dict[str, Any] = {}  # what training began with, once it has: see `engine.made`
         self.latest: Mapping[str, Tensor | float] = {}  # what the last iteration logs, on the device
         self.evaluated: Mapping[str, float] | None = None  # by an evaluation of this step, until it is logged
@@ -119,8 +115,15 @@ class DistillModule(L.LightningModule):
         """Student steps after which the stage saves the student (DisBack's path)."""
         return ()
 
+    def before_training(self, source: Source) -> None:
+        """Called before the first iteration of each start, on every process, with the networks on their devices."""
+
     def after_step(self) -> None:
         """Called after each step of the student, on every process."""
+
+    def nonfinite_place(self) -> str:
+        """Where numbers of the last batch were not finite, for the error that ends training; empty: not known."""
+        return ""
 
     def state(self) -> dict[str, Any]:
         """Plain numbers and strings of the method beside its networks; saved in checkpoints."""
@@ -322,7 +325,7 @@ class DistillModule(L.LightningModule):
         gradients = [p.grad for p in parameters if p.grad is not None]
         norm = full_norm(torch.nn.utils.get_total_norm(gradients, foreach=together))
         step = update.runs_before(iteration)
-        bad = self._bad(norm, logs[f"{update.name}/loss"])
+        bad = bad_step(self.world, norm, logs[f"{update.name}/loss"])
         self.nonfinite.count(update.name, step, bad)
         if settings.clip is not None:
             logs[f"{update.name}/clipped"] = norm > settings.clip
@@ -344,12 +347,6 @@ class DistillModule(L.LightningModule):
             self.after_step()
         logs[f"{update.name}/grad_norm"], logs[f"{update.name}/lr"] = norm, optimizer.param_groups[0]["lr"]
         return logs
-
-    def _bad(self, norm: Tensor, loss: Tensor | float) -> Tensor | bool:
-        """Whether norm or loss is not finite on any process. On a CPU a bool: reading costs less than arithmetic there."""
-        if self.world.size == 1 and norm.device.type == "cpu":
-            return not (math.isfinite(float(norm)) and math.isfinite(float(loss)))
-        return self.world.maximum(nonfinite(norm, torch.as_tensor(loss)))
 
     def _backward(
         self, update: Update, batch: list[Batch], shared: list[dict[str, Any]], iteration: int
@@ -387,9 +384,7 @@ class DistillModule(L.LightningModule):
 
     def average(self, name: str) -> Denoiser:
         """An average of a denoiser by its name in `self.ema`."""
-        network = self.ema[name]
-        assert isinstance(network, Denoiser)
-        return network
+        return cast(Denoiser, self.ema[name])
 
     def as_generator(self) -> Generator:
         """The student with the weights of `best` and the properties of `result`."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+
+from distill.world import World
 
 WINDOW = 1000
 
@@ -53,6 +56,13 @@ def nonfinite(*values: Tensor) -> Tensor:
     # 0 * x is 0 for every finite x and nan for all others: fewer small operations than `isfinite` of each.
     nothing = sum((0.0 * value for value in values[1:]), start=0.0 * values[0])
     return nothing.isnan().to(torch.float32)
+
+
+def bad_step(world: World, norm: Tensor, loss: Tensor | float) -> Tensor | bool:
+    """Whether norm or loss is not finite on any process. On a CPU a bool: reading costs less than arithmetic there."""
+    if world.size == 1 and norm.device.type == "cpu":
+        return not (math.isfinite(float(norm)) and math.isfinite(float(loss)))
+    return world.maximum(nonfinite(norm, torch.as_tensor(loss)))
 
 
 def step_unless(optimizer: torch.optim.Optimizer, bad: Tensor | bool) -> None:

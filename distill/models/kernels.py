@@ -10,9 +10,8 @@ is a small difference of large sums, so float32 at least is required, and float6
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +19,13 @@ from torch import Tensor
 CHUNK = 2048  # rows of a Gram matrix held at once: 2048 x 2048 in float64 is 32 MiB
 PRECISE = (torch.float32, torch.float64)
 ESTIMATORS = ("unbiased", "biased")
+SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
+HAS: dict[str, tuple[str, ...]] = {
+    "polynomial": ("degree", "c"),
+    "linear": (),
+    "rbf": (),
+    "rbf_mixture": ("scales",),
+}
 
 
 @dataclass(frozen=True)
@@ -42,17 +48,11 @@ class Kernel:
     degree: int = 3
     c: float = 1.0
     gamma: float | Literal["median"] | None = None
-    scales: Sequence[float] = (0.25, 0.5, 1.0, 2.0, 4.0)
+    scales: list[float] = field(default_factory=lambda: list(SCALES))
 
     def __post_init__(self) -> None:
-        has: dict[str, tuple[str, ...]] = {
-            "polynomial": ("degree", "c"),
-            "linear": (),
-            "rbf": (),
-            "rbf_mixture": ("scales",),
-        }
-        if self.name not in has:
-            raise ValueError(f"name: found {self.name!r}, expected one of {list(has)}")
+        if self.name not in HAS:
+            raise ValueError(f"name: found {self.name!r}, expected one of {list(HAS)}")
         if isinstance(self.degree, bool) or not isinstance(self.degree, int) or self.degree < 1:
             raise ValueError(f"degree: found {self.degree!r}, expected an integer of at least 1")
         if not math.isfinite(self.c):
@@ -62,14 +62,12 @@ class Kernel:
                 f"gamma: found {self.gamma!r}, expected a positive number, 'median', or null (1 / dimensions)"
             )
         if not self.scales or not all(_positive(scale) for scale in self.scales):
-            raise ValueError(f"scales: found {list(self.scales)}, expected positive numbers")
-        object.__setattr__(self, "scales", tuple(self.scales))
-        defaults = Kernel.__dataclass_fields__
-        for option in ("degree", "c", "scales"):
-            if option not in has[self.name] and getattr(self, option) != defaults[option].default:
+            raise ValueError(f"scales: found {self.scales}, expected a list of positive numbers")
+        defaults: dict[str, Any] = {"degree": 3, "c": 1.0, "scales": list(SCALES)}
+        for option, default in defaults.items():
+            if option not in HAS[self.name] and (found := getattr(self, option)) != default:
                 raise ValueError(
-                    f"{option}: found {getattr(self, option)!r}, which the kernel {self.name!r} does not have; expected "
-                    f"{defaults[option].default!r}"
+                    f"{option}: found {found!r}, which the kernel {self.name!r} does not have; expected {default!r}"
                 )
 
     @property

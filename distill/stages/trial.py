@@ -1,4 +1,4 @@
-"""Builds meters, and their data and features, from configs."""
+"""Builds meters, and data and features of meters and methods, from configs."""
 
 from __future__ import annotations
 
@@ -42,10 +42,12 @@ def build_meter(config: Mapping[str, Any], device: torch.device | str = "cpu") -
 
 
 def parts_digest(method: Mapping[str, Any]) -> str:
-    """The sha256 of the networks that a method's options name, such as feature extractors; empty for none."""
-    found = [
-        str(build_part(value, f"method.{key}").sha256)
-        for key, value in method.items()
-        if isinstance(value, Mapping) and "_target_" in value
-    ]
+    """Fingerprints of the data and sha256 of the networks that a method's options name, such as feature extractors; empty for
+    none."""
+    found = []
+    for key, value in method.items():
+        if isinstance(value, Mapping) and "_target_" in value:
+            part = build_part(value, f"method.{key}")
+            known = getattr(part, "fingerprint", None)
+            found.append(known() if callable(known) else str(part.sha256))
     return " ".join(found)

@@ -35,6 +35,7 @@ EXPECTED: dict[str, tuple[int, int, tuple[int, ...], str | None, str | None, str
         "efficientnet-lite0-57934424.pth",
     ),
     "inception": (2048, 50_000, (3, 8, 8), "fid", "cleanfid", INCEPTION),
+    "random_conv": (512, 2000, (1, 8, 8), None, None, ""),
 }
 
 
@@ -52,7 +53,7 @@ def build(name: str, **options: Any) -> Any:
 
 def test_counts() -> None:
     """What this file covers; a new extractor raises the number here and gets a line above."""
-    assert len(CONFIGS) == 5
+    assert len(CONFIGS) == 6
     assert [path.stem for path in CONFIGS] == sorted(EXPECTED)
 
 
@@ -149,7 +150,9 @@ def test_features_are_a_group_of_the_command_line(train: Any, tmp_path: Path) ->
         found,
     )
     assert "features: found 'resnet'" in train("features=resnet")
-    assert "; expected clip, digits64, dino, efficientnet_lite0, inception" in train("features=resnet")
+    assert "; expected clip, digits64, dino, efficientnet_lite0, inception, random_conv" in train(
+        "features=resnet"
+    )
     assert "did you mean features.size?" in train("features=dino", "features.sise=3")
     told = train("eval.meter.features.path=x")
     assert "eval.meter.features is the group 'features'; override features.path=" in told

@@ -21,7 +21,9 @@ from distill.engine.loggers import Jsonl
 from distill.engine.logging import read_entries
 from distill.engine.module import DistillModule
 from distill.engine.parallel import full, full_state, is_sharded, make_mesh, shard_net
+from distill.methods.mmd import MMD
 from distill.methods.sid import SiD
+from distill.models.spec import SamplerSpec
 from distill.process.flow import Flow
 from distill.stages.adapt import adapted
 from distill.world import World
@@ -201,6 +203,30 @@ def job_callbacks(world: World, folder: Path) -> None:
         logged = [e["step"] for e in read_entries(folder / "metrics.jsonl")]
         names = ("seen", "together", "told")
         torch.save(dict(zip(names, found, strict=True)) | {"logged": logged}, folder / "ranks.pt")
+
+
+def job_mmd(world: World, folder: Path) -> None:
+    """The gradient of one MMD over all processes and micro batches: with batches or a bank as the real side, two steps with
+    fresh noise. One step of gradient descent of rate 1 shows it."""
+    spec = SamplerSpec(steps=2, times={2: (1.0, 0.5, 0.0)}, mode="sde")
+    options = {"classes": True, "kernel": {"name": "rbf_mixture", "gamma": "median"}}
+    for shard in ("none", "world"):
+        for bank in (0, 40):
+            for accumulate in (1, 2):
+                student = mlp(Flow(), classes=8)
+                student.sampler = spec
+                before = {key: value.clone() for key, value in student.net.state_dict().items()}
+                method = MMD(student, bank=bank, **options)
+                descent = optim(lr=1.0, kind=torch.optim.SGD, clip=None, ema=None)
+                method.prepare({"student": descent}, seed=5, world=world)
+                name = f"mmd-{shard}-{bank}-{accumulate}"
+                place = folder / f"{name}-{world.size}"
+                train(method, ring(), Fit(1, 16, accumulate=accumulate, shard=shard), folder=place)
+                after = full_state(method.student.net)
+                found = {key: before[key] - after[key] for key in before}
+                found["loss"] = torch.as_tensor(method.latest["student/loss"]).float()
+                if world.main:
+                    torch.save(found, folder / f"{place.name}.pt")
 
 
 def job_rows(world: World, folder: Path) -> None:

@@ -54,7 +54,7 @@ def start(folder: Path, size: int, *jobs: str) -> None:
 def results(tmp_path_factory) -> Path:
     """The folder where both worlds have done all jobs."""
     folder = tmp_path_factory.mktemp("two")
-    parts = [f"parts_worker.{name}" for name in ("parts", "lora", "rows")]
+    parts = [f"parts_worker.{name}" for name in ("parts", "lora", "rows", "mmd")]
     start(folder, 1, "train", "gradients", "poison", *parts)
     jobs = (
         "train",
@@ -97,6 +97,20 @@ def test_losses_norms_weights_and_averages_equal_after_6_steps(results, shard):
     assert len(one["student/loss"]) == 6
     assert len(one["fake/loss"]) == 11
     assert_close(one, two)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("bank", [0, 40])
+@pytest.mark.parametrize("shard", ["none", "world"])
+def test_one_mmd_over_all_processes(results, shard, bank, accumulate):
+    """The gradient of one process with one micro batch, whatever the processes and micro batches."""
+    one = load(results, f"mmd-none-{bank}-1-1")
+    for size in (1, 2):
+        found = load(results, f"mmd-{shard}-{bank}-{accumulate}-{size}")
+        assert found.keys() == one.keys()
+        for name, gradient in one.items():
+            assert float(gradient.norm()) > 1e-6, name
+            assert float((found[name] - gradient).norm()) < 1e-4 * float(gradient.norm()), (size, name)
 
 
 def test_checkpoints_of_two_continue_on_one_and_the_reverse(results):

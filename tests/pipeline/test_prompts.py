@@ -352,6 +352,8 @@ ALL = {
     "sid": (),
     "dmd": ("stages.distill.method.gan={}",),
     "disback": (),
+    "mmd": ("stages.second=null",),
+    "mmd_polish": ("stages.second=null",),
 }
 BOTH = [(name, adapters) for name in ALL for adapters in (False, True) if not (adapters and "lcm" in name)]
 
@@ -363,7 +365,7 @@ BOTH = [(name, adapters) for name in ALL for adapters in (False, True) if not (a
 def test_every_recipe_takes_prompts(sd: Path, tmp_path: Path, recipe: str, adapters: bool) -> None:
     """With all weights and with adapters, from the folder to the export."""
     more = [*ALL[recipe], *(["student=lora", "student.lora.rank=2"] if adapters else [])]
-    if recipe == "instaflow":
+    if recipe in ("instaflow", "mmd_polish"):  # with a stage that trains a flow
         more = [*more, "student.process=flow"] if adapters else ["student=flow"]
     chosen = options(sd, "name=run", "eval.count=4", recipe=recipe, flow=False)
     call_verb(tmp_path, "train", *chosen, *more, check=True)
