@@ -25,7 +25,7 @@ from distill.models.generator import Generator
 from distill.world import World
 
 SCHEMA = 1
-METRICS, PAGE, PICTURE = "metrics.json", "report.md", "grid.png"
+METRICS, PAGE, PICTURE, STRIPS = "metrics.json", "report.md", "grid.png", "rows.png"
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,11 @@ class Evaluation:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     say: Callable[[str], None] = print
 
-    def run(self, models: Mapping[str, Model], picture: Path, bar: Any) -> list[dict[str, Any]]:
+    def run(
+        self, models: Mapping[str, Model], picture: Path, bar: Any, strips: Path | None = None
+    ) -> list[dict[str, Any]]:
         """The rows of all models in their order, and the picture; [] and no picture on other processes than the main one.
-        bar: a tqdm bar over the rows."""
+        bar: a tqdm bar over the rows. strips: a picture of samples of every row, without words."""
         jobs = [(label, steps) for label, model in models.items() for steps in model.steps]
         self.prepare()
         rows: dict[tuple[str, int], dict[str, Any]] = {}
@@ -138,6 +140,8 @@ class Evaluation:
                 ],
                 picture,
             )
+            if strips is not None:
+                self.meter.draw_strips([kept[job][: self.meter.shown] for job in jobs], strips)
         return [rows[job] for job in jobs] if rows else []
 
     def prepare(self) -> None:

@@ -32,12 +32,14 @@ from distill.stages.ownership import (
     PLAN,
     PUBLISHED,
     REDO,
+    WEBPAGE,
     check_run_folder,
     empty,
     patterns,
     read_object,
     sweep,
 )
+from distill.stages.webpage import write_webpage
 from distill.terminal import printable
 from distill.typed import parse
 from distill.world import join
@@ -99,6 +101,7 @@ def run(recipe: Mapping[str, Any], *, name: str, recipe_name: str) -> Path:
             )
             _advance(entry, context, held)
         if world.main:
+            write_webpage(run_folder)
             remove(run_folder / REDO)
     return run_folder
 
@@ -151,7 +154,7 @@ def clean(run_folder: Path, planned: Sequence[Planned], again: Sequence[Planned]
     """Delete files of the stages in `again`, copies at the top of the run folder, and temporary files of killed processes."""
     for entry in again:
         empty(entry.folder, entry.files)
-    for name in PUBLISHED if again else ():
+    for name in (*PUBLISHED, WEBPAGE) if again else ():
         remove(run_folder / name)
     sweep(run_folder, patterns(*OF_A_RUN))
     for entry in planned:
@@ -239,6 +242,7 @@ def _run_stage(entry: Planned, context: StageContext) -> dict[str, Any]:
 def summary(run_folder: Path) -> str:
     """Return the message at the end of a run: the paths of its results and the quality gates that were missed."""
     places = {
+        "report.html": "samples, table, gates, curves and costs: open it in a browser",
         "report.md": "table of all models, gates, protocol",
         "metrics.json": "the same numbers for programs",
         "grid.png": "teacher and students from the same noise",

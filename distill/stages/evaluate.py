@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from distill.evaluation.evaluation import Evaluation, Model, labels_of
+from distill.evaluation.evaluation import STRIPS, Evaluation, Model, labels_of
 from distill.evaluation.gates import Gate, GateError, check
 from distill.evaluation.meters.meter import Meter
 from distill.evaluation.metric import metrics
@@ -42,7 +42,7 @@ class Evaluate(Stage):
         seed: of the samples' noise, so that runs of several seeds are measured alike; None: the run's.
     """
 
-    FILES: ClassVar[tuple[str, ...]] = patterns(*PUBLISHED)
+    FILES: ClassVar[tuple[str, ...]] = patterns(*PUBLISHED, STRIPS)
     NEEDED: ClassVar[tuple[str, ...]] = ("metrics.json", "report.md")
 
     models: dict[str, Row]
@@ -162,7 +162,7 @@ class Evaluate(Stage):
         threads = use_threads(context, max(sizes))
         evaluation = self._evaluation(context)
         with context.display.bar(sum(len(model.steps) for model in models.values()), unit="row") as bar:
-            rows = evaluation.run(models, context.folder / "grid.png", bar)
+            rows = evaluation.run(models, context.folder / "grid.png", bar, context.folder / STRIPS)
         if not rows:
             return {}
         header = {"recipe": context.recipe, "digest": context.digest, "seed": context.seed, "note": self.note}

@@ -20,10 +20,11 @@ from distill.names import check_name
 MARK, LOCK, PLAN, REDO = ".distill", ".lock", "plan.json", "redo.json"
 MARK_TEXT = "A run of distill: its stages write and delete files in this folder.\n"
 PUBLISHED = ("metrics.json", "report.md", "grid.png")
+WEBPAGE = "report.html"
 ARTIFACT, IDENTITY, CONFIG, EXECUTION = "artifact.json", "identity.json", "config.yaml", "execution.json"
 RECORDS = (ARTIFACT, IDENTITY, CONFIG, EXECUTION)
 # Files at the top of a run folder.
-OF_A_RUN = (MARK, LOCK, PLAN, REDO, *PUBLISHED)
+OF_A_RUN = (MARK, LOCK, PLAN, REDO, WEBPAGE, *PUBLISHED)
 # Key in identity.json of a stage whose files are being deleted, so that a killed deletion is not continued as training.
 EMPTIED = "emptied"
 

@@ -46,6 +46,7 @@ BELOW = {
             "data",
             "samplers",
             "nets",
+            "assets",
         ),
         *BASE,
     },

@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from distill.evaluation.grid import image_grid, save_png
 from distill.evaluation.measure import RealSet
 from distill.models.generator import Generator
+
+STRIP = 160  # pixels
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,17 @@ class Meter(ABC):
     @abstractmethod
     def draw(self, shown: Sequence[Shown], path: Path, seed: int, stream: str) -> None:
         """Write the picture; seed and stream: of the samples' noise."""
+
+    def draw_strips(self, rows: Sequence[Tensor], path: Path) -> None:
+        """Write a picture of samples [n, C, H, W] of every row, one below the other, without words and at most `STRIP` pixels
+        high each; a meter of other samples than images writes none."""
+        small = [
+            row
+            if row.shape[-2] <= STRIP
+            else F.interpolate(row, scale_factor=STRIP / row.shape[-2], mode="bilinear", antialias=True)
+            for row in rows
+        ]
+        save_png(image_grid([("", row) for row in small]), path)
 
 
 def at_least(meter: Any, *names: str) -> None:
