@@ -132,17 +132,26 @@ class Evaluation:
         for text in sorted({str(warning.message) for warning in caught}):
             self.say(text)
         if rows:
-            shown = self.grid or self.meter.panels({label: model.steps for label, model in models.items()})
-            self.draw(
-                [
-                    Shown(_title(*key), kept[key][: self.meter.shown], models[key[0]].generator, key[1])
-                    for key in shown
-                ],
-                picture,
-            )
-            if strips is not None:
-                self.meter.draw_strips([kept[job][: self.meter.shown] for job in jobs], strips)
+            self._draw_rows(models, kept, picture, strips)
         return [rows[job] for job in jobs] if rows else []
+
+    def _draw_rows(
+        self,
+        models: Mapping[str, Model],
+        kept: Mapping[tuple[str, int], Tensor],
+        picture: Path,
+        strips: Path | None,
+    ) -> None:
+        """The pictures of `run`, from the samples kept of every row."""
+        shown = self.grid or self.meter.panels({label: model.steps for label, model in models.items()})
+        panels = [
+            Shown(_title(*key), kept[key][: self.meter.shown], models[key[0]].generator, key[1])
+            for key in shown
+        ]
+        self.draw(panels, picture)
+        if strips is not None:
+            jobs = [(label, steps) for label, model in models.items() for steps in model.steps]
+            self.meter.draw_strips([kept[job][: self.meter.shown] for job in jobs], strips)
 
     def prepare(self) -> None:
         """Do the real half of the work, on the main process."""
