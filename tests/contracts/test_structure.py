@@ -52,7 +52,7 @@ BELOW = {
     },
     "recipe": {"stages", "engine", *BASE},
 }
-VERBS = {"train", "sample", "evaluate", "compare", "export"}
+VERBS = {"train", "sample", "evaluate", "compare", "export", "demo"}
 FOREIGN = {
     "hydra": {"recipe", "stages", "train", "evaluate"},
     "omegaconf": {"recipe", "stages", "train", "evaluate"},
