@@ -15,9 +15,11 @@ from method_support import DoubleDraws, double_step, mlp, optim, prepared, ring_
 from tests_support import forked
 from torch import Tensor, nn
 
+from distill.data.batch import Batch
 from distill.data.cond import Cond
 from distill.data.digits import Digits
 from distill.data.points import Points
+from distill.data.rng import Draws
 from distill.engine import checkpoint
 from distill.engine.fit import Fit, train
 from distill.engine.update import Step
@@ -25,13 +27,14 @@ from distill.methods.mmd import MMD
 from distill.methods.one_step import OneStep
 from distill.models.adapters import trained_parameters
 from distill.models.boundary import Boundary
-from distill.models.decoder import Pixels
+from distill.models.decoder import Autoencoder, Pixels
 from distill.models.denoiser import Denoiser
 from distill.models.extractors.inception import Inception
 from distill.models.features import load_digits64
 from distill.models.generator import Generator
 from distill.models.kernels import Kernel, mmd2
 from distill.models.spec import SamplerSpec
+from distill.nets.autoencoder import ConvAutoencoder
 from distill.nets.mlp import MLP
 from distill.process.edm import EDM
 from distill.process.flow import Flow
@@ -320,6 +323,31 @@ class Unlabelled(Digits):
 
     def fetch(self, rows: Tensor, index: Tensor) -> Any:
         return replace(super().fetch(rows, index), cond=Cond.nothing(len(rows)))
+
+
+def test_latents_are_compared_as_images() -> None:
+    """Decoded, with a gradient through the decoder to the student alone; with images of another source, or decoded data."""
+    torch.manual_seed(0)
+    decoder = Autoencoder(ConvAutoencoder(latent=2, width=8), scale=0.5)
+    net = MLP(shape=(2, 4, 4), width=16, depth=1, features=8, zero_out=False)
+    student = sampled_by(ANY, Denoiser(net, Flow(), "velocity", (2, 4, 4), decoder=decoder))
+    rows = torch.arange(16)
+    data = Batch(rows, rows, Cond.nothing(16), x0=torch.randn(16, 2, 4, 4))
+    space = load_digits64()
+    method = prepared(MMD(student, steps=2, features=space, real=Digits(), bank=None, clamp="none"))
+    method.before_training(Unlabelled())
+    found = method.loss(data, Step(0, Draws(7, "s", 0, rows)))
+    samples = Generator(student, ANY).generate(Draws(7, "s", 0, rows).normal("z", (2, 4, 4)), data.cond, 2)
+    images, real = decoder.decode(samples), space(Digits().images)
+    expected = mmd2(space(images).double(), real.double(), Kernel()).mmd2
+    torch.testing.assert_close(found.total, expected, rtol=1e-4, atol=1e-6)
+    found.total.backward()
+    assert all(bool(p.grad.any()) for p in net.parameters() if p.grad is not None)
+    assert all(p.grad is None for p in decoder.net.parameters())
+    # Without another source the real side are the training data, which are latents.
+    own = MMD(student, steps=2, features=space, clamp="none").loss(data, Step(0, Draws(7, "s", 0, rows)))
+    expected = mmd2(space(images).double(), space(decoder.decode(data.x0)).double(), Kernel()).mmd2
+    torch.testing.assert_close(own.total, expected, rtol=1e-4, atol=1e-6)
 
 
 # ---- the real side ----

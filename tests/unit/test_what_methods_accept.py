@@ -26,6 +26,7 @@ from distill.methods.flow_matching import FlowMatching
 from distill.methods.guided import Guided
 from distill.methods.hipa import HiPA
 from distill.methods.lcm import LCM
+from distill.methods.mmd import MMD
 from distill.methods.one_step import OneStep
 from distill.methods.progressive import Progressive
 from distill.methods.reflow import Reflow
@@ -88,6 +89,7 @@ METHODS: dict[str, Callable[[Denoiser, Denoiser], DistillModule]] = {
     "ect": lambda s, t: ConsistencyTraining(s, curriculum="ect", total_steps=100),
     "hipa": lambda s, t: HiPA(s, high_frequency={"fourier": 0.0, "edges": 0.0}),
     "lcm": lambda s, t: LCM(s, t, w_min=0, w_max=0),
+    "mmd": lambda s, t: MMD(s, steps=3, estimator="biased"),  # the unbiased value may be negative
     "sid": SiD,
     "dmd": DMD,
     "degrade": lambda s, t: Degrade(s, t, total_steps=10),
@@ -192,6 +194,12 @@ TRAINED: dict[str, dict[str, str]] = {
         "sd": "x0 eps v velocity",
     },
     "lcm": {"sd": "x0 eps v velocity", "sd0 ddpm iddpm": "x0 v velocity"},
+    "mmd": {
+        "flow trig": "x0 velocity",
+        "edm": "x0 eps velocity",
+        "trig1 vplinear cosine sd0 ddpm iddpm": "x0 v velocity",
+        "sd": "x0 eps v velocity",
+    },
     "sid": {
         "flow": "x0 velocity",
         "edm": "x0 eps velocity",
