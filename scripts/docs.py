@@ -22,6 +22,7 @@ WRITTEN = (
     "which_method.md",
     "recipes.md",
     "teachers.md",
+    "data.md",
     "score_distillation.md",
     "mmd.md",
     "distilled_decoding.md",

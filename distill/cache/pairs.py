@@ -242,6 +242,11 @@ class Pairs:
         fits = header.count * math.prod(header.sample_shape) * 4 <= NOISE_IN_MEMORY_BYTES
         self._z = sample_noise(header.seed, header.stream, self.ids, header.sample_shape) if fits else None
 
+    @property
+    def reads_files(self) -> bool:
+        """Noise that does not fit in memory is drawn with every batch, which takes long."""
+        return self.stored is None and self._z is None
+
     def _check_noise(self, path: Path) -> None:
         """This torch draws from the seeds what the writer's torch drew."""
         header = self.header

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from distill.data.cond import Cond
 
+TENSORS = ("ids", "index", "x0", "z", "tokens", "path", "times")
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -40,7 +42,12 @@ class Batch:
         """Return the batch on `device`."""
         moved = {
             name: value.to(device, non_blocking=True)
-            for name in ("ids", "index", "x0", "z", "tokens", "path", "times")
+            for name in TENSORS
             if (value := getattr(self, name)) is not None
         }
         return replace(self, cond=self.cond.to(device), **moved)
+
+    def pin_memory(self) -> Batch:
+        """Return the batch in page-locked memory, from which copies to a GPU do not block. Called by torch's `DataLoader`."""
+        pinned = {name: value.pin_memory() for name in TENSORS if (value := getattr(self, name)) is not None}
+        return replace(self, cond=self.cond.pin_memory(), **pinned)

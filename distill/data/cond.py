@@ -137,6 +137,14 @@ class Cond:
         )
         return replace(self, values=values, nulls=nulls)
 
+    def pin_memory(self) -> Cond:
+        """The same conditions in page-locked memory."""
+        values, nulls = (
+            {name: tensor.pin_memory() for name, tensor in tensors.items()}
+            for tensors in (self.values, self.nulls)
+        )
+        return replace(self, values=values, nulls=nulls)
+
     def _same_length(self, name: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """Two tensors of one name, the shorter sequence padded to the length of the other."""
         if a.shape[1:] == b.shape[1:]:

@@ -12,7 +12,10 @@ from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+import numpy as np
+import torch
 from PIL import Image, ImageFile, ImageOps
+from torch import Tensor
 
 from distill.data.listing import FORMATS, opened
 
@@ -48,7 +51,7 @@ class Header(NamedTuple):
 
 
 @contextmanager
-def _strict(stamp: Stamp) -> Iterator[None]:
+def _strict(path: str) -> Iterator[None]:
     """Add the file name to Pillow's errors, and use the defaults of Pillow's global settings."""
     truncated, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     try:
@@ -57,7 +60,7 @@ def _strict(stamp: Stamp) -> Iterator[None]:
             yield
     except Exception as error:  # decoders raise any error for a broken file
         reason = " ".join(str(error).split())
-        raise ValueError(f"{stamp.path}: cannot be read as an image: {reason}") from error
+        raise ValueError(f"{path}: cannot be read as an image: {reason}") from error
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = truncated
 
@@ -69,25 +72,12 @@ def header(stamp: Stamp) -> Header:
         ValueError: names the file that cannot be read, has another mode than 8-bit grey, RGB or palette, has more than 8 bits
             per channel, several frames, or more than `LARGEST` pixels.
     """
-    with _strict(stamp), _file(stamp) as file:
+    with _strict(stamp.path), _file(stamp) as file:
         start = file.read(26)
         file.seek(0)
         with Image.open(file, formats=FORMATS) as image:
-            mode, (width, height), kind = image.mode, image.size, image.format
-            frames = 1 if kind == "MPO" else getattr(image, "n_frames", 1)
-            turned = image.getexif().get(ORIENTATION) in TURNED
-    path = stamp.path
-    if mode not in GREY + COLOUR:
-        raise ValueError(f"{path}: found pixels of mode {mode}, expected grey or RGB of 8 bits")
-    if start.startswith(PNG) and start[24] > 8:
-        raise ValueError(
-            f"{path}: found pixels of {start[24]} bits, expected grey or RGB of 8 bits; convert the file"
-        )
-    if frames != 1:
-        raise ValueError(f"{path}: found {frames} frames, expected one")
-    if width * height > LARGEST:
-        raise ValueError(f"{path}: found {height}x{width} pixels, expected at most {LARGEST} of them")
-    return Header(mode in GREY, (width, height) if turned else (height, width))
+            found = _properties(image, start)
+    return _checked(found, stamp.path)
 
 
 def decode(stamp: Stamp) -> Image.Image:
@@ -96,18 +86,94 @@ def decode(stamp: Stamp) -> Image.Image:
     Raises:
         ValueError: names the file that is broken, has changed since it was listed, or has transparent pixels.
     """
-    with _strict(stamp):
+    with _strict(stamp.path):
         with _file(stamp) as file:
             content = file.read()
-        if content.startswith(PNG):
-            _check_png(content)
         with Image.open(BytesIO(content), formats=FORMATS) as first:
-            image = ImageOps.exif_transpose(first)
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-            image.load()
+            image = _decoded(first, content)
+    return _opaque(image, stamp.path)
+
+
+def decode_bytes(content: bytes, where: str) -> tuple[Image.Image, Header]:
+    """Decode an image in memory, which `where` names in errors; raises as `header` and `decode`."""
+    with _strict(where):
+        first = Image.open(BytesIO(content), formats=FORMATS)
+        found = _properties(first, content[:26])
+    properties = _checked(found, where)
+    with _strict(where), first:
+        image = _decoded(first, content)
+    return _opaque(image, where), properties
+
+
+def to_pixels(image: Image.Image, grey: bool, size: tuple[int, int], channels: int, where: str) -> Tensor:
+    """Bytes [C,H,W] uint8 of a decoded image, centre-cropped to the aspect ratio of `size` (H, W) and resized bicubically
+    with antialiasing where it has another size. `grey`: of its header. Raises ValueError for colour where channels=1."""
+    height, width = size
+    image = image.convert("L" if channels == 1 and grey else "RGB")
+    if channels == 1 and not grey:
+        image = _grey(image, where)
+    if image.size != (width, height):
+        image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image)).view(height, width, channels).permute(2, 0, 1)
+
+
+def _grey(image: Image.Image, where: str) -> Image.Image:
+    """Return one channel of an RGB image. Raises ValueError unless its three channels are equal."""
+    red, green, blue = (np.array(band) for band in image.split())
+    if not (np.array_equal(red, green) and np.array_equal(red, blue)):
+        raise ValueError(f"{where}: has colour, expected a grey image (channels=1)")
+    return image.getchannel(0)
+
+
+class _Properties(NamedTuple):
+    """What a header says; `bits`: per channel of a PNG file, else 8; `size`: (height, width) as displayed."""
+
+    mode: str
+    size: tuple[int, int]
+    frames: int
+    bits: int
+
+
+def _properties(image: Image.Image, start: bytes) -> _Properties:
+    """Those of an image that was opened; `start`: the first 26 bytes of its file."""
+    mode, (width, height), kind = image.mode, image.size, image.format
+    frames = 1 if kind == "MPO" else getattr(image, "n_frames", 1)
+    turned = image.getexif().get(ORIENTATION) in TURNED
+    bits = start[24] if start.startswith(PNG) else 8
+    return _Properties(mode, (width, height) if turned else (height, width), frames, bits)
+
+
+def _checked(found: _Properties, path: str) -> Header:
+    """The header of an image that is read; raises as `header`."""
+    if found.mode not in GREY + COLOUR:
+        raise ValueError(f"{path}: found pixels of mode {found.mode}, expected grey or RGB of 8 bits")
+    if found.bits > 8:
+        raise ValueError(
+            f"{path}: found pixels of {found.bits} bits, expected grey or RGB of 8 bits; convert the file"
+        )
+    if found.frames != 1:
+        raise ValueError(f"{path}: found {found.frames} frames, expected one")
+    height, width = found.size
+    if width * height > LARGEST:
+        raise ValueError(f"{path}: found {height}x{width} pixels, expected at most {LARGEST} of them")
+    return Header(found.mode in GREY, found.size)
+
+
+def _decoded(first: Image.Image, content: bytes) -> Image.Image:
+    """The pixels of an image that was opened, as displayed."""
+    if content.startswith(PNG):
+        _check_png(content)
+    # `exif_transpose` copies images that are not turned.
+    image = ImageOps.exif_transpose(first) if first.getexif().get(ORIENTATION, 1) != 1 else first
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+    image.load()
+    return image
+
+
+def _opaque(image: Image.Image, path: str) -> Image.Image:
     if "A" in image.getbands() and image.getchannel("A").getextrema() != (255, 255):
-        raise ValueError(f"{stamp.path}: has transparent pixels, expected opaque ones")
+        raise ValueError(f"{path}: has transparent pixels, expected opaque ones")
     return image
 
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from distill.data.batch import Batch
+from distill.data.captions import METADATA, read_captions
 from distill.data.cond import Cond
-from distill.data.decode import Stamp, decode, header
+from distill.data.decode import Stamp, decode, header, to_pixels
 from distill.data.listing import SUFFIXES, Listing, find, find_each, utf8_path
 from distill.data.plain import plain_torch
 
@@ -35,6 +35,8 @@ class ImageFolder:
         resolution: a side or [H, W]; images of another size are centre-cropped to this aspect ratio and resized bicubically
             with antialiasing. None: all images must have the same size.
         channels: 1 or 3. None: 1 if all files are grey, else 3. With 1, colour files must have three equal channels.
+        caption: the entry of captions in the lines of `metadata.jsonl` (see `captions.read_captions`), which replace classes;
+            None: no captions.
 
     Attributes:
         images: [n,C,H,W] float32 in [-1, 1] (byte / 127.5 - 1).
@@ -58,12 +60,13 @@ class ImageFolder:
         path: str | Path,
         resolution: int | Sequence[int] | None = None,
         channels: int | None = None,
+        caption: str | None = None,
     ) -> None:
         self.path = Path(path).expanduser()
         self.name = utf8_path(self.path.resolve().name)
         if channels not in (None, 1, 3) or isinstance(channels, bool):
             raise ValueError(f"channels: found {channels!r}, expected 1 (grey), 3 (RGB) or null")
-        size = _size(resolution)
+        size = size_of(resolution)
         listing = find(self.path)
         if not listing.files:
             left = f"; {listing.words()}" if listing.left_out else ""
@@ -71,8 +74,11 @@ class ImageFolder:
                 f"{path}: no images; expected {', '.join(SUFFIXES[:4])} files in it or below{left}"
             )
         files = [file for file, _ in listing.files]
+        self._captions = None if caption is None else read_captions(self.path, caption, files)
+        if caption is not None:
+            listing.take(self.path / METADATA)
         tops = [parts[0] if len(parts := f.relative_to(self.path).parts) > 1 else None for f in files]
-        self.classes = _classes(tops)
+        self.classes = _classes(tops) if caption is None else ()
         if self.classes and listing.twice:
             first, second = listing.twice[0]
             raise ValueError(
@@ -84,7 +90,7 @@ class ImageFolder:
         self.resized = ""
         if size is not None and resized:
             self.resized = f"resized to {size[0]}x{size[1]} (centre crop, bicubic with antialiasing)"
-        self.remarks = _remarks(listing, tops)
+        self.remarks = _remarks(listing, tops) if caption is None else listing.words()
         self.sample_shape = tuple(self.pixels.shape[1:])
         self.num_classes = len(self.classes)
         number = {name: i for i, name in enumerate(self.classes)}
@@ -100,6 +106,14 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self.pixels)
 
+    def captions(self) -> list[str]:
+        """The captions of all images. Raises ValueError for a folder that was read without."""
+        if self._captions is None:
+            raise ValueError(
+                "caption: found null, expected the entry of captions in metadata.jsonl, such as text"
+            )
+        return self._captions
+
     def fetch(self, rows: Tensor, index: Tensor) -> Batch:
         """Return images and labels at `rows`; the id of a sample is its row."""
         cond = Cond.nothing(len(rows)) if self.labels is None else Cond.of_labels(self.labels[rows])
@@ -107,12 +121,14 @@ class ImageFolder:
 
     @plain_torch()
     def fingerprint(self) -> str:
-        """Return the sha256 of float32 pixels and labels; names of files matter only for order and classes."""
+        """Return the sha256 of float32 pixels, labels and captions; names of files matter only for order and classes."""
         digest = hashlib.sha256()
         for part in self.pixels.split(CHUNK):
             digest.update(_to_float(part).numpy().tobytes())
         if self.labels is not None:
             digest.update(self.labels.numpy().tobytes())
+        if self._captions is not None:
+            digest.update(json.dumps(self._captions).encode())
         return digest.hexdigest()
 
 
@@ -125,7 +141,7 @@ def _to_float(pixels: Tensor) -> Tensor:
     return pixels.to(torch.float32).div_(127.5).sub_(1.0)
 
 
-def _size(resolution: int | Sequence[int] | None) -> tuple[int, int] | None:
+def size_of(resolution: int | Sequence[int] | None) -> tuple[int, int] | None:
     """Return (H, W) of the option `resolution`, or None."""
     if resolution is None:
         return None
@@ -179,19 +195,5 @@ def _read(
     height, width = found[0].size if size is None else size
     pixels = torch.empty(len(stamps), channels, height, width, dtype=torch.uint8)
     for row, stamp, (grey, _) in zip(pixels, stamps, found, strict=True):
-        image = decode(stamp).convert("L" if channels == 1 and grey else "RGB")
-        if channels == 1 and not grey:
-            image = _grey(image, stamp)
-        if image.size != (width, height):
-            # Centre crop to the aspect ratio, then resize.
-            image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
-        row.copy_(torch.from_numpy(np.array(image)).view(height, width, channels).permute(2, 0, 1))
+        row.copy_(to_pixels(decode(stamp), grey, (height, width), channels, stamp.path))
     return pixels, any(other != (height, width) for _, other in found)
-
-
-def _grey(image: Image.Image, stamp: Stamp) -> Image.Image:
-    """Return one channel of an RGB image. Raises ValueError unless its three channels are equal."""
-    red, green, blue = (np.array(band) for band in image.split())
-    if not (np.array_equal(red, green) and np.array_equal(red, blue)):
-        raise ValueError(f"{stamp.path}: has colour, expected a grey image (channels=1)")
-    return image.getchannel(0)

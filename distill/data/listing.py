@@ -74,6 +74,13 @@ class Listing:
         """Record a skipped path."""
         self.left_out.setdefault(reason, []).append(path)
 
+    def take(self, path: Path) -> None:
+        """Remove a path from the skipped ones: it is read after all."""
+        for reason, paths in list(self.left_out.items()):
+            self.left_out[reason] = [each for each in paths if each != path]
+            if not self.left_out[reason]:
+                del self.left_out[reason]
+
     def words(self) -> str:
         """Return a message with the skipped paths, without full stop; empty if there are none."""
         parts = []

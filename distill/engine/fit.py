@@ -77,6 +77,8 @@ class Fit:
         max_nonfinite_share: stop when more than this share of a thousand steps of an update had to be skipped.
         fast_dev_run: train this many iterations as a trial (Lightning's option of that name): from the start, with the
             user's callbacks, without loggers; nothing is read or saved. 0: train.
+        workers, prefetch: processes that fetch batches, and how many iterations ahead each; see `StepLoader`. Batches are the
+            same for any number.
     """
 
     steps: int
@@ -91,6 +93,8 @@ class Fit:
     max_nonfinite: int = 10
     max_nonfinite_share: float = 0.05
     fast_dev_run: int = 0
+    workers: int | None = None
+    prefetch: int = 2
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -181,6 +185,9 @@ def _train(
         accumulate=fit.accumulate,
         rank=world.rank,
         world=world.size,
+        workers=fit.workers,
+        prefetch=fit.prefetch,
+        pin=device.type == "cuda",
     )
     callbacks, saving = _callbacks(method, fit, path, state, record, attached)
     with deferred(), modes_kept(method.networks.values()):

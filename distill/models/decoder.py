@@ -40,6 +40,14 @@ class Decoder(Configured, ABC):
         """[B,*D] -> [B,*S]."""
         return data
 
+    def encode_sample(self, data: Tensor, noise: Tensor) -> Tensor:
+        """[B,*D] -> [B,*S]: a sample of the posterior, by standard normal noise [B,*S]; `encode` gives its mean.
+
+        Raises ValueError naming `posterior` for encoders without one."""
+        raise ValueError(
+            f"posterior: found 'sample', but {type(self).__name__} has no posterior; expected mean"
+        )
+
     @property
     def codebook(self) -> Tensor | None:
         """The vectors [V,C] that samples [L,C] are sequences of; None for samples that are no tokens."""
@@ -119,7 +127,14 @@ class Autoencoder(Decoder):
 
     def encode(self, data: Tensor) -> Tensor:
         net = self._net(data)
-        latents = net.encode(data.to(_type(net))).to(data.dtype)
+        return self._scaled(net.encode(data.to(_type(net))).to(data.dtype))
+
+    def encode_sample(self, data: Tensor, noise: Tensor) -> Tensor:
+        net = self._net(data)
+        given = data.to(_type(net))
+        return self._scaled(net.encode_sample(given, noise.to(given)).to(data.dtype))
+
+    def _scaled(self, latents: Tensor) -> Tensor:
         scale, shift = self._numbers(latents)
         return (latents - shift) * scale
 

@@ -20,7 +20,15 @@ class AutoencoderNet(Net, ABC):
 
     @abstractmethod
     def encode(self, images: Tensor) -> Tensor:
-        """[B,C,H,W] in [-1, 1] -> [B,c,h,w]."""
+        """[B,C,H,W] in [-1, 1] -> [B,c,h,w]; of a variational autoencoder the mean of the posterior."""
+
+    def encode_sample(self, images: Tensor, noise: Tensor) -> Tensor:
+        """A sample of the posterior: mean + std * noise, with standard normal noise [B,c,h,w].
+
+        Raises ValueError for an autoencoder without a posterior."""
+        raise ValueError(
+            f"posterior: found 'sample', but {type(self).__name__} has no posterior; expected mean"
+        )
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:

@@ -60,12 +60,16 @@ class Settings:
     activation_checkpointing: bool = False
     fast_dev_run: int | bool = 0
     profiler: str | dict[str, Any] | None = None
+    workers: int | None = None
+    prefetch: int = 2
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("devices", "checkpoint_every", "log_every", "max_nonfinite", "threads"):
+        for name in ("devices", "checkpoint_every", "log_every", "max_nonfinite", "threads", "prefetch"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        if self.workers is not None and self.workers < 0:
+            raise ValueError(f"workers: expected at least 0 or null, found {self.workers}")
         if self.fast_dev_run < 0:
             raise ValueError(f"fast_dev_run: expected at least 0, found {self.fast_dev_run}")
         if isinstance(self.profiler, str) and self.profiler not in PROFILERS:
@@ -78,6 +82,12 @@ class Settings:
             )
         if self.shard not in SHARD:
             raise ValueError(f"shard: found {self.shard!r}, expected one of {list(SHARD)}")
+
+    @property
+    def fitting(self) -> dict[str, Any]:
+        """Those that `engine.fit.Fit` takes under their names."""
+        names = ("shard", "checkpoint_every", "log_every", "threads", "max_nonfinite", "max_nonfinite_share")
+        return {name: getattr(self, name) for name in (*names, "workers", "prefetch")}
 
     @property
     def device(self) -> torch.device:

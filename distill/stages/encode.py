@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from hydra.utils import instantiate
 
+from distill.cache.latent_files import MANIFEST as LATENTS
+from distill.cache.latent_files import LatentFiles
 from distill.cache.pairs import MANIFEST, Pairs
 from distill.cache.tokens import TOKENS, Tokens
 from distill.data.prompts import Prompts as PromptFile
@@ -36,8 +39,31 @@ from distill.stages.base import Stage, StageContext, check_types
 from distill.stages.made import Made, PairsMade
 from distill.stages.ownership import patterns
 from distill.typed import unknown_key
+from distill.world import World
 
 TARGET = "distill.stages.encode.Encode"
+PROMPTS = "distill.data.prompts.Prompts"
+
+
+class Captions:
+    """The captions of a source of images as prompts."""
+
+    def __init__(self, source: Any) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @cached_property
+    def prompts(self) -> list[str]:
+        """One an image."""
+        found: list[str] = self.source.captions()
+        return found
+
+    def fingerprint(self) -> str:
+        """Of the images and their captions."""
+        found: str = self.source.fingerprint()
+        return found
 
 
 @dataclass
@@ -46,11 +72,11 @@ class Encode(Stage):
 
     Attributes:
         path: the pipeline's folder.
-        prompts: config of a `data.prompts.Prompts`.
+        prompts: config of a `data.prompts.Prompts`, or of a source of images with `captions()`.
         negative: the prompt of the null condition.
         resolution, variant: see `stages.pretrained.Pretrained`.
         dtype: of the encoders' weights. batch_size: prompts a call. (In recipes: `data.encoder_dtype` and
-            `data.encoder_batch_size`.)
+            `data.encoder_batch_size`, of images with captions `data.encode.dtype` and `data.encode.batch_size`.)
     """
 
     FILES: ClassVar[tuple[str, ...]] = patterns(DESCRIPTION, TENSORS)
@@ -76,8 +102,10 @@ class Encode(Stage):
                 f"batch_size: found {self.batch_size} (data.encoder_batch_size), expected at least 1"
             )
 
-    def _file(self) -> PromptFile:
+    def _file(self) -> PromptFile | Captions:
         options = {key: value for key, value in self.prompts.items() if key != "_target_"}
+        if self.prompts.get("_target_", PROMPTS) != PROMPTS:
+            return Captions(instantiate(self.prompts))
         known = ("path", "key", "limit")
         if unknown := [key for key in options if key not in known]:
             raise ValueError(unknown_key("data", unknown[0], known))
@@ -97,13 +125,14 @@ class Encode(Stage):
 
     def dry_run(self, before: Mapping[str, Made]) -> Made:
         """Read the prompts; conditions of zeros have the shapes of the encoded ones."""
-        prompts, folder = self._file().prompts, Folder(self.path, self.variant)
+        file, folder = self._file(), Folder(self.path, self.variant)
         _, family = family_of(folder)
         TextEncoders.of(folder, self.negative, self.dtype)
         shapes = family.text(folder)
         self._check_memory(
-            len(prompts), sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes.values())
+            len(file), sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes.values())
         )
+        prompts = file.prompts
         values = {
             name: torch.zeros(1, *shape, dtype=dtype).expand(len(prompts), *shape)
             for name, (shape, dtype) in shapes.items()
@@ -169,10 +198,19 @@ def machine_memory() -> int:
 
 
 def source_of(data: str | Mapping[str, Any], inputs: Mapping[str, Path]) -> Source:
-    """The training data of a stage: the pairs or the prompts of its input `data`, or the source of a config."""
+    """The training data of a stage: the tokens, latents, pairs or prompts of its input `data`, or the source of a config."""
     if not isinstance(data, str):
         return instantiate(data)
-    if (inputs["data"] / TOKENS).is_file():
-        return Tokens(inputs["data"])
-    pairs = (inputs["data"] / MANIFEST).is_file()
-    return Pairs(inputs["data"]) if pairs else PromptSource(inputs["data"])
+    readers: dict[str, Callable[[Path], Source]] = {TOKENS: Tokens, LATENTS: LatentFiles, MANIFEST: Pairs}
+    for name, reader in readers.items():
+        if (inputs["data"] / name).is_file():
+            return reader(inputs["data"])
+    return PromptSource(inputs["data"])
+
+
+def replaced_of(source: Source, world: World) -> dict[str, int]:
+    """Broken samples that others were read for, over all processes, since the last start; empty for sources that count none."""
+    if not hasattr(source, "replaced"):
+        return {}
+    counts = world.gather(source.replaced)
+    return {"replaced": sum(counts or [])}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -108,3 +109,11 @@ class Pretrained(ModelStage):
             grid=self.grid,
             weights=weights,
         )
+
+
+def has_autoencoder(config: Mapping[str, Any]) -> bool:
+    """Whether the pipeline of a stage's config works on latents; False for a folder that cannot be read, which the stage
+    reports itself."""
+    with suppress(OSError, ValueError, KeyError):
+        return VAE in Folder(config["path"], config.get("variant"))
+    return False

@@ -30,7 +30,8 @@ from distill.stages.adapt import Adapt, adapted, files_digest
 from distill.stages.artifact import digest_of, lasting_identity
 from distill.stages.attached import attachments
 from distill.stages.base import TRAINED_FILES, FastDevRun, ModelStage, Stage, StageContext, check_types
-from distill.stages.encode import Encode, source_of
+from distill.stages.encode import Encode, replaced_of, source_of
+from distill.stages.encode_images import EncodeImages
 from distill.stages.extension import seams_after, seams_of
 from distill.stages.generate import Generate
 from distill.stages.made import (
@@ -61,7 +62,7 @@ from distill.stages.trial import parts_digest
 from distill.typed import parse
 
 CHECKPOINTS = "checkpoints"
-ROLES = ("student", "teacher")
+ROLES, MAKE_DATA = ("student", "teacher"), (Generate, Encode, EncodeImages, Tokenize)
 
 
 @dataclass
@@ -184,7 +185,7 @@ class Train(ModelStage):
             raise ValueError(
                 f"teacher: found {self.teacher!r}, but the method {self.method['_target_']} {wants}"
             )
-        if isinstance(self.data, str) and not isinstance(stages[self.data], Generate | Encode | Tokenize):
+        if isinstance(self.data, str) and not isinstance(stages[self.data], MAKE_DATA):
             found = type(stages[self.data]).__name__
             raise ValueError(f"data: {self.data!r} is a {found} stage, expected a Generate stage")
 
@@ -293,6 +294,7 @@ class Train(ModelStage):
             "processes": context.world.size,
             "predicted_bytes": foreseen,
             "best": monitor.facts() if monitor is not None else {},
+            **replaced_of(source, context.world),
         }
 
     def _fit(
@@ -312,13 +314,8 @@ class Train(ModelStage):
             self.accumulate,
             self.precision,
             device=context.device.type,
-            shard=context.settings.shard,
-            checkpoint_every=context.settings.checkpoint_every,
-            log_every=context.settings.log_every,
-            threads=context.settings.threads,
-            max_nonfinite=context.settings.max_nonfinite,
-            max_nonfinite_share=context.settings.max_nonfinite_share,
             fast_dev_run=int(context.settings.fast_dev_run),
+            **context.settings.fitting,
         )
         with context.display.bar(self.steps) as bar:
 

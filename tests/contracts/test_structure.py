@@ -24,7 +24,7 @@ BELOW = {
     "interrupt": set(),
     "launch": set(),
     "process": set(),
-    "data": set(),
+    "data": {"files"},
     "nets": {"data", "process", "typed"},
     "samplers": {"process"},
     "assets": set(),

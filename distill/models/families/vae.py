@@ -44,6 +44,11 @@ class DiffusersVAE(AutoencoderNet):
         latents: Tensor = self.net.encode(images).latent_dist.mode()
         return latents
 
+    def encode_sample(self, images: Tensor, noise: Tensor) -> Tensor:
+        posterior = self.net.encode(images).latent_dist
+        latents: Tensor = posterior.mean + posterior.std * noise
+        return latents
+
     def decode(self, latents: Tensor) -> Tensor:
         images: Tensor = self.net.decode(latents, return_dict=False)[0]
         return images
