@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import teacher_support
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from tests_support import call_verb, kill_when, refusal, run_verb
 
 import distill
 from distill.cache.pairs import Pairs
 from distill.models.adapters import trained_parameters
+from distill.models.extractors.random_conv import load_random_conv
 from distill.models.native import load_model
 from distill.models.pretrained import Folder
 from distill.stages import encode
@@ -158,6 +160,33 @@ def test_latent_consistency_takes_pairs(sd: Path, tmp_path: Path) -> None:
     student = distill.load(tmp_path / "runs" / "lcm" / "export")
     assert student.denoiser.embeds_guidance
     assert not torch.equal(student.sample(2, guidance_w=0.0), student.sample(2, guidance_w=1.0))
+
+
+def test_mmd_compares_decoded_images_with_those_of_a_folder(sd: Path, tmp_path: Path) -> None:
+    """In the features of a network, in two micro batches, with adapters: prompts alone, since the images are another source."""
+    (tmp_path / "photos").mkdir()
+    noise = torch.Generator().manual_seed(0)
+    for number in range(6):
+        pixels = torch.randint(0, 256, (16, 16, 3), generator=noise).byte().numpy()
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{number}.png")
+    method = "stages.distill.method"
+    real = f"{{_target_: distill.data.folder.ImageFolder, path: {tmp_path / 'photos'}}}"
+    more = ("student=lora", "student.lora.rank=2", "stages.distill.accumulate=2", "stages.distill.steps=2")
+    features = f"+features@{method}.features=random_conv"
+    command = options(
+        sd, "name=mmd", "stages.second=null", f"{method}.real={real}", features, *more, recipe="mmd"
+    )
+    call_verb(tmp_path, "train", *command, check=True)
+    run = tmp_path / "runs" / "mmd"
+    assert not (run / "samples").exists()
+    identity = json.loads((run / "distill" / "identity.json").read_text())
+    assert load_random_conv().sha256 in json.dumps(identity)
+    student = distill.load(run / "distill")
+    assert student.spec.times == {1: (999.0, 0.0)}
+    assert all(bool(p.any()) for n, p in trained_parameters(student.denoiser.net).items() if "lora_B" in n)
+    # Another image is another training.
+    Image.fromarray(pixels[::-1].copy()).save(tmp_path / "photos" / "new.png")
+    assert "stages.distill" in refusal(tmp_path, "train", *command)
 
 
 def test_methods_that_read_images_are_refused_prompts(sd: Path, tmp_path: Path) -> None:
