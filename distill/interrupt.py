@@ -1,5 +1,6 @@
-"""Handling of SIGINT and SIGTERM. Outside training they end the run at once: files are written atomically. During training they
-are deferred to the end of the iteration, so that a checkpoint can be saved. A second signal ends the run at once."""
+"""Handling of SIGINT and SIGTERM, and of SIGUSR1 and SIGUSR2, with which schedulers of clusters warn. Outside training they end
+the run at once: files are written atomically. During training they are deferred to the end of the iteration, so that a
+checkpoint can be saved. A second signal ends the run at once."""
 
 from __future__ import annotations
 
@@ -11,7 +12,9 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# SIGUSR2 as well: some schedulers and tools avoid SIGUSR1, which other libraries use.
+WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *WARNINGS)
 # A terminal sends Ctrl-C to all processes of a group, and the launcher passes it on: one press, two signals.
 ECHO_SECONDS = 1.0
 
@@ -29,6 +32,7 @@ class _State:
     since: float = 0.0
     deferred: bool = False
     handlers: Mapping[int, Any] | None = None  # our handlers; None outside `watch` and `taken`
+    early: int | None = None  # a warning that came before `watch`
 
 
 def _handle(signum: int, frame: FrameType | None) -> None:
@@ -40,11 +44,31 @@ def _handle(signum: int, frame: FrameType | None) -> None:
         raise Interrupted(signum)
 
 
+def expect() -> None:
+    """Keep a scheduler's warning that comes while the command starts, for `watch`; by default it would end the process at
+    once, as a failed one."""
+
+    def keep(signum: int, frame: FrameType | None) -> None:
+        _State.early = signum
+
+    for number in WARNINGS:
+        signal.signal(number, keep)
+
+
 @contextmanager
 def watch() -> Iterator[None]:
-    """Handle the signals inside the block; restore the previous handlers after it."""
+    """Handle the signals inside the block; restore the previous handlers after it. A warning that came before
+    (`expect`) is handled at `check`."""
+    early, _State.early = _State.early, None
     with _handlers(dict.fromkeys(SIGNALS, _handle)):
+        _State.signum = early
         yield
+
+
+def check() -> None:
+    """Raise `Interrupted` for a signal that was only recorded."""
+    if _State.signum is not None:
+        raise Interrupted(_State.signum)
 
 
 @contextmanager

@@ -12,6 +12,8 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
+PASSED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
 
 def needed(devices: int) -> bool:
     """Return whether this process must start the processes of the run."""
@@ -34,7 +36,8 @@ def _die_with_parent() -> None:
 def launch(module: str, arguments: Sequence[str], devices: int) -> int:
     """Run `python -m module arguments` in `devices` processes with the environment variables of torchrun.
 
-    SIGINT and SIGTERM are passed on. If a process fails, the others are killed after 5 s, because they would wait for it.
+    SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 are passed on. If a process fails, the others are killed after 5 s, because they would
+    wait for it.
 
     Returns:
         The exit code of the run: that of the first failed process, or 0.
@@ -61,7 +64,7 @@ def launch(module: str, arguments: Sequence[str], devices: int) -> int:
             if child.poll() is None:
                 child.send_signal(signum)
 
-    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, pass_on) for number in PASSED}
     try:
         return _wait(children)
     finally:

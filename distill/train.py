@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import sys
 
+from distill import interrupt
+
+if __name__ == "__main__":
+    interrupt.expect()  # before the imports, which take seconds
+
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from distill import interrupt, launch, terminal, world
+from distill import launch, terminal, world
 from distill.recipe import compose, schema
 from distill.recipe.run import check, run, summary
 from distill.stages.base import FastDevRun
@@ -22,6 +27,7 @@ def main(cfg: DictConfig) -> None:
     hydra_config = HydraConfig.get()
     try:
         with terminal.report_errors(compose.explain), schema.typed_places(cfg):
+            world.adopt_srun()
             recipe_name = compose.chosen_recipe(hydra_config.runtime.choices)
             plain = schema.read(cfg, hydra_config.overrides.task)
             name = compose.run_name(plain["name"], recipe_name, hydra_config, sys.argv[1:])

@@ -1,28 +1,35 @@
 """Process-group helpers; no-ops on one process.
 
 Ranks come from the environment variables RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as set by `distill.launch`
-and torchrun. The variables of srun and mpirun (SLURM_PROCID, OMPI_COMM_WORLD_RANK) are not read: use them to start torchrun.
+and torchrun. Where they are not set, `adopt_srun` sets them from those of srun. The variables of mpirun
+(OMPI_COMM_WORLD_RANK) are not read: use it to start torchrun.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import re
+import socket
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Other ranks wait while one evaluates or writes to a slow disk.
+Value = TypeVar("Value")
+
+# For flags and objects: other ranks wait while one evaluates or writes to a slow disk.
 TIMEOUT = timedelta(hours=2)
+# For tensors, by default (`trainer.timeout`): after so many seconds without an answer the other node is taken for dead.
+SECONDS = 600
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place: `rank` of `size`, `local_rank` of `local_size` on this machine."""
+    """This process's place: `rank` of `size`, on this machine one of `local_size`, with the device number `local_rank`."""
 
     rank: int = 0
     size: int = 1
@@ -60,6 +67,25 @@ class World:
         values = [value]
         dist.broadcast_object_list(values, src=source, group=self.control)
         return values[0]
+
+    def decided(self, decide: Callable[[], Value]) -> Value:
+        """What `decide` returns on the main process, on each of them; its error is raised on each of them. For decisions from
+        the disk, which a network file system may show differently on different machines."""
+        if self.size == 1:
+            return decide()
+        value: Any = None
+        error: Exception | None = None
+        if self.main:
+            try:
+                value = decide()
+            except Exception as found:
+                error = found
+        value, kind, text = self.broadcast((value, type(error) if error else None, str(error)))
+        if error is not None:
+            raise error
+        if kind is not None:
+            raise kind(text) if issubclass(kind, ValueError | OSError) else RuntimeError(text)
+        return value
 
     def gather(self, value: Any) -> list[Any] | None:
         """The values of all ranks in their order, on the main process; None elsewhere."""
@@ -121,8 +147,57 @@ class _Rows(torch.autograd.Function):
         return gradient.chunk(ctx.size)[ctx.rank] * ctx.size, None, None
 
 
-def join(device: torch.device) -> World:
-    """Initialize the process group from the environment, once; without WORLD_SIZE, return a world of one."""
+# What srun tells each task, and what torchrun would call it.
+SRUN = {"SLURM_PROCID": "RANK", "SLURM_STEP_NUM_TASKS": "WORLD_SIZE", "SLURM_LOCALID": "LOCAL_RANK"}
+
+
+def adopt_srun(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Set the variables of torchrun from those of srun, for a task of a step with several tasks. WORLD_SIZE and MASTER_PORT, if
+    they are set, stay: WORLD_SIZE=1 makes each task a run of its own.
+
+    The master is the first machine of the step; its port is a function of the numbers of job and step.
+
+    Raises:
+        ValueError: if a variable of srun is missing or cannot be read.
+    """
+    if "WORLD_SIZE" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
+        return
+    needed = (*SRUN, "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE", "SLURM_NODEID", "SLURM_JOB_ID")
+    if missing := [name for name in needed if name not in environment]:
+        raise ValueError(
+            f"{missing[0]}: not set, but SLURM_STEP_NUM_TASKS is {environment['SLURM_STEP_NUM_TASKS']}; expected the variables "
+            "that srun gives to its tasks"
+        )
+    job, step = int(environment["SLURM_JOB_ID"]), int(environment.get("SLURM_STEP_ID", "0"))
+    environment.update({ours: environment[theirs] for theirs, ours in SRUN.items()})
+    tasks = tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])
+    environment["LOCAL_WORLD_SIZE"] = str(tasks[int(environment["SLURM_NODEID"])])
+    environment.setdefault("MASTER_ADDR", first_node(environment["SLURM_STEP_NODELIST"]))
+    environment.setdefault("MASTER_PORT", str(20_000 + (16 * job + step) % 12_000))
+
+
+def first_node(nodes: str) -> str:
+    """The first machine of a list as Slurm writes it: "n[07-09,12],m1" -> "n07"."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
+    if first is None:
+        raise ValueError(f"SLURM_STEP_NODELIST: found {nodes!r}, expected names of machines")
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0])
+
+
+def tasks_per_node(text: str) -> list[int]:
+    """Tasks of each machine from Slurm's short form: "4(x2),1" -> [4, 4, 1]."""
+    found: list[int] = []
+    for part in text.split(","):
+        if (one := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)) is None:
+            raise ValueError(f"SLURM_STEP_TASKS_PER_NODE: found {text!r}, expected a form such as 4(x2),1")
+        found += [int(one[1])] * int(one[2] or 1)
+    return found
+
+
+def join(device: torch.device, seconds: int = SECONDS) -> World:
+    """Initialize the process group from the environment, once; without WORLD_SIZE, return a world of one.
+
+    seconds: after which a collective of tensors fails because a process does not answer."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return World()
@@ -134,13 +209,34 @@ def join(device: torch.device) -> World:
             f"{missing[0]}: not set, but WORLD_SIZE is {size}; expected a launcher that sets all of them, such as torchrun"
         )
     local = int(os.environ["LOCAL_RANK"])
+    if device.type == "cuda":
+        local = device_number(local, torch.cuda.device_count())
     if not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(local)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=seconds))
     control = dist.new_group(backend="gloo", timeout=TIMEOUT)
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return World(dist.get_rank(), size, local, local_size, control)
+    if (told := os.environ.get("LOCAL_WORLD_SIZE")) is not None:
+        return World(dist.get_rank(), size, local, int(told), control)
+    hosts: list[Any] = [
+        None
+    ] * size  # a launcher that does not say it: sharding within a machine needs to know
+    dist.all_gather_object(hosts, socket.gethostname(), group=control)
+    return World(dist.get_rank(), size, local, hosts.count(socket.gethostname()), control)
+
+
+def device_number(local: int, visible: int) -> int:
+    """The CUDA device of the process `local` of this machine: the only one where it sees one (`--gpus-per-task=1`).
+
+    Raises ValueError if there are fewer devices than processes."""
+    if visible == 1:
+        return 0
+    if local >= visible:
+        raise ValueError(
+            f"LOCAL_RANK: found {local}, but this process sees {visible} CUDA devices; expected one process a device"
+        )
+    return local
 
 
 def leave() -> None:

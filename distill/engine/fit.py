@@ -54,6 +54,7 @@ warnings.filterwarnings("ignore", message=".*does not have many workers.*")
 warnings.filterwarnings(
     "ignore", message=".*in eval mode at the start of training.*"
 )  # the averages are meant to be
+warnings.filterwarnings("ignore", message=".*`srun` command is available.*")
 warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
 warnings.filterwarnings("ignore", message=".*`training_step` returned `None`.*")
 

@@ -94,7 +94,6 @@ def run_name(given: Any, recipe: str, hydra_config: Any, given_arguments: Sequen
 
 def process_arguments(hydra_config: Any, name: str) -> list[str]:
     """Return the command line of one process of this run (in a multirun: of this job)."""
-    task = [to_argument(o) for o in hydra_config.overrides.task if not o.startswith("name=")]
     hydra = [o for o in hydra_config.overrides.hydra if not o.startswith(("hydra.mode=", "hydra.sweep"))]
     folders = [
         s.path
@@ -104,9 +103,13 @@ def process_arguments(hydra_config: Any, name: str) -> list[str]:
     return [
         *(part for folder in folders for part in ("--config-dir", folder)),
         *hydra,
-        *task,
-        f"name={quoted(name)}",
+        *task_arguments(hydra_config.overrides.task, name),
     ]
+
+
+def task_arguments(overrides: Sequence[str], name: str) -> list[str]:
+    """Return the overrides of a run as arguments, with its name."""
+    return [*(to_argument(o) for o in overrides if not o.startswith("name=")), f"name={quoted(name)}"]
 
 
 def run_verb(main: Callable[[], None]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from distill.stages.renamed import moved_option, with_name_of_now
 from distill.stages.targets import check_targets
 from distill.terminal import printable
 from distill.typed import parse, within
+from distill.world import World
 
 
 @dataclass
@@ -135,8 +137,10 @@ def dry_run(stages: Mapping[str, Stage]) -> dict[str, Made]:
     return made
 
 
-def plan(recipe: Mapping[str, Any], run_folder: Path, seed: int) -> list[Planned]:
-    """Return the plan of a run: all stages in order with digests and states."""
+def plan(recipe: Mapping[str, Any], run_folder: Path, seed: int, world: World | None = None) -> list[Planned]:
+    """Return the plan of a run: all stages in order with digests and states. Of several processes the main one looks at the
+    run folder, since a network file system may show it differently on another machine."""
+    world = world or World()
     configs = expand(recipe)
     check_names(list(configs))
     for name, config in configs.items():
@@ -162,10 +166,16 @@ def plan(recipe: Mapping[str, Any], run_folder: Path, seed: int) -> list[Planned
         except (ValueError, OSError) as error:
             raise ValueError(within(f"stages.{name}", error, ": ")) from error
         entry = Planned(name, stage, config, folder, content, memory=made[name].memory)
-        _state(entry, {other.name: other for other in planned})
+        vars(entry).update(world.decided(partial(_found, entry, planned)))
         digests[name] = entry.digest
         planned.append(entry)
     return planned
+
+
+def _found(entry: Planned, before: Sequence[Planned]) -> dict[str, Any]:
+    """The fields of a stage that the records in its folder decide."""
+    _state(entry, {other.name: other for other in before})
+    return {name: getattr(entry, name) for name in ("identity", "state", "changes", "broken", "made")}
 
 
 def _state(entry: Planned, before: Mapping[str, Planned]) -> None:

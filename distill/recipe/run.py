@@ -11,8 +11,11 @@ import yaml
 from hydra.errors import InstantiationException
 
 from distill.files import make_folder, read_json, remove, sync, write_json, write_text
+from distill.interrupt import Interrupted
+from distill.interrupt import check as check_signals
 from distill.names import check_name
 from distill.recipe.plan import Planned, check_split, describe_plan, plan, redo, refuse_changes
+from distill.recipe.stopped import Stops
 from distill.stages.artifact import (
     INPUT_FILES,
     SCHEMA,
@@ -42,7 +45,7 @@ from distill.stages.ownership import (
 from distill.stages.webpage import write_webpage
 from distill.terminal import printable
 from distill.typed import parse
-from distill.world import join
+from distill.world import World, join
 
 
 def run(recipe: Mapping[str, Any], *, name: str, recipe_name: str) -> Path:
@@ -68,42 +71,64 @@ def run(recipe: Mapping[str, Any], *, name: str, recipe_name: str) -> Path:
         print(describe_plan(planned, run_folder, settings.devices if sharded else 1))
         print(refusal(planned, run_folder, settings), end="")
         return run_folder
-    world = join(settings.device)
+    world = join(settings.device, settings.timeout)
     with lock(run_folder) if world.main else nullcontext() as held:
         world.barrier()
-        planned = plan(recipe, run_folder, seed)  # under the lock: no other run changes the folder
-        again = [] if pending(run_folder, planned, recipe.get("redo")) else redo(planned, recipe.get("redo"))
+        planned = plan(recipe, run_folder, seed, world)  # under the lock: no other run changes the folder
+        waiting = world.decided(lambda: pending(run_folder, planned, recipe.get("redo")))
+        again = [] if waiting else redo(planned, recipe.get("redo"))
         refuse_changes(planned, run_folder)
         check_split(planned, world.size)
         world.barrier()  # all processes have the plan before files change
+        stops = None
         if world.main:
             clean(run_folder, planned, again)
             if again:
                 write_json(run_folder / REDO, redo_key(planned, recipe.get("redo")))
             stages = {entry.name: entry.config for entry in planned}
             write_json(run_folder / PLAN, {"recipe": recipe_name, "seed": seed, "stages": stages})
-        folders = {entry.name: entry.folder for entry in planned}
-        for number, entry in enumerate(planned, 1):
-            context = StageContext(
-                name=entry.name,
-                folder=entry.folder,
-                inputs={role: folders[target] for role, target in entry.stage.inputs().items()},
-                seed=seed,
-                settings=settings,
-                loggers=tuple(recipe.get("loggers") or ()),
-                callbacks=tuple(recipe.get("callbacks") or ()),
-                display=Display(entry.name, number, len(planned), silent=not world.main),
-                run_folder=run_folder,
-                recipe=recipe_name,
-                digest=entry.digest,
-                world=world,
-                identity=entry.identity,
-            )
-            _advance(entry, context, held)
+            stops = Stops(run_folder, planned)
+        try:
+            check_signals()
+            _run_stages(planned, recipe, recipe_name, seed, settings, world, held)
+        except Interrupted as stop:
+            if stops is not None:
+                stops.note(stop)
+            raise
         if world.main:
             write_webpage(run_folder)
             remove(run_folder / REDO)
     return run_folder
+
+
+def _run_stages(
+    planned: Sequence[Planned],
+    recipe: Mapping[str, Any],
+    recipe_name: str,
+    seed: int,
+    settings: Settings,
+    world: World,
+    held: Held | None,
+) -> None:
+    """Run the stages in order."""
+    folders = {entry.name: entry.folder for entry in planned}
+    for number, entry in enumerate(planned, 1):
+        context = StageContext(
+            name=entry.name,
+            folder=entry.folder,
+            inputs={role: folders[target] for role, target in entry.stage.inputs().items()},
+            seed=seed,
+            settings=settings,
+            loggers=tuple(recipe.get("loggers") or ()),
+            callbacks=tuple(recipe.get("callbacks") or ()),
+            display=Display(entry.name, number, len(planned), silent=not world.main),
+            run_folder=entry.folder.parent,
+            recipe=recipe_name,
+            digest=entry.digest,
+            world=world,
+            identity=entry.identity,
+        )
+        _advance(entry, context, held)
 
 
 def refusal(planned: Sequence[Planned], run_folder: Path, settings: Settings) -> str:
@@ -138,6 +163,13 @@ def run_place(recipe: Mapping[str, Any], name: str) -> tuple[Path, int]:
 
 def check(recipe: Mapping[str, Any], *, name: str, processes: int) -> None:
     """Raise the errors that `run` raises before its first stage. Writes nothing but the run folder's mark and lock."""
+    run_folder = check_plan(recipe, name=name, processes=processes)
+    with lock(run_folder):  # raises if another process holds it
+        pass
+
+
+def check_plan(recipe: Mapping[str, Any], *, name: str, processes: int) -> Path:
+    """`check` without the lock, so that nothing is written; returns the run folder."""
     parse(Settings, recipe["trainer"], "trainer")
     run_folder, seed = run_place(recipe, name)
     check_run_folder(run_folder)
@@ -146,8 +178,7 @@ def check(recipe: Mapping[str, Any], *, name: str, processes: int) -> None:
         redo(planned, recipe.get("redo"))
     refuse_changes(planned, run_folder)
     check_split(planned, processes)
-    with lock(run_folder):  # raises if another process holds it
-        pass
+    return run_folder
 
 
 def clean(run_folder: Path, planned: Sequence[Planned], again: Sequence[Planned]) -> None:

@@ -15,7 +15,7 @@ from distill.engine.parallel import SHARD
 from distill.stages.display import Display
 from distill.stages.made import Made
 from distill.stages.ownership import RECORDS, patterns
-from distill.world import World
+from distill.world import SECONDS, World
 
 WHICH = ("last", "best")
 PROFILERS = ("simple", "advanced", "pytorch")
@@ -62,10 +62,12 @@ class Settings:
     profiler: str | dict[str, Any] | None = None
     workers: int | None = None
     prefetch: int = 2
+    timeout: int = SECONDS
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("devices", "checkpoint_every", "log_every", "max_nonfinite", "threads", "prefetch"):
+        counts = ("devices", "checkpoint_every", "log_every", "max_nonfinite", "threads", "prefetch", "timeout")
+        for name in counts:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
         if self.workers is not None and self.workers < 0:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,17 +12,18 @@ from pathlib import Path
 from typing import BinaryIO
 
 from distill.files import Lost, guarded, read_json, writing
-from distill.stages.ownership import LOCK, MARK, is_run, take_run_folder
+from distill.stages.heartbeat import alive, beating, owner
+from distill.stages.ownership import LOCK, MARK, is_run, read_object, take_run_folder
 
 
 class Held:
     """Files that must not be replaced while a run writes: its lock, and the identity of the current stage."""
 
-    def __init__(self, lock: Path, inode: tuple[int, int]) -> None:
-        self.lock, self._expected = lock, {lock: inode}
+    def __init__(self, lock: Path, inode: tuple[int, int], content: bytes) -> None:
+        self.lock, self._expected, self._content = lock, {lock: inode}, content
 
     def check(self) -> None:
-        """Raise `Lost` if one of the files was removed or replaced."""
+        """Raise `Lost` if one of the files was removed or replaced, or if a process of another machine has taken the lock."""
         for path, expected in self._expected.items():
             try:
                 found = _inode(path.lstat())
@@ -33,6 +33,11 @@ class Held:
                 raise Lost(
                     f"{path}: was {'removed' if found is None else 'replaced'} during the run; another process may use the "
                     "folder, so this one stops without writing. The same command continues"
+                )
+        with suppress(OSError):
+            if self.lock.read_bytes() != self._content:
+                raise Lost(
+                    f"{_holder(self.lock)}: it took this process for dead, so this one stops without writing"
                 )
 
     @contextmanager
@@ -49,8 +54,8 @@ class Held:
 def lock(run_folder: Path) -> Iterator[Held]:
     """Make or open a run folder (`take_run_folder`) and lock it inside the block.
 
-    The kernel releases the lock when the process ends; the file records its process. If the lock is removed or replaced,
-    further writes raise `Lost` (`files.guarded`).
+    The kernel releases the lock when the process ends; the file records its process, and its time is renewed for other
+    machines (`heartbeat`). If the lock is removed, replaced or taken over, further writes raise `Lost` (`files.guarded`).
 
     Raises:
         ValueError: if another process holds the lock, or as `take_run_folder`.
@@ -60,20 +65,32 @@ def lock(run_folder: Path) -> Iterator[Held]:
     path = run_folder / LOCK
     handle = _locked(path)
     with handle:
-        owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
-        content = json.dumps(owner).encode()
-        with writing(path, len(content)):
-            handle.truncate(0)
-            handle.write(content)
-            handle.flush()
-        held = Held(path, _inode(os.fstat(handle.fileno())))
+        if alive(path, read_object(path)):
+            raise ValueError(_holder(path))
+        mine = owner()
+        content = _write(path, handle, mine)
+        held = Held(path, _inode(os.fstat(handle.fileno())), content)
         try:
-            with guarded(held.check):
+            with beating(handle), guarded(held.check):
                 yield held
         except BaseException:
             if fresh:
                 _withdraw(held, there)
             raise
+        finally:
+            with suppress(OSError, Lost):
+                held.check()
+                _write(path, handle, mine | {"released": True})
+
+
+def _write(path: Path, handle: BinaryIO, owner: dict[str, object]) -> bytes:
+    """Write the lock's content, in place; returns it."""
+    content = json.dumps(owner).encode()
+    with writing(path, len(content)):
+        handle.truncate(0)
+        handle.write(content)
+        handle.flush()
+    return content
 
 
 def _withdraw(held: Held, there: bool) -> None:
@@ -120,8 +137,9 @@ def _holder(path: Path) -> str:
     with suppress(OSError, ValueError):
         owner = read_json(path)
     known = isinstance(owner, dict) and isinstance(owner.get("since"), int | float)
+    job = f" (job {owner['job']})" if known and "job" in owner else ""
     who = (
-        f"process {owner.get('pid')} on {owner.get('host')} for {time.time() - owner['since']:.0f} s"
+        f"process {owner.get('pid')} on {owner.get('host')}{job} for {time.time() - owner['since']:.0f} s"
         if known
         else "another process"
     )

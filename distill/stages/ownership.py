@@ -17,14 +17,15 @@ from typing import Any
 from distill.files import TEMPORARY_SUFFIX, make_folder, read_json, remove, sync, write_json, write_text
 from distill.names import check_name
 
-MARK, LOCK, PLAN, REDO = ".distill", ".lock", "plan.json", "redo.json"
+MARK, LOCK, PLAN, REDO, STOPPED = ".distill", ".lock", "plan.json", "redo.json", "stopped.json"
+JOBS = "jobs"  # folder of the jobs of a cluster that ran this run (`distill.submit`)
 MARK_TEXT = "A run of distill: its stages write and delete files in this folder.\n"
 PUBLISHED = ("metrics.json", "report.md", "grid.png")
 WEBPAGE = "report.html"
 ARTIFACT, IDENTITY, CONFIG, EXECUTION = "artifact.json", "identity.json", "config.yaml", "execution.json"
 RECORDS = (ARTIFACT, IDENTITY, CONFIG, EXECUTION)
 # Files at the top of a run folder.
-OF_A_RUN = (MARK, LOCK, PLAN, REDO, WEBPAGE, *PUBLISHED)
+OF_A_RUN = (MARK, LOCK, PLAN, REDO, STOPPED, WEBPAGE, *PUBLISHED)
 # Key in identity.json of a stage whose files are being deleted, so that a killed deletion is not continued as training.
 EMPTIED = "emptied"
 
@@ -41,7 +42,7 @@ def check_names(names: Sequence[object]) -> None:
     for name in names:
         where = f"stages.{name}"
         plain = _plain(check_name(name, where))
-        if plain in {_plain(taken) for taken in (*OF_A_RUN, *RECORDS)}:
+        if plain in {_plain(taken) for taken in (*OF_A_RUN, *RECORDS, JOBS)}:
             raise ValueError(f"{where}: this name is used by the run itself; expected another name")
         if plain in seen:
             raise ValueError(

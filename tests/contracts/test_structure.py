@@ -51,11 +51,12 @@ BELOW = {
         *BASE,
     },
     "recipe": {"stages", "engine", *BASE},
+    "cluster": {"recipe", "stages", *BASE},
 }
-VERBS = {"train", "sample", "evaluate", "compare", "export", "demo"}
+VERBS = {"train", "submit", "sample", "evaluate", "compare", "export", "demo"}
 FOREIGN = {
-    "hydra": {"recipe", "stages", "train", "evaluate"},
-    "omegaconf": {"recipe", "stages", "train", "evaluate"},
+    "hydra": {"cluster", "recipe", "stages", "train", "evaluate"},
+    "omegaconf": {"cluster", "recipe", "stages", "train", "evaluate"},
     "lightning": {"engine"},
     "matplotlib": {"evaluation", "__init__"},
     "torchmetrics": {"evaluation"},

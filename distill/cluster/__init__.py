@@ -1,0 +1,1 @@
+"""Jobs of Slurm: what is asked for (`options`), their scripts (`script`), and how they are queued (`submit`)."""
