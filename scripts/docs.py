@@ -29,6 +29,7 @@ WRITTEN = (
     "evaluation.md",
     "python.md",
     "reliability.md",
+    "scaling.md",
     "formats.md",
     "architecture.md",
 )
@@ -46,6 +47,7 @@ PACKAGES = (
     "exporters",
     "stages",
     "recipe",
+    "cluster",
 )
 # Paragraphs of a method's docstring that become sections of its page.
 HEADINGS = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 # Slurm may send the warning this much earlier than asked for (its manual: within 60 s).
@@ -59,7 +59,7 @@ class Cluster:
     python: str | None = None
     setup: tuple[str, ...] = ()
     container: Container | None = None
-    env: dict[str, str] = field(default_factory=dict)
+    env: dict[str, str] | None = None
     extra: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -91,7 +91,7 @@ class Cluster:
             _one_line("extra", option)
         for line in self.setup:
             _one_line("setup", line)
-        for name, text in self.env.items():
+        for name, text in (self.env or {}).items():
             if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) is None:
                 raise ValueError(f"env: found {name!r}, expected a name of letters, digits and _")
             _one_line(f"env.{name}", text)

@@ -50,7 +50,7 @@ def script(template: Path, cluster: Cluster, runs: Sequence[Run], logs: Path, to
         f"max_idle={cluster.max_idle}",
         *(["case $SLURM_ARRAY_TASK_ID in", *where, "esac"] if array else [f"run={_word(runs[0].folder)}"]),
         *([] if array else [f"arguments=({_words(runs[0].arguments)})"]),
-        *(f"export {name}={_word(value)}" for name, value in cluster.env.items()),
+        *(f"export {name}={_word(value)}" for name, value in (cluster.env or {}).items()),
         *cluster.setup,
         f'command=({_words(tasks(cluster))} "${{arguments[@]}}")',
         f"launch=({_words(launcher(cluster))})",
