@@ -190,6 +190,33 @@ def remove(path: Path) -> None:
         raise OSError(f"{path}: could not be deleted: {error.strerror}") from error
 
 
+APPEARS = 120.0  # seconds; network file systems show a file of another machine after at most about a minute
+
+
+def stamp(path: Path) -> tuple[int, int]:
+    """Size and time of modification of a file."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def await_file(path: Path, wanted: tuple[int, int], seconds: float = APPEARS) -> None:
+    """Wait until this machine sees a file as the main process does (`stamp`). Raises FileNotFoundError after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while True:
+        found = None
+        with suppress(OSError), path.open("rb") as handle:  # opening asks the server
+            status = os.fstat(handle.fileno())
+            found = (status.st_size, status.st_mtime_ns)
+        if found == wanted:
+            return
+        if time.monotonic() > deadline:
+            raise FileNotFoundError(
+                f"{path}: found {'no file' if found is None else 'another file'} after {seconds:.0f} s, but the main process sees one "
+                f"of {wanted[0]} bytes; expected one file system for all machines"
+            )
+        time.sleep(0.2)
+
+
 def read_json(path: Path) -> Any:
     """Read JSON from a regular file of at most `LARGEST_JSON` bytes. `typed.parse` converts the value to types.
 

@@ -60,6 +60,19 @@ class World:
         dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.control)
         return int(found.item())
 
+    def largest_later(self, value: int) -> Callable[[], int]:
+        """`largest` without waiting: what it returns gives the result, and waits for it then."""
+        if self.size == 1:
+            return lambda: value
+        found = torch.tensor([value])
+        work = dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.control, async_op=True)
+
+        def result() -> int:
+            work.wait()
+            return int(found.item())
+
+        return result
+
     def broadcast(self, value: Any, source: int = 0) -> Any:
         """The value of one rank, by default the main process's, on each of them. It is pickled."""
         if self.size == 1:

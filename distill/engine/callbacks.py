@@ -134,7 +134,8 @@ class LoggingCallback(Callback):
 class CheckpointCallback(Checkpoint):
     """Restores callbacks and optimizers when Lightning would, saves checkpoints, and ends training: with a checkpoint after a
     signal, or without one after too many non-finite steps. A signal to one process, or `trainer.should_stop` of one, ends
-    training on all of them after the same iteration.
+    training on all of them after the same iteration. Several processes ask each other in each iteration and read the answers
+    in the next one, so that none waits for another; hence they train one iteration more.
 
     A `Checkpoint` of Lightning's, so that no callback of the user's runs after it.
 
@@ -165,6 +166,7 @@ class CheckpointCallback(Checkpoint):
         self.max_nonfinite, self.max_nonfinite_share = max_nonfinite, max_nonfinite_share
         self.seen = 0
         self.saved: int | None = None  # the step of the checkpoint on disk
+        self.asked: Callable[[], int] | None = None  # what the processes answer to the last iteration
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         """Restore the callbacks' states, after their `setup` and before `on_fit_start`."""
@@ -191,7 +193,17 @@ class CheckpointCallback(Checkpoint):
     def _agree(self, trainer: L.Trainer, module: DistillModule) -> int:
         """Set `should_stop` on every process if it is set on one; else return the number of a signal that one of them received,
         or 0."""
-        found = module.world.largest(STOP if trainer.should_stop else requested() or 0)
+        return self._obey(trainer, module.world.largest(self._wish(trainer)))
+
+    def _agree_later(self, trainer: L.Trainer, module: DistillModule) -> int:
+        """`_agree` on what was so after the iteration before."""
+        before, self.asked = self.asked, module.world.largest_later(self._wish(trainer))
+        return self._obey(trainer, 0 if before is None else before())
+
+    def _wish(self, trainer: L.Trainer) -> int:
+        return STOP if trainer.should_stop else requested() or 0
+
+    def _obey(self, trainer: L.Trainer, found: int) -> int:
         trainer.should_stop = found == STOP
         return found % STOP
 
@@ -200,7 +212,8 @@ class CheckpointCallback(Checkpoint):
     ) -> None:
         """After an iteration."""
         module: DistillModule = pl_module
-        step, signum = module.progress.step, self._agree(trainer, pl_module)
+        agree = self._agree if module.world.size == 1 else self._agree_later
+        step, signum = module.progress.step, agree(trainer, pl_module)
         stepped, self.seen = step != self.seen, step
         if module.device.type == "cpu" or (stepped and step % self.log_every == 0):
             self._stop_if_nonfinite(module)
@@ -208,6 +221,12 @@ class CheckpointCallback(Checkpoint):
             self.save(module)
         if signum:
             raise Interrupted(signum)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Nothing is left to be answered."""
+        if self.asked is not None:
+            self.asked()
+            self.asked = None
 
     def save(self, module: DistillModule) -> None:
         """Save a checkpoint now, unless this is a trial. Collective."""

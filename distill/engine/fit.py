@@ -40,6 +40,7 @@ from distill.engine.made import made_of
 from distill.engine.module import DistillModule
 from distill.engine.networks import modes_kept
 from distill.engine.record import Record, Seam, continued
+from distill.files import await_file, stamp
 from distill.interrupt import Interrupted, deferred, requested, taken
 from distill.world import World
 
@@ -145,10 +146,25 @@ def train(
         if fit.threads is not None:
             torch.set_num_threads(fit.threads)
         path = folder / checkpoint.NAME
-        state, record = (
-            (None, None) if fit.fast_dev_run else _begin(method, source, fit, path, config or {}, seams)
-        )
-        _train(method, source, fit, path, state, record, Attached(**attached))
+        begun = _Begun() if fit.fast_dev_run else _begin(method, source, fit, path, config or {}, seams)
+        _train(method, source, fit, path, begun, Attached(**attached))
+
+
+@dataclass
+class _Begun:
+    """What training goes on from. The state is taken out of it: a second name would keep it in memory throughout.
+
+    Attributes:
+        state: of the checkpoint; None at the start. record: what checkpoints record; None: nothing is saved.
+    """
+
+    state: dict[str, Any] | None = None
+    record: Record | None = None
+
+    def take(self) -> dict[str, Any] | None:
+        """The state, once."""
+        state, self.state = self.state, None
+        return state
 
 
 def _train(
@@ -156,15 +172,14 @@ def _train(
     source: Source,
     fit: Fit,
     path: Path,
-    state: dict[str, Any] | None,
-    record: Record | None,
+    begun: _Begun,
     attached: Attached,
 ) -> None:
-    """Train from `state`, or from the start. `record`: what checkpoints record; None: nothing is saved."""
-    world, begin = method.world, method.progress.iteration
+    """Train from where a checkpoint was, or from the start."""
+    world, begin, record = method.world, method.progress.iteration, begun.record
     for callback in attached.callbacks:
         check_callback_hooks(callback, "callbacks")
-    if state is not None:
+    if begun.state is not None:
         attached.on_progress(method.progress.step, f"continues from step {method.progress.step}")
     if record is not None:
         for part in (*attached.loggers, attached.evaluation):
@@ -190,7 +205,7 @@ def _train(
         prefetch=fit.prefetch,
         pin=device.type == "cuda",
     )
-    callbacks, saving = _callbacks(method, fit, path, state, record, attached)
+    callbacks, saving = _callbacks(method, fit, path, begun.take(), record, attached)
     with deferred(), modes_kept(method.networks.values()):
         _run(_trainer(fit, device, world, callbacks, attached, path.parent), method, loader)
         saving.save(method)
@@ -239,17 +254,18 @@ def _begin(
     path: Path,
     config: dict[str, Any],
     seams: Sequence[Seam] | None,
-) -> tuple[dict[str, Any] | None, Record]:
+) -> _Begun:
     """The checkpoint to go on from, loaded into the method, or None; and what the next checkpoints record."""
     settings = {"accumulate": fit.accumulate, "precision": fit.precision}
     record = Record(made_of(method, source, fit.batch_size, **settings), config, fit.steps)
-    if path.exists():
+    if method.world.decided(path.exists):
+        await_file(path, method.world.decided(lambda: stamp(path)))
         state = checkpoint.read(path)
         record = continued(state, record, method, path, seams)
         checkpoint.restore(state, method, where=path)
         if fit.threads is None and (threads := state.get("threads")) is not None:
             torch.set_num_threads(int(threads))  # with another count, sums would differ in their last bits
-        return state, record
+        return _Begun(state, record)
     if seams:
         raise checkpoint.Refused(
             f"{path}: missing, but training was to go on from its step {seams[-1].reached}"
@@ -259,7 +275,7 @@ def _begin(
             f"{path}: missing, but this method was trained for {method.progress.step} steps; give the folder of that "
             "training, or call `prepare` again to start another one from these weights"
         )
-    return None, record
+    return _Begun(None, record)
 
 
 def _run(trainer: L.Trainer, method: DistillModule, loader: StepLoader) -> None:

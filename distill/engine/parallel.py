@@ -32,7 +32,7 @@ UNIT_PARAMETERS = 1_000_000
 
 
 def make_mesh(world: World, shard: str, device: torch.device) -> DeviceMesh | None:
-    """The (replicate, shard) mesh; None for one process."""
+    """The mesh: (replicate, shard), or (shard) alone where all processes share one copy; None for one process."""
     if shard not in SHARD:
         raise ValueError(f"trainer.shard: found {shard!r}, expected one of {list(SHARD)}")
     if world.size == 1:
@@ -40,6 +40,8 @@ def make_mesh(world: World, shard: str, device: torch.device) -> DeviceMesh | No
     from torch.distributed.device_mesh import init_device_mesh
 
     width = {"none": 1, "world": world.size, "node": world.local_size}[shard]
+    if width == world.size:  # in two dimensions every unit would be reduced over groups of one as well
+        return init_device_mesh(device.type, (width,), mesh_dim_names=("shard",))
     return init_device_mesh(device.type, (world.size // width, width), mesh_dim_names=("replicate", "shard"))
 
 

@@ -39,8 +39,8 @@ def use_threads(context: StageContext, parameters: int) -> int:
     wanted = context.settings.threads
     if wanted is not None and wanted > cores:
         raise ValueError(f"trainer.threads: found {wanted}, expected 1 .. {cores}, the cores of this machine")
-    if wanted is None and path.exists():
-        wanted = parse(Execution, read_json(path), f"{path}: ").threads
+    if wanted is None and (kept := context.world.decided(lambda: _kept(path))) is not None:
+        wanted = kept
         if not 1 <= wanted <= cores:
             raise ValueError(
                 f"{path}: threads: found {wanted}, expected 1 .. {cores}, the cores of this machine; type trainer.threads="
@@ -48,11 +48,15 @@ def use_threads(context: StageContext, parameters: int) -> int:
             )
     if wanted is None:
         wanted = table_threads(parameters, context.world.local_size)
-    context.world.barrier()  # all processes have read the file before it is written
     if context.world.main:
         write_json(path, {"threads": wanted})
     torch.set_num_threads(wanted)
     return wanted
+
+
+def _kept(path: Path) -> int | None:
+    """The count of an earlier start."""
+    return parse(Execution, read_json(path), f"{path}: ").threads if path.exists() else None
 
 
 def table_threads(parameters: int, processes: int = 1) -> int:

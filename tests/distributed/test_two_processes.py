@@ -183,18 +183,19 @@ def test_rows_of_all_processes_give_the_gradient_of_the_whole_batch(results):
 def test_callbacks_run_on_every_process_and_stop_together_and_the_main_one_alone_logs(results):
     found = load(results, "ranks")
     assert found["together"] == 2 * [
-        [("of 0", "of 1", [True, False], [1.5, 3.0], [[0], [1]], value) for value in (11.0, 12.0)]
+        [("of 0", "of 1", [True, False], [1.5, 3.0], [[0], [1]], value) for value in (11.0, 12.0, 13.0)]
     ]
-    at = {"c": 2, "setup": 0, "on_fit_start": 0, "on_train_start": 0, "on_train_epoch_start": 0}
-    stops = {hook: f"step {step} of 4" for hook, step in (at | {"on_train_batch_start": 1}).items()}
+    # Stops within an iteration are known after the next one.
+    at = {"c": 3, "setup": 0, "on_fit_start": 0, "on_train_start": 0, "on_train_epoch_start": 0}
+    stops = {hook: f"step {step} of 4" for hook, step in (at | {"on_train_batch_start": 2}).items()}
     assert [dict(told) for told in found["told"]] == [stops, stops]
-    assert found["seen"] == [[(0, True, 1, 1), (0, True, 2, 1)], [(1, False, 1, 0), (1, False, 2, 0)]]
-    assert found["logged"] == [1, 1, 2, 2]
+    assert found["seen"] == [[(0, True, n, 1) for n in (1, 2, 3)], [(1, False, n, 0) for n in (1, 2, 3)]]
+    assert found["logged"] == [1, 1, 2, 2, 3, 3]
 
 
 def test_meshes_and_collecting(results):
     found = load(results, "mesh")
-    assert found["cuts"] == {"none": (2, 1), "world": (1, 2), "node": (1, 2)}
+    assert found["cuts"] == {"none": (2, 1), "world": (2,), "node": (2,)}
     assert torch.equal(found["collected"], found["noise"])
     assert found["flags"] == (True, False)
 

@@ -227,7 +227,7 @@ def job_stale(world: World, folder: Path) -> None:
 def job_local(world: World, folder: Path) -> None:
     """Averages are shards like what they average, a net's blocks are units, frozen nets are sharded too."""
     method = make(world)
-    mesh_width = make_mesh(world, "world", torch.device("cpu")).size(1)
+    mesh_width = make_mesh(world, "world", torch.device("cpu")).size()
     method.distribute("world", torch.device("cpu"))
     method._images = BATCH
     pairs = zip(method.ema["student"].parameters(), method.student.parameters(), strict=True)
@@ -288,7 +288,7 @@ def job_poison(world: World, folder: Path) -> None:
 
 
 def job_mesh(world: World, folder: Path) -> None:
-    """A 2-D mesh in each cut, and the names that are refused."""
+    """The mesh of each cut, and the names that are refused."""
     cuts = {cut: tuple(make_mesh(world, cut, torch.device("cpu")).shape) for cut in ("none", "world", "node")}
     assert init_device_mesh("cpu", (world.size,)).size() == world.size
     noise = sample_noise(0, "w", torch.arange(5), (2,))
