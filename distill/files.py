@@ -210,9 +210,10 @@ def await_file(path: Path, wanted: tuple[int, int], seconds: float = APPEARS) ->
         if found == wanted:
             return
         if time.monotonic() > deadline:
+            seen = "no file" if found is None else "another file"
             raise FileNotFoundError(
-                f"{path}: found {'no file' if found is None else 'another file'} after {seconds:.0f} s, but the main process sees one "
-                f"of {wanted[0]} bytes; expected one file system for all machines"
+                f"{path}: found {seen} after {seconds:.0f} s, but the main process sees one of {wanted[0]} bytes; expected one "
+                "file system for all machines"
             )
         time.sleep(0.2)
 

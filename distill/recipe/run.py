@@ -15,7 +15,7 @@ from distill.interrupt import Interrupted
 from distill.interrupt import check as check_signals
 from distill.names import check_name
 from distill.recipe.plan import Planned, check_split, describe_plan, plan, redo, refuse_changes
-from distill.recipe.stopped import Stops
+from distill.recipe.stopped import Stops, await_note
 from distill.stages.artifact import (
     INPUT_FILES,
     SCHEMA,
@@ -94,6 +94,8 @@ def run(recipe: Mapping[str, Any], *, name: str, recipe_name: str) -> Path:
         except Interrupted as stop:
             if stops is not None:
                 stops.note(stop)
+            else:
+                await_note(run_folder)
             raise
         if world.main:
             write_webpage(run_folder)

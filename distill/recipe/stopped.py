@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,3 +52,11 @@ class Stops:
             for name in files_of(entry.folder, (*entry.stage.FILES, *patterns(ARTIFACT)))
             if not name.startswith("logs/")
         ]
+
+
+def await_note(run_folder: Path, seconds: float = 10.0) -> None:
+    """On other processes: wait for the main one's note, but not longer. srun and `distill.launch` end all processes after the
+    first one has ended with an error status, and it must be written by then."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and not (run_folder / STOPPED).is_file():
+        time.sleep(0.05)

@@ -1,0 +1,625 @@
+"""What this machine's GPU does with the package: correctness, memory and speed, in one command of a few minutes.
+
+    python scripts/gpu_check.py [--device cuda] [--tiny] [--out FOLDER] [--only NAME ...] [--shapes sd15 sdxl dit_xl2]
+
+It writes `gpu_check-<device>-<date>.json` and a Markdown table of the same name to FOLDER (default scripts/bench/results). A
+check passes, fails, or is skipped with the reason; the exit status is 1 if one fails. Networks have random weights. With
+`--device cpu --tiny` everything runs in seconds with tiny networks: this tests the script, and says nothing about a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import json
+import os
+import platform
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from distill.data.batch import Batch  # noqa: E402
+from distill.data.cond import Cond  # noqa: E402
+from distill.data.rng import sample_noise  # noqa: E402
+from distill.engine import checkpoint  # noqa: E402
+from distill.engine.fit import Fit, train  # noqa: E402
+from distill.engine.memory import predicted  # noqa: E402
+from distill.engine.module import DistillModule  # noqa: E402
+from distill.engine.networks import recompute_activations  # noqa: E402
+from distill.engine.nonfinite import flagged_step  # noqa: E402
+from distill.engine.schedule import Constant  # noqa: E402
+from distill.engine.update import Optim  # noqa: E402
+from distill.launch import free_port  # noqa: E402
+from distill.methods.dmd import DMD  # noqa: E402
+from distill.methods.reflow import Reflow  # noqa: E402
+from distill.methods.sid import SiD  # noqa: E402
+from distill.models.denoiser import Denoiser  # noqa: E402
+from distill.nets.unet import UNet  # noqa: E402
+from distill.process.flow import Flow  # noqa: E402
+from distill.stages.adapt import adapted  # noqa: E402
+
+# Dense matrix products in bfloat16, operations a second, as the vendor states them; by a word of the device's name.
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "V100": 125e12}
+
+
+class Skipped(Exception):
+    """A check cannot run here."""
+
+
+@dataclass
+class Machine:
+    """Where the checks run."""
+
+    device: torch.device
+    tiny: bool
+    shapes: Sequence[str]
+
+    @property
+    def cuda(self) -> bool:
+        """Whether it is a GPU."""
+        return self.device.type == "cuda"
+
+    def wait(self) -> None:
+        """Until the device has done everything."""
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def peak(self, run: Callable[[], object]) -> int | None:
+        """Most bytes allocated while `run` runs, on a GPU."""
+        if not self.cuda:
+            run()
+            return None
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        self.wait()
+        return torch.cuda.max_memory_allocated()
+
+
+# ---- nets and data ----
+
+
+class Shaped(nn.Module):
+    """A network of diffusers with constant conditions: `net(x [B,*S], t [B], cond)`."""
+
+    num_classes = 0
+
+    def __init__(self, made: nn.Module, constants: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.net = made
+        for name, value in constants.items():
+            self.register_buffer(name, value, persistent=False)
+        self.constants = tuple(constants)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Called by `recompute_activations`."""
+        self.net.enable_gradient_checkpointing()  # type: ignore[operator]
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """The prediction, without a learned variance."""
+        given = {
+            name: getattr(self, name).expand(len(x), *getattr(self, name).shape[1:])
+            for name in self.constants
+        }
+        added = {name: given.pop(name) for name in ("text_embeds", "time_ids") if name in given}
+        more = {"added_cond_kwargs": added} if added else {}
+        out: Tensor = self.net(x, timestep=1000 * t, **given, **more).sample
+        return out[:, : x.shape[1]].float()
+
+
+def shaped(name: str, device: torch.device) -> tuple[nn.Module, tuple[int, ...], int]:
+    """(net, sample shape, batch) of a shape, with random weights on the device."""
+    import diffusers
+
+    with device:
+        if name == "tiny":
+            options = {
+                "sample_size": 8,
+                "block_out_channels": (8, 16),
+                "cross_attention_dim": 16,
+                "layers_per_block": 1,
+            }
+            options |= {"attention_head_dim": 4, "norm_num_groups": 4}
+            options |= {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D")}
+            net = diffusers.UNet2DConditionModel(
+                **options, up_block_types=("UpBlock2D", "CrossAttnUpBlock2D")
+            )
+            return Shaped(net, {"encoder_hidden_states": torch.randn(1, 4, 16)}), (4, 8, 8), 4
+        if name == "dit_xl2":
+            net = diffusers.DiTTransformer2DModel(
+                num_layers=28,
+                num_attention_heads=16,
+                attention_head_dim=72,
+                in_channels=4,
+                out_channels=8,
+                sample_size=32,
+            )
+            return Shaped(net, {"class_labels": torch.tensor([207])}), (4, 32, 32), 16
+        config = json.loads((ROOT / f"tests/shapes/{name}.json").read_text())["unet/config.json"]
+        net = diffusers.UNet2DConditionModel.from_config(config)
+        constants = {"encoder_hidden_states": torch.randn(1, 77, config["cross_attention_dim"])}
+        if name == "sdxl":
+            constants |= {"text_embeds": torch.randn(1, 1280), "time_ids": torch.full((1, 6), 512.0)}
+        return (
+            Shaped(net, constants),
+            (4, config["sample_size"], config["sample_size"]),
+            2 if name == "sdxl" else 8,
+        )
+
+
+def small(machine: Machine) -> Denoiser:
+    """The package's own U-Net, for checks of the engine."""
+    torch.manual_seed(0)
+    width = 8 if machine.tiny else 64
+    net = UNet(width=width, multipliers=(1,), embedding=16, groups=4)
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return Denoiser(net, Flow(), "velocity", (1, 8, 8))
+
+
+class Noise:
+    """Pairs of noise as data, of any shape."""
+
+    num_classes = 0
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.sample_shape = shape
+
+    def __len__(self) -> int:
+        return 256
+
+    def fetch(self, rows: Tensor, index: Tensor) -> Batch:
+        """x0 and z are independent noise."""
+        x0, z = (sample_noise(0, stream, rows, self.sample_shape) for stream in ("x0", "z"))
+        return Batch(rows, index, Cond.nothing(len(rows)), x0=x0, z=z)
+
+    def fingerprint(self) -> str:
+        """The shape is all there is."""
+        return str(self.sample_shape)
+
+
+class Clock(Callback):
+    """Seconds of each iteration from `first` on, with the device's work."""
+
+    def __init__(self, machine: Machine, first: int) -> None:
+        self.machine, self.first, self.marks = machine, first, list[float]()
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Time the beginning."""
+        if batch_idx >= self.first:
+            self.machine.wait()
+            self.marks.append(time.perf_counter())
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Time the end."""
+        self.machine.wait()
+        self.marks.append(time.perf_counter())
+
+    def seconds(self) -> float:
+        """The median of an iteration."""
+        return sorted(b - a for a, b in zip(self.marks, self.marks[1:], strict=False))[
+            (len(self.marks) - 1) // 2
+        ]
+
+
+def prepared(method: DistillModule, *, fused: bool = True) -> DistillModule:
+    """With AdamW for every update."""
+    optim = Optim(partial(torch.optim.AdamW, lr=1e-4, fused=fused), Constant())
+    method.prepare({update.name: optim for update in method.updates()}, seed=0)
+    return method
+
+
+def fitted(
+    machine: Machine, method: DistillModule, shape: tuple[int, ...], steps: int, folder: Path, **more: Any
+) -> DistillModule:
+    """The method after `steps` steps in all."""
+    fit = Fit(
+        steps,
+        more.pop("batch", 8),
+        device=machine.device.type,
+        log_every=10_000,
+        checkpoint_every=10_000,
+        **more.pop("fit", {}),
+    )
+    train(method, Noise(shape), fit, folder=folder, config={}, **more)
+    return method
+
+
+def weights(method: DistillModule) -> Tensor:
+    """All weights of the student and its average, as one vector on the CPU."""
+    parts = [*method.student.parameters(), *method.ema.parameters()]
+    return torch.cat([p.detach().flatten().cpu() for p in parts])
+
+
+def near(found: float, bound: float, what: str) -> dict[str, float]:
+    """A number that must be at most a bound."""
+    if not found <= bound:
+        raise AssertionError(f"{what}: found {found:.3g}, expected at most {bound:.3g}")
+    return {what: found}
+
+
+# ---- checks: each returns numbers, raises AssertionError, or Skipped ----
+
+
+def collectives(machine: Machine, folder: Path) -> dict[str, Any]:
+    """A process group of one rank reduces and broadcasts."""
+    place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    before = {name: os.environ.get(name) for name in place}
+    os.environ.update(place)
+    backend = "nccl" if machine.cuda else "gloo"
+    try:
+        dist.init_process_group(backend)
+        values = torch.arange(4.0, device=machine.device)
+        dist.all_reduce(values)
+        dist.broadcast(values, 0)
+        assert values.tolist() == [0.0, 1.0, 2.0, 3.0], f"found {values.tolist()}"
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    return {"backend": backend}
+
+
+def bfloat16(machine: Machine, folder: Path) -> dict[str, Any]:
+    """Training in bf16-mixed is close to training in float32."""
+    ends = [
+        weights(
+            fitted(
+                machine,
+                prepared(Reflow(small(machine))),
+                (1, 8, 8),
+                8,
+                folder / name,
+                fit={"precision": name},
+            )
+        )
+        for name in ("32-true", "bf16-mixed")
+    ]
+    start = weights(prepared(Reflow(small(machine))))
+    moved = (ends[0] - start).norm()
+    return near(
+        float((ends[1] - ends[0]).norm() / moved), 0.5, "difference of the weights, of what training moved"
+    )
+
+
+def compiled(machine: Machine, folder: Path) -> dict[str, Any]:
+    """A compiled net predicts and differentiates as the plain one."""
+    model = small(machine).to(machine.device)
+    backend = "aot_eager" if machine.tiny else "inductor"  # without a C++ compiler in tests
+    quick = torch.compile(model.net, backend=backend)
+    x, t = torch.randn(4, 1, 8, 8, device=machine.device), torch.rand(4, device=machine.device)
+    found = []
+    for net in (model.net, quick):
+        out = net(x, t, Cond.nothing(4).to(machine.device))
+        model.net.zero_grad()
+        out.square().mean().backward()
+        found.append(torch.cat([out.detach().flatten(), *(p.grad.flatten() for p in model.net.parameters())]))
+    return {"backend": backend} | near(
+        float((found[0] - found[1]).norm() / found[0].norm()), 1e-3, "relative difference"
+    )
+
+
+def recomputed(machine: Machine, folder: Path) -> dict[str, Any]:
+    """Activation checkpointing gives the same gradients with less memory."""
+    name = machine.shapes[0]
+    found, peaks = [], []
+    for again in (False, True):
+        torch.manual_seed(0)
+        net, shape, batch = shaped(name, machine.device)
+        model = Denoiser(net, Flow(), "velocity", shape).train()
+        if again:
+            recompute_activations({"student": model})
+        x = sample_noise(0, "x", torch.arange(batch), shape).to(machine.device)
+        t = torch.linspace(0.1, 0.9, batch, device=machine.device)
+
+        def run(net: nn.Module = net, x: Tensor = x, t: Tensor = t, batch: int = batch) -> None:
+            net(x, t, Cond.nothing(batch).to(machine.device)).square().mean().backward()
+
+        peaks.append(machine.peak(run))
+        found.append(torch.cat([p.grad.flatten().cpu() for p in net.parameters() if p.grad is not None]))
+        del net, model
+    numbers = near(
+        float((found[0] - found[1]).norm() / found[0].norm()), 1e-4, "relative difference of gradients"
+    )
+    return numbers | {"shape": name, "peak_bytes": peaks[0], "peak_bytes_recomputed": peaks[1]}
+
+
+def fused_adam(machine: Machine, folder: Path) -> dict[str, Any]:
+    """Fused AdamW steps like the plain one, and not at all where the flag is set."""
+    nets = [small(machine).net.to(machine.device) for _ in range(2)]
+    optimizers = [
+        torch.optim.AdamW(net.parameters(), lr=1e-3, fused=fused)
+        for net, fused in zip(nets, (True, False), strict=True)
+    ]
+    for step in range(3):
+        for net, optimizer in zip(nets, optimizers, strict=True):
+            torch.manual_seed(step)
+            for parameter in net.parameters():
+                parameter.grad = torch.randn(parameter.shape).to(parameter)
+            optimizer.step()
+    ends = [torch.cat([p.detach().flatten() for p in net.parameters()]) for net in nets]
+    numbers = near(float((ends[0] - ends[1]).abs().max()), 1e-5, "largest difference")
+    flagged_step(optimizers[0], torch.ones((), device=machine.device))
+    after = torch.cat([p.detach().flatten() for p in nets[0].parameters()])
+    assert torch.equal(after, ends[0]), "a flagged step changed weights"
+    return numbers
+
+
+def no_sync(machine: Machine, folder: Path) -> dict[str, Any]:
+    """Steps of three methods make the host wait for nothing (CUDA's sync debug mode)."""
+    if not machine.cuda:
+        raise Skipped("needs CUDA; tests/contracts/test_host_sync.py finds reads without one")
+
+    class Strict(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            torch.cuda.set_sync_debug_mode("error" if batch_idx else "default")
+
+        def on_train_batch_end(self, *args: Any) -> None:
+            torch.cuda.set_sync_debug_mode("default")
+
+    for kind, make in METHODS.items():
+        model = small(machine)
+        with torch.no_grad():
+            method = prepared(make(model))
+        fitted(machine, method, (1, 8, 8), 4, folder / kind, callbacks=[Strict()])
+    return {"methods": ", ".join(METHODS)}
+
+
+def continued(machine: Machine, folder: Path) -> dict[str, Any]:
+    """Six steps at once, and three and three with a checkpoint between, end alike: bit for bit on a CPU."""
+
+    class Stop(Exception):
+        pass
+
+    def stop(step: int, text: str) -> None:
+        if step == 4:
+            raise Stop
+
+    whole = fitted(machine, prepared(Reflow(small(machine))), (1, 8, 8), 6, folder / "whole")
+    fit = {"fit": {}}
+    try:
+        method = prepared(Reflow(small(machine)))
+        options = Fit(6, 8, device=machine.device.type, checkpoint_every=3, log_every=10_000)
+        train(method, Noise((1, 8, 8)), options, folder=folder / "parts", config={}, on_progress=stop)
+    except Stop:
+        pass
+    assert checkpoint.read(folder / "parts" / checkpoint.NAME)["progress"]["step"] == 3
+    parts = fitted(machine, prepared(Reflow(small(machine))), (1, 8, 8), 6, folder / "parts", **fit)
+    difference = float((weights(whole) - weights(parts)).abs().max())
+    return near(difference, 0.0 if not machine.cuda else 1e-5, "largest difference of the weights")
+
+
+def memory(machine: Machine, folder: Path) -> dict[str, Any]:
+    """The bytes that a training keeps are those that `plan=true` predicts."""
+    name, found = machine.shapes[0], {}
+    torch.manual_seed(0)
+    before = torch.cuda.memory_allocated() if machine.cuda else 0
+    net, shape, batch = shaped(name, machine.device)
+    method = prepared(Reflow(Denoiser(net, Flow(), "velocity", shape)))
+    total = predicted(method).total()
+
+    def run() -> None:
+        fitted(machine, method, shape, 2, folder / "memory", batch=batch)
+
+    peak = machine.peak(run)
+    if machine.cuda:
+        kept = torch.cuda.memory_allocated() - before
+    else:
+        states = (v for o in method.optimizers_by_key.values() for s in o.state.values() for v in s.values())
+        tensors = [
+            *method.student.parameters(),
+            *method.student.buffers(),
+            *method.ema.parameters(),
+            *method.ema.buffers(),
+        ]
+        kept = sum(v.nbytes for v in [*tensors, *states] if isinstance(v, Tensor))
+    wanted = sum(size for kind, size in total.items() if kind != "gradients")
+    found = near(abs(kept - wanted) / wanted, 0.02, "relative difference of what is kept")
+    return found | {
+        "shape": name,
+        "predicted_bytes": sum(total.values()),
+        "kept_bytes": kept,
+        "peak_bytes": peak,
+    }
+
+
+def _lora(student: Denoiser) -> Denoiser:
+    made = adapted(student, {"lora": {"rank": 16, "targets": ["to_q", "to_k", "to_v", "to_out.0"]}})
+    assert isinstance(made, Denoiser)
+    return made
+
+
+METHODS: dict[str, Callable[[Denoiser], DistillModule]] = {
+    "reflow": Reflow,
+    "sid": lambda model: SiD(model, copy.deepcopy(model)),
+    "dmd": lambda model: DMD(model, copy.deepcopy(model)),
+}
+TIMED: dict[str, Callable[[Denoiser], DistillModule]] = {
+    "reflow": Reflow,
+    "dmd, LoRA": lambda model: DMD(_lora(model), model),
+    "sid": METHODS["sid"],
+}
+
+
+def speed(machine: Machine, folder: Path, *, shape_name: str, method_name: str) -> dict[str, Any]:
+    """Seconds of a step of a method, against plain training of the same net; share of the device's peak."""
+    torch.manual_seed(0)
+    net, shape, batch = shaped(shape_name, machine.device)
+    if not machine.tiny and method_name == "sid":
+        net.enable_gradient_checkpointing()  # type: ignore[operator]
+    warm, steps = (1, 4) if machine.tiny else (4, 14)
+    plain = bare(machine, net, shape, batch, warm, steps)
+    clock = Clock(machine, warm)
+    method = prepared(TIMED[method_name](Denoiser(net, Flow(), "velocity", shape)))
+
+    def run() -> None:
+        fit = {"precision": "bf16-mixed"}
+        fitted(machine, method, shape, steps, folder / "speed", batch=batch, fit=fit, callbacks=[clock])
+
+    peak = machine.peak(run)
+    operations = flops(machine, net, shape, batch)
+    top = next(
+        (value for word, value in PEAKS.items() if machine.cuda and word in torch.cuda.get_device_name()),
+        None,
+    )
+    return {
+        "batch": batch,
+        "seconds": clock.seconds(),
+        "plain_seconds": plain,
+        "images_per_second": batch / clock.seconds(),
+        "peak_bytes": peak,
+        "plain_mfu": operations / plain / top if top else None,
+    }
+
+
+def bare(
+    machine: Machine, net: nn.Module, shape: tuple[int, ...], batch: int, warm: int, steps: int
+) -> float:
+    """Median seconds of a step of a plain loop: forward, backward, clip, fused AdamW, in bfloat16."""
+    own = copy.deepcopy(net).train().requires_grad_(True)
+    optimizer = torch.optim.AdamW(own.parameters(), lr=1e-4, fused=True)
+    x, t = torch.randn(batch, *shape, device=machine.device), torch.rand(batch, device=machine.device)
+    cond, marks = Cond.nothing(batch).to(machine.device), []
+    for _ in range(steps):
+        machine.wait()
+        marks.append(time.perf_counter())
+        with torch.autocast(machine.device.type, torch.bfloat16):
+            loss = own(x, t, cond).square().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(own.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    machine.wait()
+    marks.append(time.perf_counter())
+    taken = sorted(b - a for a, b in zip(marks[warm:], marks[warm + 1 :], strict=False))
+    return taken[len(taken) // 2]
+
+
+def flops(machine: Machine, net: nn.Module, shape: tuple[int, ...], batch: int) -> int:
+    """Operations of a forward and a backward."""
+    x, t = torch.randn(batch, *shape, device=machine.device), torch.rand(batch, device=machine.device)
+    net.requires_grad_(True)
+    with FlopCounterMode(display=False) as counter, torch.autocast(machine.device.type, torch.bfloat16):
+        net(x, t, Cond.nothing(batch).to(machine.device)).square().mean().backward()
+    net.zero_grad()
+    return counter.get_total_flops()
+
+
+def checks(machine: Machine) -> dict[str, Callable[[Machine, Path], dict[str, Any]]]:
+    """name -> check."""
+    found: dict[str, Callable[[Machine, Path], dict[str, Any]]] = {
+        "collectives": collectives,
+        "bfloat16": bfloat16,
+        "compile": compiled,
+        "activation checkpointing": recomputed,
+        "fused Adam": fused_adam,
+        "no sync in a step": no_sync,
+        "kill and continue": continued,
+        "memory": memory,
+    }
+    return found | {
+        f"speed: {method}, {shape}": partial(speed, shape_name=shape, method_name=method)
+        for shape in machine.shapes
+        for method in TIMED
+    }
+
+
+# ---- the report ----
+
+
+def run(machine: Machine, only: Sequence[str]) -> list[dict[str, Any]]:
+    """Every check with its outcome."""
+    rows = []
+    for name, check in checks(machine).items():
+        if only and not any(name.startswith(word) for word in only):
+            continue
+        start, row = time.perf_counter(), {"check": name}
+        with tempfile.TemporaryDirectory() as place:
+            try:
+                row |= {"outcome": "passed", "numbers": check(machine, Path(place))}
+            except Skipped as reason:
+                row |= {"outcome": "skipped", "why": str(reason)}
+            except Exception as error:
+                row |= {"outcome": "failed", "why": f"{type(error).__name__}: {error}"[:600]}
+        rows.append(row | {"seconds": round(time.perf_counter() - start, 2)})
+        print(f"{row['outcome']:<8} {name}  {row.get('why') or row.get('numbers')}", flush=True)
+        if machine.cuda:
+            torch.cuda.empty_cache()
+    return rows
+
+
+def table(facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    """The report in Markdown."""
+    lines = [
+        f"{facts['name']}, torch {facts['torch']}, {facts['date']}{', tiny nets' if facts['tiny'] else ''}",
+        "",
+    ]
+    lines += ["| check | outcome | numbers | seconds |", "|---|---|---|---|"]
+    for row in rows:
+        numbers = row.get("why") or ", ".join(
+            f"{key.replace('_', ' ')} {value:.4g}"
+            if isinstance(value, float)
+            else f"{key.replace('_', ' ')} {value}"
+            for key, value in row["numbers"].items()
+            if value is not None
+        )
+        lines.append(
+            f"| {row['check']} | {row['outcome']} | {' '.join(numbers.split()).replace('|', '/')} | {row['seconds']} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Run the checks, write the reports; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--out", type=Path, default=ROOT / "scripts/bench/results")
+    parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument(
+        "--shapes", nargs="*", default=["sd15", "sdxl", "dit_xl2"], choices=["sd15", "sdxl", "dit_xl2"]
+    )
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: found no CUDA device; expected one, or --device cpu --tiny")
+    machine = Machine(
+        torch.device(options.device), options.tiny, ["tiny"] if options.tiny else options.shapes
+    )
+    name = torch.cuda.get_device_name() if machine.cuda else f"CPU {platform.machine()}"
+    facts = {
+        "name": name,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "tiny": options.tiny,
+    }
+    facts |= {"date": datetime.date.today().isoformat(), "cuda": torch.version.cuda if machine.cuda else None}
+    rows = run(machine, options.only)
+    options.out.mkdir(parents=True, exist_ok=True)
+    stem = f"gpu_check-{re.sub(r'[^A-Za-z0-9]+', '_', name)}{'-tiny' if options.tiny else ''}-{facts['date']}"
+    (options.out / f"{stem}.json").write_text(json.dumps({**facts, "checks": rows}, indent=2) + "\n")
+    (options.out / f"{stem}.md").write_text(table(facts, rows))
+    print(options.out / f"{stem}.md")
+    return int(any(row["outcome"] == "failed" for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
