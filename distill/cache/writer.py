@@ -66,6 +66,12 @@ def make_pairs(
     return world.collect(samples)
 
 
+def _check_begun(path: Path, header: Header) -> None:
+    """Raise ValueError if a cache was begun with another header."""
+    if path.is_file() and (changed := differing(found := _begun(path), header)):
+        raise ValueError(f"{path}: begun with other {changed}: found {[getattr(found, k) for k in changed]}")
+
+
 def _begun(path: Path) -> Header:
     """The header that a cache was begun with."""
     return Header.from_dict(read_json(path), f"{path}: header")
@@ -92,10 +98,8 @@ def write_pairs(
     shard and the main one writes."""
     device, world, teacher = torch.device(device), world or World(), teacher.to(device).eval()
     begun = folder / HEADER
-    if begun.is_file() and (changed := differing(found := _begun(begun), header)):
-        raise ValueError(f"{begun}: begun with other {changed}: found {[getattr(found, k) for k in changed]}")
-    written = recorded(folder, header)
-    world.barrier()
+    world.decided(lambda: _check_begun(begun, header))
+    written = recorded(folder, header) if world.main else {}
     if world.main:
         write_json(begun, header.to_dict())
         write_weights(folder, teacher.decoder)

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from hydra.errors import InstantiationException
 
-from distill.files import make_folder, read_json, remove, sync, write_json, write_text
+from distill.files import await_file, make_folder, read_json, remove, stamp, sync, write_json, write_text
 from distill.interrupt import Interrupted
 from distill.interrupt import check as check_signals
 from distill.names import check_name
@@ -225,7 +225,9 @@ def _advance(entry: Planned, context: StageContext, held: Held | None) -> None:
         if world.main:
             _record(entry, facts, made_of)
             entry.stage.publish(context)
-    world.barrier()  # the next stage reads it on every process
+    if world.size > 1:  # the next stage reads it on every process
+        record = entry.folder / ARTIFACT
+        await_file(record, world.decided(lambda: stamp(record)))
 
 
 def _record(entry: Planned, facts: Mapping[str, Any], made_of: Mapping[str, str]) -> None:

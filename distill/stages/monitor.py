@@ -128,12 +128,13 @@ class Monitor:
     def resume(self, step: int) -> None:
         """Remove evaluations after the checkpoint at `step`, which will be repeated. Raises ValueError where the record cannot
         be read, or the best model is not the recorded one."""
+        self.context.world.decided(lambda: self._resume(step))
+
+    def _resume(self, step: int) -> None:
+        """`resume`, on the main process."""
         path = self.folder / RECORD
         kept = [e for e in _entries(path, self.options.metric) if e["step"] <= step]
         self._check_best(kept, step)
-        self.context.world.barrier()  # all have read it
-        if not self.context.world.main:
-            return
         make_folder(self.folder)
         write_text(path, lines_of(kept))
         for picture in self.folder.glob("*_*.png"):
