@@ -101,7 +101,7 @@ def small(machine: Machine) -> Denoiser:
     """The package's own U-Net, for checks of the engine."""
     torch.manual_seed(0)
     width = 8 if machine.tiny else 64
-    net = UNet(width=width, multipliers=(1,), embedding=16, groups=4)
+    net = UNet(width=width, multipliers=(1,), embedding=16, groups=4, num_classes=0)
     for parameter in net.parameters():
         nn.init.normal_(parameter, std=0.1)
     return Denoiser(net, Flow(), "velocity", (1, 8, 8))
