@@ -20,6 +20,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
 
+from distill.cluster.submit import asked, cluster_of
 from distill.data.digits import Digits
 from distill.evaluation.gates import Gate
 from distill.methods.one_step import OneStep
@@ -161,6 +162,11 @@ def test_commands_compose():
             assert build_stages(expand(composed("config", given))), command
         elif verb == "evaluate":
             Request(**composed("evaluate", arguments(given)))
+        elif verb == "submit":
+            wanted = asked(arguments(given))
+            assert cluster_of(wanted).processes >= 1
+            runs = [option for option in wanted.runs if "," not in option]
+            assert build_stages(expand(composed("config", runs))), command
         else:
             importlib.import_module(f"distill.{verb}").parse(given)
 

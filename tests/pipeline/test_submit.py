@@ -42,11 +42,11 @@ def printed(folder: Path, *arguments: str) -> str:
 def test_the_script_of_a_job(tmp_path: Path):
     given = ("cluster.nodes=2", "cluster.gpus_per_node=4", "cluster.time=12:00:00", "cluster.account=abc")
     text = printed(
-        tmp_path, *given, 'cluster.setup=["module load cuda"]', "cluster.env={A: 'b c'}", "name=a b"
+        tmp_path, *given, 'cluster.setup=["module load cuda"]', "cluster.env={A: 'b c'}", "name=a_b"
     )
     head = text.partition("# ---- ")[0]
     asked_for = {line.partition("--")[2] for line in head.splitlines() if line.startswith("#SBATCH ")}
-    run = tmp_path / "runs/a b"
+    run = tmp_path / "runs/a_b"
     assert asked_for == {
         *(
             "nodes=2",
@@ -56,7 +56,7 @@ def test_the_script_of_a_job(tmp_path: Path):
             "time=12:00:00",
             "account=abc",
         ),
-        *("signal=USR1@300", "requeue", "open-mode=append", f"chdir={tmp_path}", "job-name=a-b"),
+        *("signal=USR1@300", "requeue", "open-mode=append", f"chdir={tmp_path}", "job-name=a_b"),
         f"output={run}/jobs/%j.log",
     }
     assert "\nmodule load cuda\n" in head
