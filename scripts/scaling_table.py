@@ -43,15 +43,16 @@ METHODS: dict[str, Callable[[Denoiser, Denoiser], DistillModule]] = {
 
 def memory(shape: str, method: str, *, lora: bool) -> Memory:
     """The predicted memory of a training."""
-    with torch.device("meta"):
-        net, sample, _ = shaped(shape, torch.device("meta"))
-        teacher = Denoiser(net.to(torch.bfloat16) if lora else net, Flow(), "velocity", sample)
+    device = torch.device("meta")
+    net, sample, _ = shaped(shape, device)
+    teacher = Denoiser(net.to(torch.bfloat16) if lora else net, Flow(), "velocity", sample)
+    with device:
         student = adapted(teacher, LORA) if lora else copy.deepcopy(teacher)
-        assert isinstance(student, Denoiser)
-        made = METHODS[method](student, teacher)
-        optim = Optim(partial(torch.optim.AdamW, lr=1e-4), Constant())
-        made.prepare({update.name: optim for update in made.updates()}, seed=0)
-        return predicted(made)
+    assert isinstance(student, Denoiser)
+    made = METHODS[method](student, teacher)
+    optim = Optim(partial(torch.optim.AdamW, lr=1e-4), Constant())
+    made.prepare({update.name: optim for update in made.updates()}, seed=0)
+    return predicted(made)
 
 
 def table(shapes: list[str]) -> str:
