@@ -11,7 +11,7 @@ import yaml
 from hydra.errors import InstantiationException
 
 from distill.files import await_file, make_folder, read_json, remove, stamp, sync, write_json, write_text
-from distill.interrupt import Interrupted
+from distill.interrupt import Interrupted, deferred
 from distill.interrupt import check as check_signals
 from distill.names import check_name
 from distill.recipe.plan import Planned, check_split, describe_plan, plan, redo, refuse_changes
@@ -42,7 +42,6 @@ from distill.stages.ownership import (
     read_object,
     sweep,
 )
-from distill.stages.webpage import write_webpage
 from distill.terminal import printable
 from distill.typed import parse
 from distill.world import World, join
@@ -73,21 +72,8 @@ def run(recipe: Mapping[str, Any], *, name: str, recipe_name: str) -> Path:
         return run_folder
     world = join(settings.device, settings.timeout)
     with lock(run_folder) if world.main else nullcontext() as held:
-        world.barrier()
-        planned = plan(recipe, run_folder, seed, world)  # under the lock: no other run changes the folder
-        waiting = world.decided(lambda: pending(run_folder, planned, recipe.get("redo")))
-        again = [] if waiting else redo(planned, recipe.get("redo"))
-        refuse_changes(planned, run_folder)
-        check_split(planned, world.size)
-        world.barrier()  # all processes have the plan before files change
-        stops = None
-        if world.main:
-            clean(run_folder, planned, again)
-            if again:
-                write_json(run_folder / REDO, redo_key(planned, recipe.get("redo")))
-            stages = {entry.name: entry.config for entry in planned}
-            write_json(run_folder / PLAN, {"recipe": recipe_name, "seed": seed, "stages": stages})
-            stops = Stops(run_folder, planned)
+        with deferred():  # so that a stop is always noted
+            planned, stops = _begin(recipe, recipe_name, run_folder, seed, world)
         try:
             check_signals()
             _run_stages(planned, recipe, recipe_name, seed, settings, world, held)
@@ -98,9 +84,29 @@ def run(recipe: Mapping[str, Any], *, name: str, recipe_name: str) -> Path:
                 await_note(run_folder)
             raise
         if world.main:
-            write_webpage(run_folder)
             remove(run_folder / REDO)
     return run_folder
+
+
+def _begin(
+    recipe: Mapping[str, Any], recipe_name: str, run_folder: Path, seed: int, world: World
+) -> tuple[list[Planned], Stops | None]:
+    """Make the plan, refuse what does not fit, and clean the folder. Returns the plan and, on the main process, `Stops`."""
+    world.barrier()
+    planned = plan(recipe, run_folder, seed, world)  # under the lock: no other run changes the folder
+    waiting = world.decided(lambda: pending(run_folder, planned, recipe.get("redo")))
+    again = [] if waiting else redo(planned, recipe.get("redo"))
+    refuse_changes(planned, run_folder)
+    check_split(planned, world.size)
+    world.barrier()  # all processes have the plan before files change
+    if not world.main:
+        return planned, None
+    clean(run_folder, planned, again)
+    if again:
+        write_json(run_folder / REDO, redo_key(planned, recipe.get("redo")))
+    stages = {entry.name: entry.config for entry in planned}
+    write_json(run_folder / PLAN, {"recipe": recipe_name, "seed": seed, "stages": stages})
+    return planned, Stops(run_folder, planned)
 
 
 def _run_stages(

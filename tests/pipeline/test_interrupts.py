@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import signal
@@ -54,7 +55,7 @@ def whole(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_signals_save_first(whole, tmp_path, number):
     stopped = stop_in_training(tmp_path, number)
     assert stopped.returncode == 128 + number
@@ -64,8 +65,11 @@ def test_signals_save_first(whole, tmp_path, number):
         "step"
     ]
     assert 2 <= saved < 60
+    note = json.loads((tmp_path / "runs/run/stopped.json").read_text())
+    assert note == {"signal": signal.Signals(number).name, "start": None, "stage": "teacher", "idle": 0}
     if number == signal.SIGTERM:
         run_verb(tmp_path, "train", *OPTIONS)
+        assert not (tmp_path / "runs/run/stopped.json").exists()
         assert all(torch.equal(v, weights(tmp_path)[k]) for k, v in weights(whole).items())
 
 
@@ -73,6 +77,7 @@ def test_a_signal_to_two_processes_saves_once_for_both(tmp_path):
     options = ("trainer.devices=2", "trainer.shard=world")
     stopped = stop_in_training(tmp_path, signal.SIGTERM, *options)
     assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr[-2000:]
+    assert json.loads((tmp_path / "runs/run/stopped.json").read_text())["signal"] == "SIGTERM"
     state = torch.load(tmp_path / "runs/run/teacher/checkpoints/last.ckpt", weights_only=True)
     assert 0 < state["progress"]["step"] < 60
     assert state["networks"]["student"]["net.stem.weight"].shape == (8, 1, 3, 3)  # whole, not a shard

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from tests_support import environment
 
+from distill.files import await_file, stamp
+from distill.interrupt import Interrupted
+from distill.recipe.stopped import Stops
 from distill.stages import heartbeat
 from distill.stages.lock import Held, lock
 from distill.world import World, adopt_srun, device_number, first_node, tasks_per_node
@@ -177,3 +185,61 @@ def test_a_holder_whose_lock_was_taken_over_writes_nothing_more(tmp_path: Path):
         with pytest.raises(ValueError, match=r"process 8 on elsewhere \(job 3\).*took this process for dead"):
             held.check()
     assert json.loads((tmp_path / "x" / ".lock").read_text()) == other
+
+
+EARLY = """
+import signal, sys
+from distill import interrupt
+interrupt.expect()
+signal.raise_signal(signal.SIGUSR1)  # while the command starts
+with interrupt.watch():
+    try:
+        interrupt.check()
+    except interrupt.Interrupted as stop:
+        sys.exit(str(stop))
+"""
+
+
+def test_a_warning_that_comes_while_the_command_starts_is_kept() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", EARLY], capture_output=True, text=True, check=False, env=environment()
+    )
+    assert ended.stderr.strip() == "stopped by SIGUSR1"
+
+
+class Stage:
+    FILES = ("checkpoints/last[.]ckpt", "logs/metrics[.]jsonl")
+
+
+def test_starts_without_progress_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISTILL_START", "5.1")
+    checkpoint = tmp_path / "run/train/checkpoints/last.ckpt"
+    log = tmp_path / "run/train/logs/metrics.jsonl"
+    for file in (checkpoint, log):
+        file.parent.mkdir(parents=True)
+        file.touch()
+    planned: Any = [SimpleNamespace(name="train", folder=tmp_path / "run/train", stage=Stage())]
+    for idle, save in ((1, False), (2, False), (0, True), (1, False)):
+        stops = Stops(tmp_path / "run", planned)
+        assert not (tmp_path / "run/stopped.json").exists()
+        os.utime(log, ns=(idle, idle + 7))
+        if save:
+            os.utime(checkpoint, ns=(1, 1))
+        stops.note(Interrupted(signal.SIGUSR2))
+        note = json.loads((tmp_path / "run/stopped.json").read_text())
+        assert note == {"signal": "SIGUSR2", "start": "5.1", "stage": "train", "idle": idle}
+
+
+def test_a_file_of_the_main_process_is_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    path.write_bytes(b"abc")
+    await_file(path, stamp(path))
+    wanted = stamp(path)
+    path.write_bytes(b"abcd")
+    with pytest.raises(
+        FileNotFoundError, match=r"found another file after 0 s, but the main process sees one of 3 bytes"
+    ):
+        await_file(path, wanted, seconds=0.1)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="found no file"):
+        await_file(path, wanted, seconds=0.1)
