@@ -37,7 +37,7 @@ def main() -> None:
         given = arguments(sys.argv[1:])
         for argument in given:
             check_choice(argument, CONFIGS)
-        print(terminal.printable(submit(given)))
+        print(terminal.printable(submit(given)), end="")
 
 
 if __name__ == "__main__":
