@@ -163,7 +163,7 @@ def submit(given: Sequence[str]) -> str:
     for number, run in enumerate(runs):
         _record(run, job, number if len(runs) > 1 else None, text, logs, command)
     return "\n".join(
-        [f"job {job}: {len(runs)} runs" if len(runs) > 1 else f"job {job}", *_told(job, runs, logs)]
+        [f"job {job}: {len(runs)} runs" if len(runs) > 1 else f"job {job}", *_told(job, runs, logs), ""]
     )
 
 
