@@ -259,7 +259,8 @@ def _begin(
     settings = {"accumulate": fit.accumulate, "precision": fit.precision}
     record = Record(made_of(method, source, fit.batch_size, **settings), config, fit.steps)
     if method.world.decided(path.exists):
-        await_file(path, method.world.decided(lambda: stamp(path)))
+        if method.world.size > 1:
+            await_file(path, method.world.decided(lambda: stamp(path)))
         state = checkpoint.read(path)
         record = continued(state, record, method, path, seams)
         checkpoint.restore(state, method, where=path)

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from test_given_networks import every_method, made, networks, prepared
-from test_recipes import PairedDigits
+from test_given_networks import made, networks, prepared
+from test_recipes import METHOD_CONFIGS, TOKENS, PairedDigits, build
+from token_support import TokenDigits
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill.engine.fit import Fit, train
@@ -26,7 +27,9 @@ READS = (
 METHODS = ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__", "__array__")
 # Reads that happen on a CPU alone (the code asks for the device), and those of a log entry.
 ALLOWED = {
-    "engine/module.py:_bad",
+    "data/arguments.py:check_range",
+    "data/rng.py:_uniforms",
+    "engine/nonfinite.py:bad_step",
     "engine/module.py:_run",
     "engine/nonfinite.py:step_unless",
     "engine/nonfinite.py:to_dict",
@@ -93,13 +96,15 @@ class Watch(Callback):
         self.reads.__exit__(None, None, None)
 
 
-@every_method
+@pytest.mark.parametrize("path", METHOD_CONFIGS, ids=lambda path: path.stem)
 def test_a_step_reads_nothing_from_the_device(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    method = prepared(made(path, networks(path)))
+    tokens = path.stem in TOKENS
+    method = build(path) if tokens else prepared(made(path, networks(path)))
+    source = TokenDigits() if tokens and path.stem != "tokenizer" else PairedDigits()
     watch = Watch(monkeypatch)
-    train(method, PairedDigits(), Fit(3, 8, log_every=100), folder=tmp_path, config={}, callbacks=[watch])
+    train(method, source, Fit(3, 8, log_every=100), folder=tmp_path, config={}, callbacks=[watch])
     assert method.progress.step == 3
     assert not watch.reads.found, sorted(watch.reads.found)
 
