@@ -66,7 +66,15 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_types(self)
-        counts = ("devices", "checkpoint_every", "log_every", "max_nonfinite", "threads", "prefetch", "timeout")
+        counts = (
+            "devices",
+            "checkpoint_every",
+            "log_every",
+            "max_nonfinite",
+            "threads",
+            "prefetch",
+            "timeout",
+        )
         for name in counts:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
