@@ -183,5 +183,5 @@ def _same(item: Any) -> Any:
 
 def _begin_worker(number: int) -> None:
     """Workers end with their loader: a Ctrl-C, or a signal of a scheduler to all processes, is for the training process."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(signum, signal.SIG_IGN)
