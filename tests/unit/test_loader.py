@@ -24,6 +24,7 @@ from distill.methods.flow_matching import FlowMatching
 from distill.models.denoiser import Denoiser
 from distill.nets.mlp import MLP
 from distill.process.flow import Flow
+from distill.stages.base import Settings
 
 
 def loader(source, *, stop=6, start=0, batch_size=8, **more):
@@ -99,6 +100,16 @@ def test_replaced_samples_are_counted_in_workers(tmp_path):
     assert all(Counter(step) == Counter([0, 1, 2, 4, 4, 5, 6, 7]) for step in found)
     with pytest.raises(ValueError, match="000003"):
         list(loader(Shards(str(tmp_path / "bad" / "s-000.tar")), workers=2))
+
+
+def test_bad_settings():
+    for options, words in (
+        ({"workers": -1}, "workers: expected at least 0"),
+        ({"prefetch": 0}, "prefetch: expected"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Settings(**options)
+    assert Settings(workers=3, prefetch=5).fitting.items() >= {"workers": 3, "prefetch": 5}.items()
 
 
 class Signalled(Points):
