@@ -26,6 +26,8 @@ def owner() -> dict[str, Any]:
     """This process, as the lock file names it: with its job and how often that was restarted, in a job of Slurm."""
     found: dict[str, Any] = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
     if (job := os.environ.get("SLURM_JOB_ID")) is not None:
+        if (element := os.environ.get("SLURM_ARRAY_TASK_ID")) is not None:  # one has the number of the array
+            job = f"{os.environ.get('SLURM_ARRAY_JOB_ID', job)}_{element}"
         found |= {"job": job, "restart": os.environ.get("SLURM_RESTART_COUNT", "0")}
     return found
 

@@ -116,6 +116,8 @@ def test_a_script_queues_again_what_a_signal_stopped_and_nothing_else(
     note: dict[str, object] = {"signal": "SIGUSR1", "start": "5.0", "stage": "reflow", "idle": 0}
     code, told = executed(tmp_path, Cluster(), note, 143)
     assert (code, "scontrol requeue 5" in told) == (143, True)
+    array = {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "1"}
+    assert "scontrol requeue 5_1\n" in executed(tmp_path, Cluster(), note, 143, **array)[1]
     for other, status in ((None, 1), (note | {"start": "5.1"}, 1), (note | {"start": "4.0"}, 0)):
         code, told = executed(tmp_path, Cluster(), other, status)
         assert code == status
