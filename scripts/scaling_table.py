@@ -11,6 +11,7 @@ import argparse
 import copy
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -51,7 +52,8 @@ def memory(shape: str, method: str, *, lora: bool) -> Memory:
     assert isinstance(student, Denoiser)
     made = METHODS[method](student, teacher)
     optim = Optim(partial(torch.optim.AdamW, lr=1e-4), Constant())
-    made.prepare({update.name: optim for update in made.updates()}, seed=0)
+    alone = replace(optim, ema=None)  # of a fake score no average is needed
+    made.prepare({u.name: optim if "student" in u.trains else alone for u in made.updates()}, seed=0)
     return predicted(made)
 
 
