@@ -45,6 +45,7 @@ from distill.methods.disback import DisBack
 from distill.methods.dmd import DMD
 from distill.methods.families.score import ScoreDistillation
 from distill.methods.lcm import LCM
+from distill.methods.mmd import MMD
 from distill.methods.one_step import OneStep
 from distill.methods.progressive import Progressive
 from distill.methods.reflow import Reflow
@@ -287,6 +288,15 @@ def disback(bench: Bench) -> Generator:
         return matched(bench, method, method.fake)
 
 
+def mmd(bench: Bench) -> Generator:
+    """One step of a trained flow, finetuned with a mixture of widths from the modes' own to that of the ring."""
+    kernel = {"name": "rbf_mixture", "gamma": "median", "scales": [0.25, 1.0, 4.0, 16.0, 64.0]}
+    method = MMD(bench.denoiser("velocity", width=96), steps=1, kernel=kernel, recompute=False)
+    return Generator(
+        bench.fit(method, steps=1000, schedule=falls_late(1000), ema=0.99), method.result().sampler
+    )
+
+
 def matched(bench: Bench, method: ScoreDistillation, fake: Denoiser) -> Generator:
     """Train a student whose fake score starts from `fake`, because a copy of the exact teacher cannot be trained."""
     method.fake = fake
@@ -388,6 +398,7 @@ CERTIFICATES: dict[str, Certificate] = {
     "lcm, guided": Certificate(lcm, VPScaledLinear(), WIDE, trajectory=0.08, guidance_w=2.0),
     "sid": Certificate(sid, EDM(), NARROW, trajectory=None, energy=0.004),
     "dmd": Certificate(dmd, EDM(), NARROW, trajectory=None, energy=0.005),
+    "mmd": Certificate(mmd, Flow(), WIDE, trajectory=None, energy=0.006),
     "disback": Certificate(disback, EDM(), NARROW, trajectory=None, energy=0.007),
 }
 

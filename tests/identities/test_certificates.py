@@ -51,7 +51,7 @@ def test_the_table_says_what_was_measured() -> None:
 
 
 def test_every_method_that_follows_a_teacher_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    matching = {"sid", "dmd", "disback"}
+    matching = {"sid", "dmd", "disback", "mmd"}
     assert {"reflow", "one_step", "progressive", "consistency", "ect", "lcm"} | matching <= set(
         certificates.CERTIFICATES
     )
