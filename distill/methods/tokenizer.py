@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from distill.data.batch import Batch
-from distill.data.rng import Draws
+from distill.data.rng import Draws, stream_key
 from distill.engine.module import DistillModule
 from distill.engine.update import Diagnostics, Loss, Step, Update
 from distill.methods.losses.tokens import look_up_losses
@@ -95,7 +95,8 @@ class Tokenizer(DistillModule):
     @torch.no_grad()
     def monitored(self, generator: Generator, source: Any, ids: Tensor, seed: int, stream: str) -> Tensor:
         """Reconstructed images of the data, so that a monitor's `fd` is that of the reconstruction."""
-        rows = ids * 2654435761 % len(source)  # spread over the data, which often have an order
+        generator = torch.Generator("cpu").manual_seed(stream_key(seed, stream) % 2**63)
+        rows = torch.randperm(len(source), generator=generator)[ids % len(source)]  # data often have an order
         batch = source.fetch(rows, rows).to(generator.device)
         made = generator.denoiser.x0(batch.x0, batch.x0.new_zeros(len(ids)), batch.cond)
         return generator.decoded(made)

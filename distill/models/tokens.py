@@ -3,6 +3,7 @@ tokenizers while they are trained."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
@@ -170,7 +171,14 @@ class TokenTeacher(Model):
         Raises ValueError for noise of another shape or that is not finite, for logits that are not, and for known positions
         that end within a group."""
         self._check_noise(z, len(cond))
+        self.check_transport(guidance_scale, solver)
         net, codes = self.token_net, codebook_of(self.decoder).to(z.device)
+        if len(codes.unique(dim=0)) < len(codes):
+            warnings.warn(
+                "decoder: the codebook has equal codes, which no flow can tell apart: the likeliest of them gets the probability "
+                "of all",
+                stacklevel=2,
+            )
         sizes = list(net.groups)[:until]
         scales = self.filters.scales(guidance_scale, len(net.groups))
         guided = any(scale != 1 for scale in scales)
