@@ -175,7 +175,8 @@ class TokenTeacher(Model):
         net, codes = self.token_net, codebook_of(self.decoder).to(z.device)
         if len(codes.unique(dim=0)) < len(codes):
             warnings.warn(
-                "decoder: the codebook has equal codes, which no flow can tell apart: the likeliest of them gets the probability "
+                "decoder: the codebook has equal codes, which no flow can tell apart: the likeliest of them gets "
+                "the probability "
                 "of all",
                 stacklevel=2,
             )

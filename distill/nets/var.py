@@ -1,0 +1,309 @@
+"""VAR's transformer over scales (arXiv 2404.02905), and Distilled Decoding's student of it (arXiv 2412.17153). Parameters
+have the names of the public files, and the maps from codes to inputs those of the public tokenizer's `quantize`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from distill.data.cond import Cond
+from distill.nets.llamagen import PixArtHead
+from distill.nets.token_net import TokenNet
+from distill.nets.token_transformer import student_output
+from distill.process.prefix import data_groups
+
+SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+
+
+class Scales(nn.Module):
+    """Codes of all scales <-> the map f_hat [B,C,h,h] that they add up to: f_hat = sum over scales of phi_k(up(codes_k)),
+    phi_k(h) = (1 - r) h + r conv_k(h) with r = 1/2, and convolutions that neighbouring scales share.
+
+    Args:
+        scales: positions a side of each scale. size: C. shared: convolutions.
+    """
+
+    def __init__(self, scales: Sequence[int], size: int, shared: int = 4) -> None:
+        super().__init__()
+        self.scales, self.shared = list(scales), shared
+        self.phis = nn.ModuleList([nn.Conv2d(size, size, 3, padding=1) for _ in range(shared)])
+
+    def phi(self, k: int) -> nn.Module:
+        """The convolution of scale k: the one whose tick is nearest to k / (K - 1)."""
+        low = 1 / 3 / self.shared
+        ticks = (
+            torch.linspace(low, 1 - low, self.shared, dtype=torch.float64)
+            if self.shared > 1
+            else torch.tensor([0.5])
+        )
+        place = k / max(len(self.scales) - 1, 1)
+        return self.phis[int((ticks - place).abs().argmin())]
+
+    def added(self, f_hat: Tensor, codes: Tensor, k: int) -> Tensor:
+        """f_hat with the codes [B,n^2,C] of scale k."""
+        side = self.scales[k]
+        grid = codes.transpose(1, 2).unflatten(-1, (side, side))
+        if k < len(self.scales) - 1:
+            grid = F.interpolate(grid, size=f_hat.shape[-2:], mode="bicubic")
+        return f_hat + 0.5 * grid + 0.5 * self.phi(k)(grid)
+
+    def next_input(self, f_hat: Tensor, k: int) -> Tensor:
+        """f_hat as the input [B,m^2,C] of scale k + 1."""
+        side = self.scales[k + 1]
+        return F.interpolate(f_hat, size=(side, side), mode="area").flatten(2).transpose(1, 2)
+
+    def start(self, batch: int, like: Tensor, size: int) -> Tensor:
+        """f_hat of no scale."""
+        side = self.scales[-1]
+        return like.new_zeros(batch, size, side, side)
+
+    def inputs(self, codes: Tensor) -> Tensor:
+        """Inputs [B,L - 1,C] of all scales but the first, of the codes [B,L,C] of all scales."""
+        f_hat, parts = self.start(len(codes), codes, codes.shape[-1]), []
+        for k, part in enumerate(codes.split([n**2 for n in self.scales], 1)[:-1]):
+            f_hat = self.added(f_hat, part, k)
+            parts.append(self.next_input(f_hat, k))
+        return torch.cat(parts, 1)
+
+
+class VAR(TokenNet):
+    """A group a scale, whose positions are drawn independently given the scales before.
+
+    As a teacher its input at a scale is the map of all codes before, resized; a scale sees all scales up to itself. With
+    `student` it reads code vectors and noise as they are, a position sees itself and all lower scales, and has a flag of
+    data and noise in every block, and a second head.
+
+    Args:
+        depth: blocks; the width is 64 depth and the heads are as many, unless given. scales: positions a side of each.
+        vocabulary: V. size: C. num_classes: classes; the table has a null row more. student: see above. split: groups whose
+        tokens come from the logits; null: all.
+
+    Attributes:
+        codebook: [V,C], zeros until it is set.
+    """
+
+    codebook: Tensor
+
+    def __init__(
+        self,
+        *,
+        depth: int = 16,
+        width: int | None = None,
+        heads: int | None = None,
+        scales: Sequence[int] = SCALES,
+        vocabulary: int = 4096,
+        size: int = 32,
+        num_classes: int = 1000,
+        student: bool = False,
+        split: int | None = None,
+    ) -> None:
+        super().__init__()
+        width, heads = 64 * depth if width is None else width, depth if heads is None else heads
+        if min(depth, width, heads, vocabulary, size, num_classes, *scales) < 1 or width % heads:
+            raise ValueError(
+                f"width, heads: found {width} and {heads}, expected a multiple, and sizes of at least 1"
+            )
+        if split is not None and (not student or not 0 <= split <= len(scales)):
+            raise ValueError(
+                f"split: found {split}, expected null, or of a student 0 .. {len(scales)} groups"
+            )
+        self.vocabulary, self.size, self.num_classes, self.student = vocabulary, size, num_classes, student
+        self.groups = tuple(n**2 for n in scales)
+        self.length = sum(self.groups)
+        self.split = self.length if split is None else sum(self.groups[:split])
+        levels = [1, *self.groups] if student else list(self.groups)
+        level = torch.tensor([number for number, count in enumerate(levels) for _ in range(count)])
+        group = torch.tensor([number for number, count in enumerate(self.groups) for _ in range(count)])
+        self.register_buffer("level", level, persistent=False)
+        self.register_buffer("group", group, persistent=False)
+        self.class_emb, self.word_embed = nn.Embedding(num_classes + 1, width), nn.Linear(size, width)
+        std = math.sqrt(1 / width / 3)
+        self.pos_start = nn.Parameter(torch.randn(1, 1, width) * std)
+        self.pos_1LC = nn.Parameter(torch.randn(1, len(level), width) * std)
+        self.lvl_embed = nn.Embedding(len(levels), width)
+        self.blocks = nn.ModuleList([VARBlock(width, heads) for _ in range(depth)])
+        self.head_nm, self.head = AdaLN(width, 2), nn.Linear(width, vocabulary)
+        self.register_buffer("codebook", torch.zeros(vocabulary, size))
+        if student:
+            self.n_d_embed = nn.Embedding(2, width)
+            self.layerwise_n_d_embed = nn.ModuleList([nn.Linear(width, width) for _ in range(depth + 1)])
+            self.final_layer_conti = PixArtHead(width, size)
+        else:
+            self.quantize = Scales(scales, size)
+            self.quantize.requires_grad_(False)
+
+    level: Tensor
+    group: Tensor
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond, heads: bool = False) -> Any:
+        """As of `TokenTransformer`; t counts scales of data."""
+        first = self._class(cond)
+        if not self.student:
+            return self.logits(self.quantize.inputs(x), first)
+        data = self.group < data_groups(t, len(self.groups))[:, None]
+        flags = self.n_d_embed(torch.cat([torch.ones_like(data[:, :1]), data], 1).long())
+        hidden = self._embedded(self.word_embed(x.to(first.dtype)), first) + flags
+        visible = (self.level[:, None] > self.level) | torch.eye(
+            len(self.level), dtype=torch.bool, device=x.device
+        )
+        for block, linear in zip(self.blocks, self.layerwise_n_d_embed, strict=False):
+            hidden, _ = block(hidden + linear(flags), first, visible, None)
+        hidden = (hidden + self.layerwise_n_d_embed[-1](flags))[:, 1:]
+        logits, made = self.head(self.head_nm(hidden, first)), self.final_layer_conti(hidden, first)
+        return (logits, made) if heads else student_output(x, logits, made, self.codebook, data, self.split)
+
+    def logits(self, inputs: Tensor, first: Tensor) -> Tensor:
+        """Logits [B,L,V] of inputs [B,L - 1,C] of all scales but the first, with a mask over scales."""
+        hidden = self._embedded(self.word_embed(inputs.to(first.dtype)), first)
+        visible = self.level[:, None] >= self.level
+        for block in self.blocks:
+            hidden, _ = block(hidden, first, visible, None)
+        out: Tensor = self.head(self.head_nm(hidden, first))
+        return out
+
+    def _class(self, cond: Cond) -> Tensor:
+        """The embedding [B,width] of the classes; the null class is the last row."""
+        if (label := cond.get("label")) is None:
+            raise ValueError(
+                f"cond: this net expects one of {self.num_classes} class labels a sample, found no labels"
+            )
+        rows: Tensor = self.class_emb(torch.where(label < 0, self.num_classes, label))
+        return rows
+
+    def _embedded(self, words: Tensor, first: Tensor) -> Tensor:
+        start = first[:, None] + self.pos_start
+        return torch.cat([start, words], 1) + self.lvl_embed(self.level) + self.pos_1LC
+
+    def begin(self, cond: Cond) -> Any:
+        """The class, an empty map and an empty cache of keys and values."""
+        first = self._class(cond)
+        f_hat = self.quantize.start(len(first), first, self.size)
+        return VARState(first, f_hat, [None] * len(self.blocks))
+
+    def advance(self, state: Any, codes: Tensor | None) -> Tensor:
+        """A scale sees all before it through the cache. Several known scales are added one after the other, so that no scale
+        sees a later one."""
+        if codes is None:
+            return self._scale(state, state.first[:, None] + self.pos_start)
+        sizes = list(self.groups[state.scale :]) if state.scale == 0 else [codes.shape[1]]
+        if state.scale == 0:
+            self._scale(state, state.first[:, None] + self.pos_start)
+        logits, start = codes, 0
+        while start < codes.shape[1]:
+            size = sizes.pop(0)
+            k = state.scale - 1
+            state.f_hat = self.quantize.added(
+                state.f_hat, codes[:, start : start + size].to(state.f_hat.dtype), k
+            )
+            logits = self._scale(state, self.word_embed(self.quantize.next_input(state.f_hat, k)))
+            start += size
+        return logits
+
+    def _scale(self, state: Any, words: Tensor) -> Tensor:
+        """Logits of the next scale, whose embedded input is `words`."""
+        begin = sum(self.groups[: state.scale])
+        place = slice(begin, begin + words.shape[1])
+        hidden = words + self.lvl_embed(self.level[place]) + self.pos_1LC[:, place]
+        for number, block in enumerate(self.blocks):
+            hidden, state.cache[number] = block(hidden, state.first, None, state.cache[number])
+        state.scale += 1
+        out: Tensor = self.head(self.head_nm(hidden, state.first))
+        return out
+
+
+@dataclass
+class VARState:
+    """Generation so far: class [B,width], map [B,C,h,h], keys and values of each block, scales in them."""
+
+    first: Tensor
+    f_hat: Tensor
+    cache: list[tuple[Tensor, Tensor] | None] = field(default_factory=list)
+    scale: int = 0
+
+
+class AdaLN(nn.Module):
+    """A layer norm without weights, scaled and shifted by a linear layer of the condition."""
+
+    def __init__(self, width: int, parts: int) -> None:
+        super().__init__()
+        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, parts * width))
+        self.parts, self.width = parts, width
+
+    def split(self, cond: Tensor) -> tuple[Tensor, ...]:
+        """`parts` tensors [B,1,width] of the condition."""
+        return self.ada_lin(cond).view(-1, 1, self.parts, self.width).unbind(2)
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        scale, shift = self.split(cond)
+        return normed(x) * (1 + scale) + shift
+
+
+def normed(x: Tensor) -> Tensor:
+    """Layer norm without weights."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
+class VARBlock(AdaLN):
+    """Attention of unit queries and keys, and a two-layer perceptron; scale, shift and gate of both come from the condition."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__(width, 6)
+        self.attn, self.ffn = VARAttention(width, heads), FeedForward(width)
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, cond: Tensor, visible: Tensor | None, cache: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        gate1, gate2, scale1, scale2, shift1, shift2 = self.split(cond)
+        mixed, cache = self.attn(normed(x) * (1 + scale1) + shift1, visible, cache)
+        x = x + mixed * gate1
+        return x + self.ffn(normed(x) * (1 + scale2) + shift2) * gate2, cache
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with GELU (tanh form)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return out
+
+
+class VARAttention(nn.Module):
+    """softmax(s q.k) with q and k of length 1 and a learned factor s <= 100 a head; keys have no bias."""
+
+    zero_k_bias: Tensor
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.mat_qkv, self.proj = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width)
+        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
+        self.register_buffer("zero_k_bias", torch.zeros(width))
+        self.scale_mul_1H11 = nn.Parameter(torch.full((1, heads, 1, 1), 4.0).log())
+
+    def forward(
+        self, x: Tensor, visible: Tensor | None, cache: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
+        batch, length, _ = x.shape
+        parts = (
+            F.linear(x, self.mat_qkv.weight, bias)
+            .view(batch, length, 3, self.heads, -1)
+            .permute(2, 0, 3, 1, 4)
+        )
+        query, key, value = parts.unbind(0)
+        query = F.normalize(query, dim=-1) * self.scale_mul_1H11.clamp(max=math.log(100)).exp()
+        key = F.normalize(key, dim=-1)
+        if cache is not None:
+            key, value = torch.cat([cache[0], key], 2), torch.cat([cache[1], value], 2)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=1.0)
+        return self.proj(mixed.transpose(1, 2).flatten(2)), (key, value)
