@@ -1,5 +1,4 @@
-"""VAR's transformer over scales (arXiv 2404.02905), and Distilled Decoding's student of it (arXiv 2412.17153). Parameters
-have the names of the public files, and the maps from codes to inputs those of the public tokenizer's `quantize`."""
+"""VAR's transformer over scales (arXiv 2404.02905). Parameters have the names of the public files."""
 
 from __future__ import annotations
 
@@ -13,10 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distill.data.cond import Cond
-from distill.nets.llamagen import PixArtHead
 from distill.nets.token_net import TokenNet
-from distill.nets.token_transformer import student_output
-from distill.process.prefix import data_groups
 
 SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 
@@ -75,14 +71,11 @@ class Scales(nn.Module):
 class VAR(TokenNet):
     """A group a scale, whose positions are drawn independently given the scales before.
 
-    As a teacher its input at a scale is the map of all codes before, resized; a scale sees all scales up to itself. With
-    `student` it reads code vectors and noise as they are, a position sees itself and all lower scales, and has a flag of
-    data and noise in every block, and a second head.
+    The input at a scale is the map of all codes before, resized; a scale sees all scales up to itself.
 
     Args:
         depth: blocks; the width is 64 depth and the heads are as many, unless given. scales: positions a side of each.
-        vocabulary: V. size: C. num_classes: classes; the table has a null row more. student: see above. split: groups whose
-        tokens come from the logits; null: all.
+        vocabulary: V. size: C. num_classes: classes; the table has a null row more.
 
     Attributes:
         codebook: [V,C], zeros until it is set.
@@ -100,8 +93,6 @@ class VAR(TokenNet):
         vocabulary: int = 4096,
         size: int = 32,
         num_classes: int = 1000,
-        student: bool = False,
-        split: int | None = None,
     ) -> None:
         super().__init__()
         width, heads = 64 * depth if width is None else width, depth if heads is None else heads
@@ -109,54 +100,26 @@ class VAR(TokenNet):
             raise ValueError(
                 f"width, heads: found {width} and {heads}, expected a multiple, and sizes of at least 1"
             )
-        if split is not None and (not student or not 0 <= split <= len(scales)):
-            raise ValueError(
-                f"split: found {split}, expected null, or of a student 0 .. {len(scales)} groups"
-            )
-        self.vocabulary, self.size, self.num_classes, self.student = vocabulary, size, num_classes, student
+        self.vocabulary, self.size, self.num_classes = vocabulary, size, num_classes
         self.groups = tuple(n**2 for n in scales)
         self.length = sum(self.groups)
-        self.split = self.length if split is None else sum(self.groups[:split])
-        levels = [1, *self.groups] if student else list(self.groups)
-        level = torch.tensor([number for number, count in enumerate(levels) for _ in range(count)])
-        group = torch.tensor([number for number, count in enumerate(self.groups) for _ in range(count)])
+        level = torch.tensor([number for number, count in enumerate(self.groups) for _ in range(count)])
         self.register_buffer("level", level, persistent=False)
-        self.register_buffer("group", group, persistent=False)
         self.class_emb, self.word_embed = nn.Embedding(num_classes + 1, width), nn.Linear(size, width)
         std = math.sqrt(1 / width / 3)
         self.pos_start = nn.Parameter(torch.randn(1, 1, width) * std)
         self.pos_1LC = nn.Parameter(torch.randn(1, len(level), width) * std)
-        self.lvl_embed = nn.Embedding(len(levels), width)
+        self.lvl_embed = nn.Embedding(len(self.groups), width)
         self.blocks = nn.ModuleList([VARBlock(width, heads) for _ in range(depth)])
         self.head_nm, self.head = AdaLN(width, 2), nn.Linear(width, vocabulary)
         self.register_buffer("codebook", torch.zeros(vocabulary, size))
-        if student:
-            self.n_d_embed = nn.Embedding(2, width)
-            self.layerwise_n_d_embed = nn.ModuleList([nn.Linear(width, width) for _ in range(depth + 1)])
-            self.final_layer_conti = PixArtHead(width, size)
-        else:
-            self.quantize = Scales(scales, size)
-            self.quantize.requires_grad_(False)
+        self.quantize = Scales(scales, size)
+        self.quantize.requires_grad_(False)
 
     level: Tensor
-    group: Tensor
 
-    def forward(self, x: Tensor, t: Tensor, cond: Cond, heads: bool = False) -> Any:
-        """As of `TokenTransformer`; t counts scales of data."""
-        first = self._class(cond)
-        if not self.student:
-            return self.logits(self.quantize.inputs(x), first)
-        data = self.group < data_groups(t, len(self.groups))[:, None]
-        flags = self.n_d_embed(torch.cat([torch.ones_like(data[:, :1]), data], 1).long())
-        hidden = self._embedded(self.word_embed(x.to(first.dtype)), first) + flags
-        visible = (self.level[:, None] > self.level) | torch.eye(
-            len(self.level), dtype=torch.bool, device=x.device
-        )
-        for block, linear in zip(self.blocks, self.layerwise_n_d_embed, strict=False):
-            hidden, _ = block(hidden + linear(flags), first, visible, None)
-        hidden = (hidden + self.layerwise_n_d_embed[-1](flags))[:, 1:]
-        logits, made = self.head(self.head_nm(hidden, first)), self.final_layer_conti(hidden, first)
-        return (logits, made) if heads else student_output(x, logits, made, self.codebook, data, self.split)
+    def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        return self.logits(self.quantize.inputs(x), self._class(cond))
 
     def logits(self, inputs: Tensor, first: Tensor) -> Tensor:
         """Logits [B,L,V] of inputs [B,L - 1,C] of all scales but the first, with a mask over scales."""

@@ -449,8 +449,11 @@ class Long(ConvTokenizer):
             lambda: teacher().transport(noise()[:, :3], classes_of(6)),
             r"z: found shape \[6, 3, 4\] .* expected \[6, 4, 4\]",
         ),
-        (lambda: TokenTeacher(teacher().net, (5, C), decoder=decoder()), "net.groups: found 4 positions in groups, expected
-        the 5"), (
+        (
+            lambda: TokenTeacher(teacher().net, (L, 5), decoder=codes()),
+            r"sample_shape: found \[4, 5\], expected \[L,C\] with the C = 4",
+        ),
+        (
             lambda: TokenTeacher(teacher().net, (5, C), decoder=codes()),
             "net.groups: found 4 positions in groups, expected the 5",
         ),
