@@ -95,8 +95,8 @@ class Tokenizer(DistillModule):
     @torch.no_grad()
     def monitored(self, generator: Generator, source: Any, ids: Tensor, seed: int, stream: str) -> Tensor:
         """Reconstructed images of the data, so that a monitor's `fd` is that of the reconstruction."""
-        generator = torch.Generator("cpu").manual_seed(stream_key(seed, stream) % 2**63)
-        rows = torch.randperm(len(source), generator=generator)[ids % len(source)]  # data often have an order
+        seeded = torch.Generator("cpu").manual_seed(stream_key(seed, stream) % 2**63)
+        rows = torch.randperm(len(source), generator=seeded)[ids % len(source)]  # data often have an order
         batch = source.fetch(rows, rows).to(generator.device)
         made = generator.denoiser.x0(batch.x0, batch.x0.new_zeros(len(ids)), batch.cond)
         return generator.decoded(made)
