@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import token_support
 import torch
 import torch.distributed as dist
 from engine_support import Points, head_only, two_heads
@@ -15,14 +16,18 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from method_support import mlp, optim
 from torch import nn
 
+from distill.data.digits import Digits
 from distill.data.points import Points as RingPoints
 from distill.engine.fit import Fit, train
 from distill.engine.loggers import Jsonl
 from distill.engine.logging import read_entries
 from distill.engine.module import DistillModule
 from distill.engine.parallel import full, full_state, is_sharded, make_mesh, shard_net
+from distill.methods.autoregressive import Autoregressive
+from distill.methods.distilled_decoding import DistilledDecoding
 from distill.methods.mmd import MMD
 from distill.methods.sid import SiD
+from distill.methods.tokenizer import Tokenizer
 from distill.models.spec import SamplerSpec
 from distill.process.flow import Flow
 from distill.stages.adapt import adapted
@@ -244,3 +249,30 @@ def job_rows(world: World, folder: Path) -> None:
         )
     if world.size > 1:
         dist.barrier()
+
+
+def job_tokens(world: World, folder: Path) -> None:
+    """A tokenizer, a model of its tokens and a student of Distilled Decoding; weights and averages at the end."""
+    for shard in ("none", "world"):
+        for name, (make, source) in TOKENS.items():
+            method = make()
+            method.prepare({"student": optim(lr=1e-3)}, seed=5, world=world)
+            place = folder / f"{name}-{shard}-{world.size}"
+            train(method, source(), Fit(6, 16, shard=shard), folder=place)
+            found = {
+                f"{part}.{key}": value
+                for part, networks in (("net", method.networks), ("ema", method.ema))
+                for key, value in full_state(networks["student"]).items()
+            }
+            if world.main:
+                torch.save(found, folder / f"{place.name}.pt")
+
+
+TOKENS = {
+    "tokenizer": (lambda: Tokenizer(token_support.tokenizer()), Digits),
+    "autoregressive": (lambda: Autoregressive(token_support.teacher()), token_support.TokenDigits),
+    "distilled_decoding": (
+        lambda: DistilledDecoding(token_support.student(split=2), timesteps=[0, 2], perceptual=0.5),
+        token_support.TokenDigits,
+    ),
+}
