@@ -40,6 +40,7 @@ RESULTS = {
     "guided": ("independent", False),
     "hipa": ("endpoint", False),
     "lcm": ("few_step", False),
+    "mmd": ("few_step", False),
     "one_step": ("endpoint", False),
     "progressive": ("few_step", False),
     "reflow": ("paired", True),

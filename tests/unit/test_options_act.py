@@ -16,6 +16,7 @@ from tests_support import ROOT
 from torch import Tensor, nn
 
 from distill.data.batch import Batch
+from distill.data.cond import Cond
 from distill.engine.module import DistillModule
 from distill.engine.update import Step
 from distill.models.decoder import Pixels
@@ -26,7 +27,7 @@ from distill.process.flow import Flow
 from distill.process.vp import VPCosine, VPScaledLinear
 
 CLASSES = 8
-IMAGES = ("hipa",)  # methods that are shown images of the size SHAPE, the others points
+IMAGES = ("hipa", "mmd")  # methods that are shown images of the size SHAPE, the others points
 SHAPE = (3, 4, 4)
 
 
@@ -35,6 +36,22 @@ class Brightness(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return images.mean((1, 3))
+
+
+class Rows:
+    """Training data of one shape, in [-1, 1], with labels."""
+
+    num_classes = CLASSES
+
+    def __init__(self, shape: tuple[int, ...], seed: int = 3) -> None:
+        self.sample_shape = shape
+        self.data = torch.randn(32, *shape, generator=torch.Generator().manual_seed(seed)).tanh()
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def fetch(self, rows: Tensor, index: Tensor) -> Batch:
+        return Batch(rows, index, Cond.of_labels(rows % CLASSES), x0=self.data[rows])
 
 
 SCORE: dict[str, list[Any]] = {
@@ -133,6 +150,26 @@ OTHERS: dict[str, dict[str, list[Any]]] = {
         "sample_w": [0.5],
         "embed_w": [False],
     },
+    "mmd": {
+        "steps": [2],
+        "grid": [{"name": "shifted", "factor": 3.0}],
+        "guidance_scale": [2.0],
+        "features": [Brightness().eval()],
+        "feature_scale": ["rms"],
+        "kernel.name": ["linear", "rbf", "rbf_mixture"],
+        "kernel.degree": [2],
+        "kernel.c": [2.0],
+        "kernel.gamma": [0.5, "median"],
+        "kernel.scales": [([1.0], {"kernel.name": "rbf_mixture"})],
+        "estimator": ["biased"],
+        "classes": [True, None],
+        "real": [(Rows(SHAPE, seed=5), {"bank": None})],
+        "bank": [None, 10],
+        "clamp": ["none"],  # tests/unit/test_mmd.py compares the gradients of the others
+        "precision": ["float32"],
+        "recompute": [False],
+        "dropout": [True],
+    },
     "one_step": {"steps": [3], "t_eps": [0.1]},
     "progressive": {
         "steps": [4],
@@ -200,6 +237,7 @@ def made(stem: str, options: dict[str, Any]) -> DistillModule:
         for parameter in method.fake.parameters():
             torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(4))
     method.prepare({update.name: optim() for update in method.updates()}, seed=0)
+    method.before_training(Rows(method.student.sample_shape))
     for name, average in method.ema.items():  # a target that has fallen behind
         for parameter in average.parameters():
             parameter.data.mul_(1.0 if name in method.networks else 0.9)
@@ -224,9 +262,10 @@ def seen(method: DistillModule) -> dict[str, Any]:
             found[f"{update.name}, {iteration}"] = update.loss(
                 batch(method.student.sample_shape), step
             ).total.item()
-    found["updates"] = [(update.name, update.every, update.start) for update in method.plan]
+    found["updates"] = [(update.name, update.every, update.start, update.mode) for update in method.plan]
     found["averages"] = {name: [average.decay(k) for k in (0, 5)] for name, average in method.further.items()}
-    rules = ("path", "criterion", "window", "tolerance")  # of DisBack's walk, which needs nodes to show
+    # Of DisBack's walk, which needs nodes to show, and of memory, which no number shows.
+    rules = ("path", "criterion", "window", "tolerance", "recompute")
     found["rules"] = [copy.deepcopy(getattr(method, name, None)) for name in rules]
     return found
 
