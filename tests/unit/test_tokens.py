@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import replace
 from functools import partial
@@ -322,6 +323,35 @@ def test_a_method_of_scores_refuses_a_model_of_tokens():
         SiD(teacher(), teacher())
     with pytest.raises(ValueError, match=r"student: found a Denoiser, but the method needs a TokenTeacher"):
         Autoregressive(student())
+
+
+OPTIONS = {
+    "tokenizer": (TokenizerMethod, tokenizer, {}, {"commitment": 1.0, "revive": 1.0}),
+    "autoregressive": (Autoregressive, teacher, {}, {"null_prob": 0.9, "held_out": 2, "steps": 8}),
+    "distilled_decoding": (
+        DistilledDecoding,
+        partial(student, split=2),
+        {"timesteps": [0, 2]},
+        {"timesteps": [0, 3], "sample_steps": [2], "ce": 2.0, "emb": 2.0, "perceptual": 1.0},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_acts(name: str):
+    cls, make, base, options = OPTIONS[name]
+    assert set(options) == set(inspect.signature(cls).parameters) - {"student"}
+    source, rows = Images() if name == "tokenizer" else TokenDigits(), torch.arange(64)
+    batch = source.fetch(rows, rows)
+
+    def seen(**given):
+        method = cls(make(), **(base | given))
+        with torch.no_grad():
+            return float(method.loss(batch, Step(0, Draws(0, "x", 0, rows))).total), method.result()
+
+    assert seen() == seen()
+    for option, value in options.items():
+        assert seen(**{option: value}) != seen(), option
 
 
 # ---- pairs ----
