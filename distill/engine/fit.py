@@ -36,6 +36,7 @@ from distill.data.source import Source, StepLoader
 from distill.engine import checkpoint
 from distill.engine.callbacks import CheckpointCallback, Evaluation, EvaluationCallback, LoggingCallback
 from distill.engine.hooks import check_callback_hooks
+from distill.engine.loggers import replay
 from distill.engine.made import made_of
 from distill.engine.module import DistillModule
 from distill.engine.networks import modes_kept
@@ -185,6 +186,7 @@ def _train(
         for part in (*attached.loggers, attached.evaluation):
             if callable(resume := getattr(part, "resume", None)):
                 resume(method.progress.step)
+        replay(attached.loggers)
     device = torch.device(fit.device, world.local_rank) if fit.device == "cuda" else torch.device(fit.device)
     method.distribute(fit.shard, device)
     stop = method.student_update.iterations_for(fit.steps)

@@ -7,7 +7,8 @@ import inspect
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfi
 
 from distill.engine.hooks import check_callback_hooks
 from distill.engine.logging import lines_of, read_entries
-from distill.files import append_text, write_text
+from distill.files import append_text, make_folder, write_text
 from distill.typed import unknown_key
 
 PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
@@ -29,6 +30,8 @@ WANDB_INIT = (
     *("entity", "group", "job_type", "tags", "notes", "config", "mode", "settings", "save_code"),
     *("allow_val_change", "sync_tensorboard", "config_exclude_keys", "config_include_keys"),
 )
+
+OFFLINE = ("offline", "dryrun")  # values of WANDB_MODE; Lightning sets the second one
 
 
 class Jsonl(Logger):
@@ -135,15 +138,19 @@ def _options(target: type) -> list[str]:
     return [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
 
 
-def stage_options(target: type, folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Options that a stage gives a logger or profiler which does not set them itself: the folder for its files, and a W&B
-    run id that is written there before the first step. W&B is offline unless WANDB_API_KEY or WANDB_MODE is set, so that a
-    batch job never waits for a prompt."""
+def stage_options(
+    target: type, folder: Path, settings: Mapping[str, Any], names: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Options that a stage gives a logger or profiler which does not set them itself: the folder for its files, and for W&B
+    `names` (name, group, job_type, tags) and a run id that is written there before the first step. W&B is offline unless
+    WANDB_API_KEY or WANDB_MODE is set, so that a batch job never waits for a prompt."""
     known = _options(target)
     found: dict[str, Any] = {name: str(folder) for name in ("save_dir", "dirpath") if name in known}
     if issubclass(target, WandbLogger):
-        online = "WANDB_API_KEY" in os.environ or "WANDB_MODE" in os.environ
-        found |= {"id": wandb_id(folder), "resume": "allow", "offline": not online, "config": dict(settings)}
+        mode = os.environ.get("WANDB_MODE")
+        offline = mode in OFFLINE or (not mode and "WANDB_API_KEY" not in os.environ)
+        found |= {"id": wandb_id(folder), "resume": "allow", "offline": offline, "config": dict(settings)}
+        found |= names
     return found
 
 
@@ -154,10 +161,47 @@ def profiler_named(name: str, folder: Path) -> Profiler:
 
 
 def opened(logger: Logger) -> Logger:
-    """A logger that is ready. A W&B run is begun now, before training, and drawn over images."""
+    """A logger that is ready. A W&B run is begun now, before training, and drawn over images; where that fails online, it is
+    begun offline, with a warning."""
     if isinstance(logger, WandbLogger):
-        logger.experiment.define_metric("*", step_metric="images")
+        _begun(logger).define_metric("*", step_metric="images")
     return logger
+
+
+def _begun(logger: WandbLogger) -> Any:
+    _supersede(logger)
+    try:
+        return logger.experiment
+    except Exception as error:  # no network, no account: whatever W&B raises
+        if logger._offline:
+            raise
+        why = " ".join(str(error).split())
+        warnings.warn(
+            f"loggers: W&B cannot be reached ({why}); this run is logged offline in {logger.save_dir}/wandb; `wandb sync` uploads it",
+            stacklevel=3,
+        )
+    logger._offline, logger._experiment = True, None
+    logger._wandb_init["mode"] = "offline"
+    return logger.experiment
+
+
+def _supersede(logger: WandbLogger) -> None:
+    """Move earlier offline runs of this id to `wandb/superseded`: `replay` logs all that they hold into the new one."""
+    folder = Path(logger.save_dir or ".") / "wandb"
+    for old in sorted(folder.glob(f"offline-run-*-{logger._id}")):
+        make_folder(folder / "superseded")
+        old.rename(folder / "superseded" / old.name)
+
+
+def replay(loggers: Sequence[Logger]) -> None:
+    """Log the entries of metrics.jsonl into offline W&B runs. These begin empty, and W&B may not have written the last entries
+    of a process that was killed."""
+    records = [logger for logger in loggers if isinstance(logger, Jsonl)]
+    for logger in loggers:
+        if isinstance(logger, WandbLogger) and logger._offline:
+            for entry in (entry for record in records for entry in read_entries(record.path)):
+                found = {name: value for name, value in entry.items() if value is not None}
+                logger.log_metrics(found, step=entry["step"])
 
 
 def close(loggers: Iterable[Logger]) -> None:

@@ -60,13 +60,25 @@ def _try(config: Mapping[str, Any], options: Mapping[str, Any], where: str) -> N
         raise ValueError(f"{where}: {cause}") from error
 
 
-def stage_options(config: Mapping[str, Any], folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+def stage_options(
+    config: Mapping[str, Any], folder: Path, settings: Mapping[str, Any], context: StageContext | None = None
+) -> dict[str, Any]:
     """Options that the stage gives, without those that the config sets."""
     from distill.engine import loggers
 
     target: Callable[..., Any] = resolve(config, "_target_")
     assert inspect.isclass(target)
-    given = loggers.stage_options(target, folder, settings)
+    names: dict[str, Any] = {}
+    if context is not None:
+        run, method = context.run_folder.name, settings["method"]["_target_"].rpartition(".")[2]
+        names = {
+            "name": f"{run}/{context.name}",
+            "group": run,
+            "job_type": "train",
+            "tags": [context.recipe, method],
+        }
+        settings = {**settings, "recipe": context.recipe, "digest": context.digest, "seed": context.seed}
+    given = loggers.stage_options(target, folder, settings, names)
     return {name: value for name, value in given.items() if name not in config}
 
 
@@ -78,7 +90,7 @@ def attachments(context: StageContext, settings: dict[str, Any]) -> dict[str, An
     found: dict[str, Any] = {"loggers": [], "callbacks": [build(config) for config in context.callbacks]}
     make_folder(logs)
     if context.world.main and not context.settings.fast_dev_run:
-        configs = [(config, stage_options(config, logs, settings)) for config in context.loggers]
+        configs = [(config, stage_options(config, logs, settings, context)) for config in context.loggers]
         found["loggers"] = [Jsonl(logs), *(opened(build(config, **given)) for config, given in configs)]
     if isinstance(profiler, str) and context.world.main:
         found["profiler"] = profiler_named(profiler, logs)

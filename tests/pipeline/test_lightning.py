@@ -17,6 +17,7 @@ from test_watching import TRAIN, recipe
 from tests_support import SMALL, run_verb
 
 from distill.engine import checkpoint
+from distill.files import read_json
 from distill.recipe.run import run
 from distill.stages.base import FastDevRun
 
@@ -155,13 +156,17 @@ class FakeRun:
         self.calls.append(("finish",))
 
 
-def test_wandb_continues_its_run_offline_and_is_closed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def fake_wandb(monkeypatch: pytest.MonkeyPatch, reachable: bool = True) -> list[tuple[Any, ...]]:
+    """What is asked of W&B, in place of its package; offline runs have a folder."""
     calls: list[tuple[Any, ...]] = []
 
     def init(**options: Any) -> FakeRun:
         calls.append(("init", options))
+        offline = options.get("mode") == "offline" or os.environ.get("WANDB_MODE") == "dryrun"
+        if not offline and not reachable:
+            raise RuntimeError("no\nnetwork")
+        if offline:
+            (Path(options["dir"]) / f"wandb/offline-run-{len(calls)}-{options['id']}").mkdir(parents=True)
         return FakeRun(calls)
 
     modules = {name: ModuleType(name) for name in ("wandb", "wandb.sdk", "wandb.sdk.lib", "wandb.wandb_run")}
@@ -174,6 +179,13 @@ def test_wandb_continues_its_run_offline_and_is_closed(
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("WANDB_MODE", "")  # is set again by Lightning, and taken away after the test
     monkeypatch.delenv("WANDB_MODE")
+    return calls
+
+
+def test_wandb_continues_its_run_offline_and_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = fake_wandb(monkeypatch)
     logger = {"_target_": "lightning.pytorch.loggers.WandbLogger", "project": "mine", "group": "g"}
     both = {"loggers": [logger], "callbacks": OWN}
     monkeypatch.setattr(Noting, "fail_at", 4)
@@ -186,11 +198,31 @@ def test_wandb_continues_its_run_offline_and_is_closed(
     for options in (first, second):
         assert (options["id"], options["resume"], options["project"]) == (run_id, "allow", "mine")
         assert (options["group"], options["dir"]) == ("g", str(stage / "logs"))
+        assert (options["name"], options["job_type"]) == ("r/teacher", "train")
+        assert options["tags"] == ["toy", "FlowMatching"]
         assert options["config"]["method"] == TRAIN["method"]
+        assert options["config"]["digest"] == read_json(stage / "artifact.json")["digest"]
     assert calls.count(("define", "*", "images")) == 2
     assert calls.count(("finish",)) == 2
     assert calls[-1] == ("finish",)
-    # The same numbers twice for what was trained twice, on the axes of the run.
+    # The second run holds every step once, whatever the first one had not written; `wandb sync` uploads it alone.
     logged = [call[1:] for call in calls if call[0] == "log"]
-    assert logged == [(n, 8 * n, n) for n in (1, 2, 3, 4, 3, 4, 5)]
+    assert logged == [(n, 8 * n, n) for n in (1, 2, 3, 4, 1, 2, 3, 4, 5)]
+    assert {p.name for p in (stage / "logs/wandb").iterdir()} == {
+        "superseded",
+        next(p.name for p in (stage / "logs/wandb").glob(f"offline-run-*-{run_id}")),
+    }
+    assert len(list((stage / "logs/wandb/superseded").iterdir())) == 1
     assert os.environ["WANDB_MODE"] == "dryrun", "without a key it stays offline"
+
+
+def test_wandb_that_cannot_be_reached_does_not_stop_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = fake_wandb(monkeypatch, reachable=False)
+    monkeypatch.setenv("WANDB_API_KEY", "k")
+    with pytest.warns(UserWarning, match="W&B cannot be reached .no network.; this run is logged offline"):
+        start(tmp_path, loggers=[{"_target_": "lightning.pytorch.loggers.WandbLogger"}])
+    online, offline = (call[1] for call in calls if call[0] == "init")
+    assert (online.get("mode"), offline["mode"]) == (None, "offline")
+    assert [call[1] for call in calls if call[0] == "log"] == [1, 2, 3, 4, 5]
