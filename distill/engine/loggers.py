@@ -177,7 +177,8 @@ def _begun(logger: WandbLogger) -> Any:
             raise
         why = " ".join(str(error).split())
         warnings.warn(
-            f"loggers: W&B cannot be reached ({why}); this run is logged offline in {logger.save_dir}/wandb; `wandb sync` uploads it",
+            f"loggers: W&B cannot be reached ({why}); this run is logged offline in {logger.save_dir}/wandb; "
+            "`wandb sync` uploads it",
             stacklevel=3,
         )
     logger._offline, logger._experiment = True, None
