@@ -27,6 +27,7 @@ WRITTEN = (
     "mmd.md",
     "distilled_decoding.md",
     "evaluation.md",
+    "tracking.md",
     "python.md",
     "reliability.md",
     "scaling.md",
