@@ -32,6 +32,7 @@ class Options:
     guidance_scale: null: the model's own
     guidance_w: guidance - 1, for models that take it as an input
     noise_scale: scale of the noise that few-step students add between steps; null: the model's own
+    strength: factor on the terms of an adapter; 0: its base's weights, null: 1
     device: cpu, cuda, cuda:N or mps"""
 
     model: str = ""
@@ -46,6 +47,7 @@ class Options:
     guidance_scale: float | None = None
     guidance_w: float | None = None
     noise_scale: float | None = None
+    strength: float | None = None
     device: str = "cpu"
 
 
@@ -81,12 +83,12 @@ def main() -> None:
             return
         options = parse(sys.argv[1:])
         out = output_picture(options.out, "grid.png")
-        generator = load_model(Path(options.model).expanduser(), device=options.device)
+        loaded = load_model(Path(options.model).expanduser(), device=options.device)
+        generator = loaded.with_strength(options.strength)
         samples = generator.sample(options.count, **{name: getattr(options, name) for name in PASSED_ON})
         columns = options.columns or min(options.count, generator.conditions.period or 10, 16)
         save_samples(samples, columns, out, SAMPLED, images=generator.decoder.images)
-        steps = f"{options.steps or generator.spec.steps} step(s)"
-        print(terminal.line(f"{out}: {options.count} samples of {options.model}, {steps}"))
+        print(terminal.line(f"{out}: {options.count} samples of {options.model}"))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,15 +17,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from distill.cache.former import of_schema_1
 from distill.data.batch import Batch
 from distill.data.plain import plain_torch
-from distill.data.rng import noise_checksum, sample_noise
+from distill.data.rng import noise_checksum, sample_noise, sample_uniform
 from distill.files import canonical_json, read_json, sha256_file, sha256_text
 from distill.models.autoencoder import read_decoder
 from distill.models.build import build_conditions
-from distill.models.conditions import classes
 from distill.models.decoder import codebook_of, codes_of
-from distill.models.description import decoder_of_schema_1
 from distill.models.model import LARGEST_SAMPLE
 from distill.names import inside
 from distill.samplers.solvers import CALLS
@@ -45,7 +45,9 @@ class Header:
     weights; `conditions` is the config of what the samples are conditioned on, `decoder` the entry of what they are
     (`models.autoencoder.entry_of`); `noise` is "seed" (z of sample i is
     `sample_noise(seed, stream, i)`) or "stored" (a column z); `grid` is the time grid of the transport, as a recipe names
-    it, or None for the process's own."""
+    it, or None for the process's own; `times` are those of the states that are stored, from the noise to the data, or None;
+    `guidance_range` is the range that guidance scales are drawn from (`guidance_of`), beside a `guidance_scale` of 1, or None
+    for one scale of all."""
 
     sample_shape: tuple[int, ...]
     count: int
@@ -67,6 +69,8 @@ class Header:
     grid: dict[str, Any] | None = None
     column: Literal["x0", "tokens"] = "x0"
     settings: dict[str, Any] | None = None
+    times: tuple[float, ...] | None = None
+    guidance_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         shape = self.sample_shape
@@ -79,6 +83,29 @@ class Header:
                 raise ValueError(f"{name}: found {getattr(self, name)}, expected at least 1")
         if self.solver not in CALLS:
             raise ValueError(f"solver: found {self.solver!r}, expected one of {list(CALLS)}")
+        if self.times is not None and (
+            len(self.times) < 2 or any(not a > b for a, b in pairwise(self.times))
+        ):
+            raise ValueError(f"times: found {list(self.times)}, expected at least 2 falling times")
+        if (found := self.guidance_range) is not None and not (
+            0 <= found[0] < found[1] and self.guidance == 1
+        ):
+            raise ValueError(
+                f"guidance_range: found {list(found)} beside guidance {self.guidance:g}, expected two rising scales beside 1"
+            )
+
+    def guidance_of(self, ids: Tensor) -> Tensor | None:
+        """Guidance scales [n] of samples `ids` [n], uniform in `guidance_range`, functions of (seed, stream, i); None where all
+        have `guidance_scale`."""
+        if self.guidance_range is None:
+            return None
+        low, high = self.guidance_range
+        return low + (high - low) * sample_uniform(self.seed, f"{self.stream}/guidance", ids)
+
+    @property
+    def has(self) -> tuple[str, ...]:
+        """Fields of batches beside the conditions."""
+        return fields_of_pairs(self.column, self.times is not None, self.guidance_range)
 
     @property
     def guidance(self) -> float:
@@ -94,13 +121,13 @@ class Header:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
         plain = asdict(self) | {"sample_shape": list(self.sample_shape)}
-        for name, default in (
-            ("grid", None),
-            ("column", "x0"),
-            ("settings", None),
-        ):  # as in caches of older versions
+        # As in caches of older versions.
+        later = {"grid": None, "column": "x0", "settings": None, "times": None, "guidance_range": None}
+        for name, default in later.items():
             if plain[name] == default:
                 plain.pop(name)
+            elif isinstance(plain[name], tuple):
+                plain[name] = list(plain[name])
         if self.schema == 1:  # training on an old cache is continued: what it was known by stays
             count = plain.pop("conditions").get("num_classes", 0)
             plain |= {"num_classes": count, "labels": "balanced"}
@@ -118,7 +145,7 @@ class Header:
             raise ValueError(f"{where}.schema: found {found!r}, this version reads {SCHEMA}")
         given = dict(value)
         if found == 1:
-            given = _of_schema_1(given, where)
+            given = of_schema_1(given, where)
         if (scaling := given.pop("latent_scaling", 1)) != 1 or isinstance(scaling, bool):
             raise ValueError(
                 f"{where}.latent_scaling: found {scaling!r}, expected 1: samples are stored as they are"
@@ -126,27 +153,10 @@ class Header:
         return parse(cls, given, where)
 
 
-def _of_schema_1(given: dict[str, Any], where: str) -> dict[str, Any]:
-    """The entries of a header of schema 1 as those of this one."""
-    old = parse(_Old, {key: given.pop(key) for key in ("num_classes", "labels") if key in given}, where)
-    if unknown := {"conditions", "decoder"} & set(given):
-        raise ValueError(f"{where}.{min(unknown)}: found in a header of schema 1, expected none")
-    return given | {
-        "conditions": classes(old.num_classes).config(),
-        "decoder": decoder_of_schema_1(given.get("sample_shape")).config(),
-    }
-
-
-@dataclass(frozen=True)
-class _Old:
-    """The entries of schema 1 about labels."""
-
-    num_classes: int
-    labels: Literal["balanced"] = "balanced"
-
-    def __post_init__(self) -> None:
-        if self.num_classes < 0:
-            raise ValueError(f"num_classes: found {self.num_classes}, expected at least 0")
+def fields_of_pairs(column: str, states: bool, guidance_range: tuple[float, float] | None) -> tuple[str, ...]:
+    """Fields of batches of pairs with samples in this column, stored `states`, or guidance scales drawn from a range."""
+    more = (*(("path", "times") if states else ()), *(("guidance",) if guidance_range else ()))
+    return tuple(dict.fromkeys(("x0", "z", column, *more)))
 
 
 def sample_column(header: Header) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -226,6 +236,8 @@ class Pairs:
         }
         self.x0 = [table[header.column] for table in tables]
         self.stored = [table["z"] for table in tables] if header.noise == "stored" else None
+        self.path = None if header.times is None else [table["path"] for table in tables]
+        self.guidance, self.has = header.guidance_of(self.ids), header.has
         self.starts = torch.tensor([0, *(len(x0) for x0 in self.x0)]).cumsum(0)
         if int(self.ids.min()) < 0:
             raise ValueError(f"{path}: ids: found {int(self.ids.min())}, expected at least 0")
@@ -282,6 +294,8 @@ class Pairs:
         }
         if self.header.noise == "stored":
             columns["z"] = (sample, torch.float32)
+        if self.header.times is not None:
+            columns["path"] = ((len(self.header.times), *sample), torch.float32)
         if unknown := sorted(table.keys() - columns.keys()):
             raise ValueError(f"{path}: {unknown[0]}: unexpected column, expected {', '.join(columns)}")
         for column, (shape, dtype) in columns.items():
@@ -318,6 +332,8 @@ class Pairs:
             raise ValueError(
                 f"{path}: x0: found values up to {largest}, expected finite ones up to {LARGEST:g}"
             )
+        if "path" in table and not bool(table["path"].isfinite().all()):
+            raise ValueError(f"{path}: path: found states that are not finite")
         if "z" in table:
             std = float(table["z"].double().std())
             if not 0.9 <= std <= 1.1:
@@ -343,7 +359,18 @@ class Pairs:
         else:
             z = sample_noise(self.header.seed, self.header.stream, ids, self.sample_shape)
         cond = self.conditions.stored({name: column[rows] for name, column in self.columns.items()})
-        return Batch(ids=ids, index=index, cond=cond, x0=x0, z=z, tokens=tokens)
+        header, path, guidance = self.header, self.path, self.guidance
+        return Batch(
+            ids=ids,
+            index=index,
+            cond=cond,
+            x0=x0,
+            z=z,
+            tokens=tokens,
+            path=None if path is None else self._rows(path, rows),
+            times=None if header.times is None else torch.tensor(header.times, dtype=torch.float64),
+            guidance=None if guidance is None else guidance[rows],
+        )
 
     def _rows(self, column: list[Tensor], rows: Tensor) -> Tensor:
         """Rows of a column that lies in one tensor a shard."""

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -28,9 +29,9 @@ SHARD_BYTES = 64 * 2**20
 WRITTEN = "shards.json"  # sha256 of the shards of an unfinished cache
 
 
-def shard_rows(sample_shape: tuple[int, ...], shard_bytes: int = SHARD_BYTES) -> int:
-    """Pairs a shard: about `shard_bytes` of float32 samples with 12 bytes of id and label each."""
-    return max(1, shard_bytes // (4 * math.prod(sample_shape) + 12))
+def shard_rows(sample_shape: tuple[int, ...], shard_bytes: int = SHARD_BYTES, states: int = 0) -> int:
+    """Pairs a shard: about `shard_bytes` of float32 samples, with `states` stored states and 12 bytes of id and label each."""
+    return max(1, shard_bytes // (4 * math.prod(sample_shape) * (1 + states) + 12))
 
 
 @plain_torch()
@@ -45,17 +46,27 @@ def make_pairs(
     world: World,
     on_samples: Callable[[int], None],
 ) -> Tensor | None:
-    """[n,*S] float32 endpoints of the teacher's transport for the samples `ids`, on the CPU of the main process;
-    None elsewhere. Refuses non-finite ones. Batches are the same on any number of processes, which share them."""
+    """[n,K,*S] float32 states of the teacher's transport at the header's times for the samples `ids`, or [n,1,*S] endpoints
+    without times; on the CPU of the main process, None elsewhere. Refuses non-finite ones. Batches are the same on any number
+    of processes, which share them."""
     samples, chunks, conditions = {}, ids.split(batch_size), teacher.conditions
     named = None if header.grid is None else TimeGrid.from_dict(header.grid)
     grid = None if named is None else named.make(teacher.process, header.steps)
     for number, part in world.share(chunks):
         z = sample_noise(header.seed, header.stream, part, header.sample_shape).to(device)
-        cond = conditions.of(part).to(device)
-        x0 = teacher.transport(
-            z, cond, solver=header.solver, steps=header.steps, guidance_scale=header.guidance_scale, grid=grid
-        )[0].cpu()
+        cond, drawn = conditions.of(part).to(device), header.guidance_of(part)
+        # One a sample, of denoisers alone.
+        scale: Any = header.guidance_scale if drawn is None else drawn.to(device)
+        states = teacher.transport(
+            z,
+            cond,
+            solver=header.solver,
+            steps=header.steps,
+            guidance_scale=scale,
+            grid=grid,
+            times=header.times,
+        )
+        x0 = states.transpose(0, 1).cpu()
         if not bool(torch.isfinite(x0).all()):
             bad = part[~torch.isfinite(x0).flatten(1).all(dim=1)].tolist()
             raise FloatingPointError(
@@ -106,14 +117,14 @@ def write_pairs(
     shards = []
     vocabulary = len(codebook_of(teacher.decoder)) if header.column == "tokens" else 0
     stored_shape = next(iter(sample_column(header).values()))[0]
-    pieces = torch.arange(header.count).split(shard_rows(stored_shape, shard_bytes))
+    pieces = torch.arange(header.count).split(shard_rows(stored_shape, shard_bytes, len(header.times or ())))
     for number, ids in enumerate(pieces):
         path = folder / f"pairs-{number:05d}.safetensors"
         reason = check_shard(path, header, ids, written.get(path.name), vocabulary) if world.main else ""
         if world.any(bool(reason)):
             if world.main and path.is_file():
                 tell(f"{path}: {reason}; made again")
-            x0 = make_pairs(
+            made = make_pairs(
                 teacher,
                 header,
                 ids,
@@ -122,9 +133,9 @@ def write_pairs(
                 world=world,
                 on_samples=on_samples,
             )
-            if x0 is not None:
-                column = stored(teacher, header, x0)
-                write_safetensors(path, {"ids": ids, **teacher.conditions.columns(ids), **column})
+            if made is not None:
+                known = {"ids": ids, **teacher.conditions.columns(ids)}
+                write_safetensors(path, known | stored(teacher, header, made))
                 written[path.name] = sha256_file(path)
                 write_json(folder / WRITTEN, {"header": header.to_dict(), "sha256": written})
         else:
@@ -138,10 +149,12 @@ def write_pairs(
     world.barrier()
 
 
-def stored(teacher: Model, header: Header, x0: Tensor) -> dict[str, Tensor]:
-    """The column of samples [n,*S]. Raises ValueError for tokens of more codes than 16 bits count."""
+def stored(teacher: Model, header: Header, states: Tensor) -> dict[str, Tensor]:
+    """The columns of states [n,K,*S], of which the last are the samples. Raises ValueError for tokens of more codes than 16
+    bits count."""
+    x0 = states[:, -1].contiguous()
     if header.column == "x0":
-        return {"x0": x0}
+        return {"x0": x0} if header.times is None else {"x0": x0, "path": states}
     if (codes := len(codebook_of(teacher.decoder))) > 2**16:
         raise ValueError(
             f"decoder: found {codes} codes, expected at most {2**16}: tokens are stored in 16 bits"

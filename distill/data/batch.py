@@ -9,7 +9,7 @@ from torch import Tensor
 
 from distill.data.cond import Cond
 
-TENSORS = ("ids", "index", "x0", "z", "tokens", "path", "times")
+TENSORS = ("ids", "index", "x0", "z", "tokens", "path", "times", "guidance")
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Batch:
         x0: data, or samples of the teacher [B,*S].
         z: noise that the teacher mapped to `x0` [B,*S].
         tokens: indices [B,L] int64 of the codes that `x0` consists of.
-        path: states between `z` and `x0` [B,K,*S]. times: their times [K], descending to 0.
+        path: states from `z` to `x0` [B,K,*S]. times: their times [K], descending to 0.
+        guidance: guidance scales that the samples were made with [B], where each has its own.
     """
 
     ids: Tensor
@@ -34,6 +35,7 @@ class Batch:
     tokens: Tensor | None = None
     path: Tensor | None = None
     times: Tensor | None = None
+    guidance: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)

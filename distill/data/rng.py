@@ -121,6 +121,12 @@ def sample_noise(seed: int, stream: str, ids: Tensor, shape: Sequence[int]) -> T
     return out
 
 
+def sample_uniform(seed: int, stream: str, ids: Tensor) -> Tensor:
+    """Return numbers [n] float32 in [0, 1) on the CPU, one for each stored sample `ids` [n]; functions of (seed, stream, i)."""
+    draws = Draws(seed, stream, 0, ids.cpu())
+    return draws.uniform("sample")
+
+
 def noise_checksum(seed: int, stream: str, shape: Sequence[int]) -> str:
     """Return the sha256 of the noise of sample 0, to detect versions of torch with other streams."""
     noise = sample_noise(seed, stream, torch.tensor([0], device="cpu"), shape)

@@ -51,6 +51,7 @@ class DistillModule(L.LightningModule):
     MODELS: ClassVar[type[Model]] = Denoiser  # class of the student and of other models that it is given
     # Fields of a batch that the losses always need beside its conditions, see `needs`.
     reads: ClassVar[tuple[str, ...]] = ()
+    guidance_range: tuple[float, float] | None = None  # of each pair's own guidance scale, if read
     given: Any  # (arguments, options) of the constructor, described by `engine.made` once training begins
 
     def __new__(cls, *args: Any, **options: Any) -> Self:

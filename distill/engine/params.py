@@ -90,11 +90,16 @@ class ParameterSet:
 
     def copy(self) -> ParameterSet:
         """The same set of a network with copies of these parameters, frozen and in eval mode. Modules and parameters that
-        are not trained are the same objects in both: they need no second copy, and sharding places them once."""
+        are not trained are the same objects in both: they need no second copy, and sharding places them once. Modules with
+        forward hooks, which may call what is trained, are others."""
         shared: dict[int, object] = {}
         if not self.whole:
             modes, own = self.modes(), self.named()
-            shared = {id(m): m for path, m in self.network.named_modules() if path and not modes[path]}
+            modules = dict(self.network.named_modules())
+            hooked = _ancestors(f"{path}.hook" for path, module in modules.items() if module._forward_hooks)
+            shared = {
+                id(m): m for path, m in modules.items() if not modes[path] and path not in {"", *hooked}
+            }
             shared |= {id(p): p for name, p in self.network.named_parameters() if name not in own}
         twin = ParameterSet(copy.deepcopy(self.network, dict(shared)), self.names)
         for module in twin.network.modules():

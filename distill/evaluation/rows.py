@@ -22,6 +22,7 @@ class Row:
         which: "last", the model at the end of training, or "best", the one kept by the stage's `monitor`.
         follows_teacher: the model is meant to reproduce the trajectories of the row `follows`, so `teacher_mse` is
             measured. The guidance that it learned must be the guidance of that row.
+        baseline: `teacher_mse` is measured although the guidance is another one: what guided distillation starts from.
         guidance_scale: g in u + g (c - u) to sample with; None: the model's own.
         guidance_w: w = guidance_scale - 1 as an input, for a net that embeds it; None: the model's own.
         grid: a time grid by name, {name: shifted, factor: 3}, for a model that is valid for any steps; None: its own.
@@ -34,10 +35,15 @@ class Row:
     guidance_scale: float | None = None
     guidance_w: float | None = None
     grid: dict[str, Any] | None = None
+    baseline: bool = False
 
     def __post_init__(self) -> None:
         if not self.steps or min(self.steps) < 1 or len(set(self.steps)) != len(self.steps):
             raise ValueError(f"steps: found {self.steps}, expected counts of at least 1, each once")
+        if self.baseline and not self.follows_teacher:
+            raise ValueError(
+                "baseline: found true without follows_teacher, so nothing is compared; expected false"
+            )
 
     def sampled(self, generator: Generator) -> Generator:
         """`generator` with this row's guidance and grid in its sampler.
@@ -117,7 +123,7 @@ def check_follows(
     teacher = guidance_of(generators[follows[0]])
     for label, row in models.items():
         student = guidance_of(generators[label])
-        if row.follows_teacher and not math.isclose(student, teacher, rel_tol=1e-6):
+        if row.follows_teacher and not row.baseline and not math.isclose(student, teacher, rel_tol=1e-6):
             raise ValueError(
                 f"models.{label}.follows_teacher: {label} samples with guidance {student:g} (learned or applied), but the "
                 f"row {list(follows)} that it is compared with is sampled with {teacher:g}; give the row {follows[0]} "

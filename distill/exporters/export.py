@@ -70,6 +70,16 @@ def check(generator: Generator, options: Options) -> None:
     adapter = adapter_of(generator.denoiser.net)
     if options.merged and adapter is None:
         raise ValueError("merged: found true, but the model has no adapter; expected false")
+    if (
+        adapter is not None
+        and adapter.guidance is not None
+        and (options.merged or options.format != "native")
+    ):
+        option = "merged: found true" if options.merged else f"format: found {options.format!r}"
+        raise ValueError(
+            f"{option}, but the adapter takes the guidance w as an input, which only this package's model folders hold; "
+            "expected format=native"
+        )
     if options.format in ("diffusers", "comfyui"):
         pipeline.core_of(generator, options.format)
     if options.format == "comfyui":

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from distill.data.cond import Cond
+from distill.models.guidance_adapters import Given, GuidanceTerms, width_of
+from distill.nets.layers import GuidanceEmbedding
 from distill.nets.net import Net
+from distill.typed import parse
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 A, B = "lora_A.weight", "lora_B.weight"
@@ -89,12 +92,15 @@ class Adapted(Net):
         rank: of the terms. alpha: the terms are scaled by alpha / rank; None: rank, which means 1.
         targets: names of layers, each whole or the end after a dot; None: see `own_targets`.
         dropout: of the terms' inputs while training.
+        guidance: terms that take the guidance w as an input, see `models.guidance_adapters.GuidanceTerms`; with them, rank 0
+            leaves out the low-rank terms. None: no such terms.
 
     Attributes:
         origin: where the base's weights come from; None where they were not loaded.
+        embeds_guidance: whether it takes the guidance w as an input.
 
     Raises:
-        ValueError: names `rank`, `alpha`, `dropout` or `targets`: no layer of that name, or one without a low-rank term.
+        ValueError: names `rank`, `alpha`, `dropout`, `targets` or `guidance`: no layer of that name, or one without a term.
     """
 
     def __init__(
@@ -104,9 +110,10 @@ class Adapted(Net):
         alpha: float | None = None,
         targets: list[str] | None = None,
         dropout: float = 0.0,
+        guidance: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if rank < 1:
+        if rank < (0 if guidance else 1):
             raise ValueError(f"rank: found {rank}, expected at least 1")
         if alpha is not None and not alpha > 0:
             raise ValueError(f"alpha: found {alpha}, expected a positive number, or null for the rank")
@@ -115,16 +122,44 @@ class Adapted(Net):
         if adapter_of(base) is not None:
             raise ValueError("base: found a net with an adapter; expected one without, such as a merged one")
         self.rank, self.alpha, self.dropout = rank, float(rank if alpha is None else alpha), dropout
-        self.targets = list(own_targets(base) if targets is None else targets)
-        self.paths = layers_named(base, self.targets)
+        self.targets = [] if rank == 0 else list(own_targets(base) if targets is None else targets)
+        self.paths = [] if rank == 0 else layers_named(base, self.targets)
         self.origin = getattr(base, "origin", None)
+        self.guidance = None if guidance is None else parse(GuidanceTerms, guidance, "guidance")
+        self.embeds_guidance = guidance is not None
+        self.blocks = [] if self.guidance is None else blocks_named(base, self.guidance)
         layers = {id(layer): layer for path in self.paths if (layer := base.get_submodule(path))}
         wrapped = {key: LowRank(layer, rank, self.alpha / rank, dropout) for key, layer in layers.items()}
-        # The layers that others share stay in place; the modules around the adapted ones are new.
-        self.net = copy.deepcopy(base, {id(shared): shared for shared in _shared(base, layers)} | wrapped)
+        # The layers that others share stay in place; the modules around adapted ones are new, and blocks with a hook.
+        hooked = {id(base.get_submodule(path)) for path in self.blocks}
+        shared = {id(part): part for part in _shared(base, layers, hooked)}
+        self.net = copy.deepcopy(base, shared | wrapped)
+        self.terms, self.given = nn.ModuleDict(), Given()
+        for path in self.blocks:
+            self._add_term(path)
+
+    def _add_term(self, path: str) -> None:
+        block = self.net.get_submodule(path)
+        dim = width_of(block)
+        assert self.guidance is not None
+        assert dim is not None  # of every block that `blocks_named` found
+        term = self.terms[path.replace(".", "/")] = self.guidance.term(dim).to(
+            next(block.parameters()).device
+        )
+        term.given = self.given
+        block.register_forward_hook(term.after, with_kwargs=True)
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """As the base's."""
+        """As the base's. With guidance terms, `cond` holds the guidance w."""
+        if self.guidance is not None:
+            given = self.given
+            if (w := cond.get("guidance_w")) is None:
+                raise ValueError(
+                    "guidance_w: missing; this net was trained with the guidance w = guidance_scale - 1 as an input"
+                )
+            given.w, given.t = w, t
+            given.context, given.mask = cond.get("context"), cond.get("context_mask")
+            cond = cond.with_guidance(None)
         out: Tensor = self.net(x, t, cond)
         return out
 
@@ -135,10 +170,20 @@ class Adapted(Net):
 
     def own(self) -> list[str]:
         """Names of the adapter's tensors in `state_dict`."""
-        return [f"net.{path}.{name}" for path in self.paths for name in (A, B)]
+        low_rank = [f"net.{path}.{name}" for path in self.paths for name in (A, B)]
+        return [*low_rank, *(f"terms.{name}" for name in self.terms.state_dict())]
 
-    def takes(self, rank: int, alpha: float | None, targets: list[str] | None, dropout: float) -> bool:
+    def takes(
+        self,
+        rank: int,
+        alpha: float | None,
+        targets: list[str] | None,
+        dropout: float,
+        guidance: dict[str, Any] | None = None,
+    ) -> bool:
         """Whether the constructor's options make adapters like these."""
+        if (None if guidance is None else parse(GuidanceTerms, guidance)) != self.guidance:
+            return False
         own = self._config.get("targets")
         layers = targets is own is None or (targets and own and set(targets) == set(own))
         same = (rank, float(rank if alpha is None else alpha), dropout) == (
@@ -152,12 +197,13 @@ class Adapted(Net):
         """Another net with fresh adapters of the same options. Its random weights are always the same."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return Adapted(base, self.rank, self.alpha, self.targets, self.dropout)
+            guidance = {} if self.guidance is None else {"guidance": vars(self.guidance)}
+            return Adapted(base, self.rank, self.alpha, self.targets, self.dropout, **guidance)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy with an adapter of its own on the same base."""
         own = {id(part) for layer in self.layers().values() for part in (layer.lora_A, layer.lora_B)}
-        for shared in _shared(self.net, own):
+        for shared in _shared(self.net, own, {id(self.net.get_submodule(path)) for path in self.blocks}):
             memo.setdefault(id(shared), shared)
         made = type(self).__new__(type(self))
         memo[id(self)] = made
@@ -232,6 +278,31 @@ def layers_named(base: nn.Module, targets: Collection[str]) -> list[str]:
     return [path for path in modules if path in found]
 
 
+def blocks_named(base: nn.Module, terms: GuidanceTerms) -> list[str]:
+    """Paths of the blocks that guidance terms stand beside. Raises ValueError that starts with `guidance`: a net that takes the
+    guidance already, names without blocks, or blocks without a linear layer or convolution."""
+    if any(isinstance(m, GuidanceEmbedding) or getattr(m, "embeds_guidance", False) for m in base.modules()):
+        raise ValueError("guidance: the net takes the guidance as an input; expected a net without")
+    named = terms.blocks
+    if named is None:
+        known = (getattr(module, "guidance_blocks", {}).get(terms.kind) for module in base.modules())
+        named = next((list(found) for found in known if found), [])
+    paths = [path for path, _ in base.named_modules()]
+    found = {name: [path for path in paths if path == name or path.endswith(f".{name}")] for name in named}
+    ends = dict.fromkeys(path.rpartition(".")[2] for path in paths if path and not path[-1].isdigit())
+    if missing := [name for name, hits in found.items() if not hits] or ([] if named else [terms.kind]):
+        raise ValueError(
+            f"guidance.blocks: found {terms.blocks}, where {missing[0]!r} names no block of this net; expected names of "
+            f"blocks such as {', '.join(list(ends)[:12])}"
+        )
+    blocks = [path for path in paths if any(path in hits for hits in found.values())]
+    if without := next((path for path in blocks if width_of(base.get_submodule(path)) is None), None):
+        raise ValueError(
+            f"guidance.blocks: found {without}, which has no linear layer or convolution; expected a block with some"
+        )
+    return blocks
+
+
 def _adaptable(module: nn.Module) -> bool:
     return isinstance(module, LAYERS) and getattr(module, "groups", 1) == 1
 
@@ -247,19 +318,44 @@ def _kinds(base: nn.Module) -> list[str]:
     return list(ends)
 
 
-def _shared(net: nn.Module, apart: Collection[int]) -> Iterator[nn.Module | Tensor]:
-    """What a copy of a net has in common with it, where the modules with the ids `apart` differ: the largest modules with
-    parameters and none of these inside; of the modules around these, the parameters and buffers. Modules without parameters
-    are not shared: their training modes differ."""
+def _shared(
+    net: nn.Module, apart: Collection[int], around: Collection[int] = ()
+) -> Iterator[nn.Module | Tensor]:
+    """What a copy of a net has in common with it, where the modules with the ids `apart` differ, and those of the ids `around`
+    are new ones: the largest modules with parameters and none of these inside; of the modules around these, the parameters and
+    buffers. Modules without parameters are not shared: their training modes differ."""
     if id(net) in apart:
         return
-    if next(net.parameters(), None) is not None and not any(id(module) in apart for module in net.modules()):
+    new = {*apart, *around}
+    if next(net.parameters(), None) is not None and not any(id(module) in new for module in net.modules()):
         yield net
         return
     yield from net.parameters(recurse=False)
     yield from net.buffers(recurse=False)
     for child in net.children():
-        yield from _shared(child, apart)
+        yield from _shared(child, apart, around)
+
+
+def low_rank_of(net: nn.Module, where: str) -> Adapted:
+    """The adapted net in a net, with low-rank terms alone. Raises ValueError that starts with `where` for other nets."""
+    adapter = adapter_of(net)
+    if adapter is None:
+        raise ValueError(f"{where}: the model has no adapter; expected one")
+    if adapter.guidance is not None:
+        raise ValueError(
+            f"{where}: the adapter takes the guidance w as an input, which is its strength; expected guidance_w"
+        )
+    return adapter
+
+
+@torch.no_grad()
+def strengthened(net: nn.Module, strength: float) -> nn.Module:
+    """A net like an adapted one, with its terms times `strength` (0: the base), on the same base. Raises like `low_rank_of`."""
+    low_rank_of(net, "strength")
+    made = copy.deepcopy(net)
+    for layer in low_rank_of(made, "strength").layers().values():
+        layer.factors[1].mul_(strength)
+    return made
 
 
 @torch.no_grad()
@@ -269,6 +365,10 @@ def merged(net: nn.Module) -> nn.Module:
     adapter = adapter_of(net)
     if adapter is None:
         return copy.deepcopy(net)
+    if adapter.guidance is not None:
+        raise ValueError(
+            "merged: the adapter takes the guidance w as an input, which weights cannot hold; expected no merging"
+        )
     layers: dict[int, Any] = {}
     for low_rank in adapter.layers().values():
         layer = layers[id(low_rank)] = copy.deepcopy(low_rank.layer)

@@ -98,6 +98,11 @@ class Denoiser(Model):
         forward."""
         if isinstance(guidance_scale, float | int) and guidance_scale == 1.0:
             return self._call(x_t, t, cond)
+        if self.embeds_guidance:
+            raise ValueError(
+                f"guidance_scale: found {guidance_scale}, but this model applies the guidance itself; expected 1, and "
+                "guidance_w = guidance_scale - 1"
+            )
         if not self.guidable:
             raise ValueError(
                 f"guidance_scale: found {guidance_scale}, but this model was not trained with a null "
@@ -158,11 +163,11 @@ class Denoiser(Model):
         *,
         solver: str = "euler",
         steps: int | None = None,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | Tensor = 1.0,
         grid: Tensor | None = None,
         times: Sequence[float] | None = None,
     ) -> Tensor:
-        """Carry noise z [B,*S] along the probability-flow ODE.
+        """Carry noise z [B,*S] along the probability-flow ODE; `guidance_scale` is one scale, or one a sample [B].
 
         The ODE is solved on `grid` ([steps + 1] descending) or, without one, on the process's default grid of `steps`.
         Returns [K,B,*S]: the states at `times` (points of the grid, descending); K = 1, the sample alone,
@@ -255,7 +260,7 @@ def _places(times: Sequence[float], grid: Tensor) -> list[int]:
 
 
 def _solve(
-    solver: str, model: Denoiser, cond: Cond, guidance_scale: float
+    solver: str, model: Denoiser, cond: Cond, guidance_scale: float | Tensor
 ) -> Callable[[Tensor, Tensor, bool], Tensor]:
     """(start, grid, keep the path) -> final state or path, with the named solver."""
 

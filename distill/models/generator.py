@@ -14,6 +14,7 @@ from distill.data.arguments import finite, flag, integer
 from distill.data.cond import Cond
 from distill.data.plain import plain_torch
 from distill.data.rng import sample_noise
+from distill.models.adapters import strengthened
 from distill.models.conditions import Conditions, Label, Prompt
 from distill.models.decoder import Decoder, codes_of
 from distill.models.model import Model
@@ -58,6 +59,15 @@ class Generator:
         """Move the weights to `device` (in place) and return self."""
         self.denoiser.to(torch_device("device", device))
         return self
+
+    def with_strength(self, strength: float | None) -> Generator:
+        """The same model with the terms of its adapter times `strength` (0: the base's weights), sharing the base; None or 1:
+        as it is. Raises ValueError naming `strength` for a model without an adapter, or whose adapter takes the guidance."""
+        if strength is None or finite("strength", strength) == 1:
+            return self
+        model = self.denoiser
+        net = strengthened(model.net, float(strength))
+        return Generator(model.with_(net=net, conditions=model.conditions), self.spec)
 
     def one_step(self, z: Tensor, cond: Cond) -> Tensor:
         """[B,*S] noise -> [B,*S] samples in one step: what `generate` makes with `steps=1`, also where the model is not

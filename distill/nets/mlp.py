@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,6 +24,9 @@ class MLP(Net):
         zero_out: start with an output of 0.
         guidance_embedding: features of the guidance w as an input (`guidance_w` of `Cond`); 0: no such input.
     """
+
+    # kind of guidance terms (`models.guidance_adapters`) -> blocks
+    guidance_blocks: ClassVar[dict[str, list[str]]] = {"embedding": ["embed"], "offset": ["embed"]}
 
     def __init__(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +79,12 @@ class UNet(Net):
     """
 
     bottleneck = "middle_out"  # its output is the feature map of discriminators
+    # kind of guidance terms (`models.guidance_adapters`) -> blocks
+    guidance_blocks: ClassVar[dict[str, list[str]]] = {
+        "embedding": ["embed"],
+        "attention": ["attention"],
+        "offset": ["middle_in", "middle_out"],
+    }
 
     def __init__(
         self,

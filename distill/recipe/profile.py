@@ -47,6 +47,8 @@ def with_values(
         elif config["_target_"] == GENERATE:
             trained = any(stages[other]["_target_"] == TRAIN for other in references(config))
             values = pairs.get("student" if trained else "teacher", {})
+            if config.get("states"):  # trajectories: fewer samples, of the recipe's own guidance
+                values = {key: v for key, v in values.items() if key not in ("count", "guidance_scale")}
             values = _untyped(
                 values, typed, f"data.{name}"
             )  # of the stage that the expansion inserts for prompts

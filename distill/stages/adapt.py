@@ -15,6 +15,7 @@ from distill.models.build import build_net
 from distill.models.conditions import Conditions, of_net
 from distill.models.decoder import codebook_of
 from distill.models.denoiser import Denoiser
+from distill.models.guidance_adapters import GuidanceTerms
 from distill.models.lora_files import LoraFile, digest
 from distill.models.model import Model
 from distill.nets.converted import Converted, Retimed
@@ -27,16 +28,20 @@ from distill.typed import parse
 @dataclass(frozen=True)
 class Lora:
     """Low-rank adapters, see `models.adapters.Adapted`: rank (null: 16), alpha (null: the rank), names of layers (null: those
-    that the net names, or all) and dropout; or those of a LoRA file, which has a rank, an alpha and layers of its own."""
+    that the net names, or all) and dropout; or those of a LoRA file, which has a rank, an alpha and layers of its own.
+
+    guidance: terms that take the guidance w as an input, options of `models.guidance_adapters.GuidanceTerms`; None: none. With
+    them, rank 0 leaves out the low-rank ones."""
 
     rank: int | None = None
     alpha: float | None = None
     targets: list[str] | None = None
     dropout: float = 0.0
     file: str | None = None
+    guidance: dict[str, Any] | None = None
 
     def options(self, base: nn.Module, file: LoraFile | None) -> dict[str, Any]:
-        """Arguments of `Adapted`. Raises ValueError naming the option that contradicts the file."""
+        """Arguments of `Adapted`, without `guidance`. Raises ValueError naming the option that contradicts the file."""
         if file is None:
             rank = 16 if self.rank is None else self.rank
             return {"rank": rank, "alpha": self.alpha, "targets": self.targets, "dropout": self.dropout}
@@ -136,6 +141,8 @@ def with_adapter(model: Model, lora: Lora) -> Model:
     try:
         file = None if lora.file is None else LoraFile.read(lora.file)
         options = lora.options(model.net if found is None else found.net, file)
+        if lora.guidance is not None:
+            options["guidance"] = guidance_terms(model, lora.guidance)
         if found is None:
             net = Adapted(model.net, **options)
             if file is not None:
@@ -149,6 +156,13 @@ def with_adapter(model: Model, lora: Lora) -> Model:
         f"adapt.lora: found {asdict(lora)}, but the model of `init` has adapters of rank {found.rank}, alpha {found.alpha} on "
         f"{len(found.paths)} layers; expected the same, or adapt: null"
     )
+
+
+def guidance_terms(model: Model, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of guidance terms for a model: its prompts' width, and times in [0, 1], where they are not given."""
+    context = model.conditions.of(torch.zeros(1, dtype=torch.int64)).get("context")
+    known = {"time_scale": 1 / model.process.t_max, "context": 0 if context is None else context.shape[-1]}
+    return asdict(parse(GuidanceTerms, known | dict(options), "guidance"))
 
 
 def as_prefix(model: Model, net: nn.Module, conditions: Conditions) -> Denoiser:

@@ -40,6 +40,7 @@ FIRST_NAMES = {
 # Options that later versions added, with the values that change nothing: digests leave them out.
 ADDED: dict[str, dict[str, Any]] = {
     "distill.stages.train.Train": {"model": None},
+    "distill.stages.generate.Generate": {"states": False},
     "distill.stages.export.Export": {"format": "native", "merged": False, "pipeline": None, "variant": None},
     "distill.stages.pretrained.Pretrained": {"solver": None, "grid": None},
 }

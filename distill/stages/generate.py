@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from distill.cache.pairs import HEADER, MANIFEST, Header, Pairs, differing, read_manifest
+from distill.cache.pairs import HEADER, MANIFEST, Header, Pairs, differing, fields_of_pairs, read_manifest
 from distill.cache.writer import WRITTEN, write_pairs
 from distill.data.rng import noise_checksum
 from distill.files import copy, sha256_file
@@ -19,12 +19,12 @@ from distill.models.generator import Generator
 from distill.models.native import load_model
 from distill.models.prompts import FILES as PROMPT_FILES
 from distill.models.time_grid import TimeGrid
-from distill.process.times import MAX_STEPS
+from distill.process.times import MAX_STEPS, default_grid
 from distill.stages.base import ModelStage, Stage, StageContext, check_types
 from distill.stages.made import Made, PairsMade
 from distill.stages.ownership import needed, patterns
 from distill.stages.threads import use_threads
-from distill.typed import check_keys
+from distill.typed import check_keys, parse
 
 OWN = "teacher"  # the option `sampler` for the teacher's own sampler
 
@@ -35,7 +35,10 @@ class Generate(Stage):
 
     Attributes:
         teacher: name of the stage whose model is sampled.
-        count: number of pairs. guidance_scale: g in u + g (c - u), with conditional prediction c and unconditional u.
+        count: number of pairs.
+        guidance_scale: g in u + g (c - u), with conditional prediction c and unconditional u; [low, high]: drawn uniformly, for
+            methods that take it as an input.
+        states: store the states at all steps too, for methods that read `path`.
         sampler: {solver, steps, grid} of the ODE; grid: {name: ..., option: ...}, a key of `models.time_grid.NAMED` and
             options of its function; the default is the process's grid. "teacher": the teacher's own sampler.
         stream: name of the noise. Stages with the same stream and seed use the same noise.
@@ -53,7 +56,8 @@ class Generate(Stage):
     teacher: str
     count: int
     sampler: dict[str, Any] | str = field(default_factory=lambda: {"solver": "euler", "steps": 25})
-    guidance_scale: float = 1.0
+    guidance_scale: float | list[Any] = 1.0
+    states: bool = False
     stream: str = "pairs"
     batch_size: int = 256
     path: str | None = None
@@ -61,6 +65,7 @@ class Generate(Stage):
 
     def __post_init__(self) -> None:
         check_types(self)
+        self._guidance()
         if self.count < 1 or self.batch_size < 1:
             raise ValueError(f"count, batch_size: expected at least 1, found {self.count}, {self.batch_size}")
         if isinstance(self.sampler, str):
@@ -76,6 +81,17 @@ class Generate(Stage):
         if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= MAX_STEPS:
             raise ValueError(f"sampler.steps: found {steps!r}, expected an integer of 1 .. {MAX_STEPS}")
         self._grid(self.sampler)
+
+    def _guidance(self) -> tuple[float, tuple[float, float] | None]:
+        """Return (scale of all pairs, range of scales or None)."""
+        if not isinstance(self.guidance_scale, list):
+            return float(self.guidance_scale), None
+        found = parse(tuple[float, ...], self.guidance_scale, "guidance_scale")
+        if len(found) != 2 or not 0 <= found[0] < found[1]:
+            raise ValueError(
+                f"guidance_scale: found {list(found)}, expected a number, or [low, high] with low < high"
+            )
+        return 1.0, (found[0], found[1])
 
     @staticmethod
     def _grid(sampler: Mapping[str, Any]) -> TimeGrid | None:
@@ -120,12 +136,11 @@ class Generate(Stage):
             sketched = any(p.is_meta for p in model.parameters())
             later = ("decoder", "conditions") if sketched else ()
             self._check_header(found, self._header(teacher, found.seed, found.teacher), later)
-        guidance = teacher.spec.guidance_baked * self.guidance_scale
-        has = tuple(dict.fromkeys(("x0", "z", model.column)))
+        scale, drawn = self._guidance()
+        guidance, has = teacher.spec.guidance_baked * scale, fields_of_pairs(model.column, self.states, drawn)
         baked = self._header(teacher, 0, "").baked
-        return Made(
-            pairs=PairsMade(model.sample_shape, model.conditions, model.decoder, guidance, has, baked)
-        )
+        made = PairsMade(model.sample_shape, model.conditions, model.decoder, guidance, has, baked, drawn)
+        return Made(pairs=made)
 
     def begun(self, folder: Path) -> bool:
         """Return whether a header or a shard exists."""
@@ -153,15 +168,27 @@ class Generate(Stage):
                     tell=context.display.line,
                 )
         Pairs(context.folder)
-        nfe = denoiser.calls(header.solver, header.steps, self.guidance_scale)
+        scale, drawn = self._guidance()
+        nfe = denoiser.calls(header.solver, header.steps, scale if drawn is None else drawn[1])
         return {"count": self.count, "nfe_per_pair": nfe}
 
     def _check_teacher(self, teacher: Generator) -> None:
         """Raise ValueError unless the model is an ODE from noise to data that accepts the guidance scale."""
+        scale, drawn = self._guidance()
         try:
-            teacher.denoiser.check_transport(self.guidance_scale, self._ode(teacher)[0])
+            teacher.denoiser.check_transport(scale if drawn is None else drawn[1], self._ode(teacher)[0])
         except ValueError as error:
             raise ValueError(f"teacher: {self.teacher!r}: {error}") from error
+        if teacher.denoiser.column == "tokens" and (self.states or drawn is not None):
+            option = "states: found true" if self.states else f"guidance_scale: found {list(drawn or ())}"
+            raise ValueError(
+                f"{option}, but the teacher is a model of tokens; expected one of states in continuous time"
+            )
+        if drawn is not None and teacher.spec.guidance_baked != 1:
+            raise ValueError(
+                f"guidance_scale: found {list(drawn)}, but the teacher has learned guidance {teacher.spec.guidance_baked:g}; "
+                "expected one number"
+            )
         _, steps, grid = self._ode(teacher)
         if grid is not None:
             grid.make(teacher.denoiser.process, steps)
@@ -170,6 +197,11 @@ class Generate(Stage):
         """Return the header that the cache must have."""
         teacher = generator.denoiser
         solver, steps, grid = self._ode(generator)
+        scale, drawn = self._guidance()
+        times = None
+        if self.states:
+            made = default_grid(teacher.process, steps) if grid is None else grid.make(teacher.process, steps)
+            times = tuple(made.tolist())
         return Header(
             sample_shape=teacher.sample_shape,
             count=self.count,
@@ -179,7 +211,9 @@ class Generate(Stage):
             teacher=teacher_sha256,
             solver=solver,
             steps=steps,
-            guidance_scale=float(self.guidance_scale),
+            guidance_scale=scale,
+            guidance_range=drawn,
+            times=times,
             conditions=teacher.conditions.config(),
             decoder=entry_of(teacher.decoder),
             guidance_learned=generator.spec.guidance_baked,

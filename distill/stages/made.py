@@ -42,6 +42,7 @@ class PairsMade:
     guidance: float
     has: tuple[str, ...] = ("x0", "z")
     baked: str | None = None
+    guidance_range: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -165,12 +166,33 @@ def check_reads(
 ) -> None:
     """Raise ValueError unless a source that declares what its batches hold (`has`) holds what a method with these options
     reads. `before`: the stages before, for the message."""
+    _check_drawn(method, source, data)
     has = getattr(source, "has", None)
     if has is None or not (missing := [name for name in method.needs(options) if name not in has]):
         return
+    if missing[0] in ("path", "times", "guidance"):
+        raise ValueError(
+            f"data: {data!r} has no {missing[0]}, which the method {type(method).__name__} reads; expected pairs with states: "
+            "true and guidance_scale: [low, high]"
+        )
     made = [name for name, each in before.items() if each.pairs is not None and missing[0] in each.pairs.has]
     add = "+stage@stages.pairs=generate stages.pairs.teacher=teacher stages.pairs.count=2048 "
     raise ValueError(
         f"data: {data!r} has no {missing[0]}, which the method {type(method).__name__} reads; expected pairs: "
         f"type {'' if made else add}stages.<stage>.data={made[0] if made else 'pairs'}"
     )
+
+
+def _check_drawn(method: DistillModule, source: Any, data: str | Mapping[str, Any]) -> None:
+    """Raise ValueError where guidance scales were drawn for the pairs of a source and the method reads none, or others."""
+    drawn, wanted = getattr(source, "guidance_range", None), method.guidance_range
+    if drawn is not None and wanted is None:
+        raise ValueError(
+            f"data: {data!r} has a guidance scale for each pair, which the method {type(method).__name__} does not read; "
+            "expected pairs of one guidance_scale"
+        )
+    if drawn is not None and drawn != wanted:
+        raise ValueError(
+            f"method.guidance_scale: found {list(wanted or ())}, but the pairs of {data!r} have guidance scales of "
+            f"{list(drawn)}; expected the same"
+        )

@@ -28,6 +28,7 @@ from distill.models.spec import SamplerSpec
 
 # By the loss: what each method trains. "of the teacher": as the teacher's.
 RESULTS = {
+    "agd": ("independent", False),
     "autoregressive": ("independent", True),
     "consistency": ("few_step", False),
     "consistency_training": ("few_step", False),

@@ -43,8 +43,8 @@ NET = {"_target_": "distill.nets.unet.UNet", "width": 8, "embedding": 16, "group
 
 def test_counts():
     """What this file covers; a new recipe or method raises the number here, and nothing else."""
-    assert len(RECIPES) == 15
-    assert len(METHOD_CONFIGS) == 18
+    assert len(RECIPES) == 16
+    assert len(METHOD_CONFIGS) == 19
     on_disk = {path.stem for path in (ROOT / "distill" / "methods").glob("*.py")} - {"__init__"}
     assert on_disk == {path.stem for path in METHOD_CONFIGS}, (
         "every method has a config of its name, and no other has"
@@ -71,17 +71,21 @@ def setting(path: Path) -> tuple[Process, str, dict]:
         "progressive": (VPCosine(), "v", {}),
         "guided": (VPCosine(), "v", {}),
         "lcm": (VPScaledLinear(), "v", {"guidance_embedding": 8}),
+        "agd": (Flow(), "velocity", {"guidance_embedding": 8}),
     }
     process, kind, options = known.get(path.stem, (Flow(), "velocity", {}))
     return process, kind, NET | options
 
 
 class PairedDigits(Digits):
-    """Digits with a noise each, as a pair cache would give them."""
+    """Digits with a noise each, states between and a guidance scale, as a pair cache would give them."""
 
     def fetch(self, rows, index):
         batch = super().fetch(rows, index)
-        return batch.__class__(**vars(batch) | {"z": sample_noise(0, "pairs", rows, (1, 8, 8))})
+        z = sample_noise(0, "pairs", rows, (1, 8, 8))
+        times = torch.tensor([1.0, 0.5, 0.0])
+        more = {"path": torch.stack([z, (z + batch.x0) / 2, batch.x0], 1), "guidance": 1.0 + rows % 3}
+        return batch.__class__(**vars(batch) | {"z": z, "times": times} | more)
 
 
 def build(path: Path) -> DistillModule:

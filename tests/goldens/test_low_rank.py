@@ -7,6 +7,7 @@ import re
 import torch
 from torch import Tensor, nn
 
+from distill.models.adapter_set import stacked, truncated
 from distill.models.adapters import Adapted, merged, trained_parameters
 
 
@@ -71,3 +72,37 @@ def check(g: dict[str, Tensor], name: str) -> None:
         assert (weight - g[f"{name}.merged.{layer}.weight"]).abs().max() < 2e-6
     assert (whole(g["x"], g["z"], None)[0] - img).abs().max() < 2e-6
     assert not {p.data_ptr() for p in whole.parameters()} & {p.data_ptr() for p in base.parameters()}
+
+
+def test_sums_of_adapters_are_those_of_peft(load):
+    """cat is exact, svd the best of its rank; PEFT's linear is neither and not offered."""
+    g = load("adapters", "lora")
+    base = Two({k.removeprefix("base."): v for k, v in g.items() if k.startswith("base.")})
+    scales = {"a": 2.0, "b": 1.0}  # alpha / rank, of the goldens' README
+    nets = {}
+    for name, scale in scales.items():
+        prefix = f"multi.{name}.sd.base_model.model."
+        state = {k.removeprefix(prefix): v for k, v in g.items() if k.startswith(prefix)}
+        layers = sorted({k.rpartition(".lora_")[0] for k in state})
+        rank = len(state[f"{layers[0]}.lora_A.weight"])
+        nets[name] = Adapted(base, rank, scale * rank, layers)
+        nets[name].load_state_dict({f"net.{k}": v for k, v in state.items()}, strict=False)
+    both = {"a": 1.0, "b": 1.0}
+    for kind, weights in (("sum", both), ("cat", {"a": 0.7, "b": 0.4}), ("svd", {"a": 0.7, "b": 0.4})):
+        factors = stacked([(nets[name], weight) for name, weight in weights.items()])
+        if kind == "svd":
+            factors, error = truncated(factors, nets["a"].rank)
+            assert 0 < error < 1
+        ranks = len(next(iter(factors.values()))[0])
+        made = Adapted(base, ranks, None, list(factors))
+        with torch.no_grad():
+            for path, layer in made.layers().items():
+                for own, given in zip(layer.factors, factors[path], strict=True):
+                    own.copy_(given.reshape(own.shape))
+                if (wanted := g.get(f"multi.{kind}.delta.{path}")) is not None:
+                    assert (layer.delta() - wanted).abs().max() < 2e-5, (kind, path)
+        img, vec = made(g["x"], g["z"], None)
+        for out, name in ((img, "img"), (vec, "vec")):
+            wanted = g.get(f"multi.{kind}.out.{name}", g.get(f"multi.{kind}.{name}"))
+            assert wanted is not None, (kind, [k for k in g if k.startswith(f"multi.{kind}")])
+            assert (out - wanted).abs().max() < 2e-5, (kind, name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,11 @@ import distill
 from distill.cache.pairs import Pairs
 from distill.models.adapters import trained_parameters
 from distill.models.extractors.random_conv import load_random_conv
+from distill.models.generator import Generator
 from distill.models.native import load_model
 from distill.models.pretrained import Folder
 from distill.stages import encode
+from distill.stages.adapt import adapted
 
 PROMPTS = ("a dog", "a cat on a table", "a house", "two words that are too long for this text encoder")
 
@@ -369,6 +372,59 @@ def test_adapters_on_prompts_are_the_same_on_two_processes(sd: Path, tmp_path: P
     one, two = (load_file(folder / "runs/run/distill/model.safetensors") for folder in folders)
     # Sums in another order are 1e-5 apart after six steps of Adam, of which each moves a weight by up to 3e-4.
     assert all((one[name] - two[name]).abs().max() < 5e-5 for name in one)
+
+
+def test_hipa_on_prompts_makes_the_same_images_in_plain_diffusers(sd: Path, tmp_path: Path) -> None:
+    """Its LoRA, loaded by a stock pipeline with a stock scheduler."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    more = ("stages.distill.method.features=null", "student.lora.rank=2", "stages.export.format=lora")
+    run_verb(tmp_path, "train", *options(sd, "name=run", "stages.distill.steps=3", *more, recipe="hipa"))
+    run = tmp_path / "runs" / "run"
+    student = load_model(run / "distill")
+    assert student.denoiser.coupling == "endpoint"
+    own = trained_parameters(student.denoiser.net)
+    assert len(own) == 2 * 4 * 8, "A and B of four projections of eight attentions"
+    assert all(bool(p.any()) for p in own.values())
+    pipe = StableDiffusionPipeline.from_pretrained(sd / "sd", safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    z, _ = student.noises(0, "sample", torch.tensor([0]))
+    call = {"prompt": "a dog", "num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "pt"}
+    plain = pipe(latents=z, **call).images
+    pipe.load_lora_weights(str(run / "export"), weight_name="pytorch_lora_weights.safetensors")
+    made = pipe(latents=z, **call).images
+    ours = (student.sample(1, prompt="a dog") + 1) / 2
+    torch.testing.assert_close(made, ours, rtol=0, atol=1e-4)
+    assert (made - plain).abs().max() > 1e-3
+
+
+def test_agd_on_prompts(sd: Path, tmp_path: Path) -> None:
+    """Cross-attention terms that read the prompts, and the other kinds on the same base."""
+    terms = ("student.lora.rank=0", "student.lora.guidance.kind=attention", "student.lora.guidance.width=8")
+    chosen = [each for each in options(sd, "name=run", recipe="agd") if "models.teacher" not in each]
+    run_verb(tmp_path, "train", *chosen, *terms, "eval.count=4")
+    run = tmp_path / "runs" / "run"
+    batch = Pairs(run / "pairs").fetch(torch.arange(3), torch.arange(3))
+    assert batch.path.shape == (3, 9, 4, 8, 8)
+    assert batch.guidance.shape == (3,)
+    student = distill.load(run / "export")
+    images = student.sample(2, prompt="a dog", guidance_w=0.0)
+    assert not torch.equal(images, student.sample(2, prompt="a dog", guidance_w=3.0))
+    with pytest.raises(
+        ValueError, match=r"guidance_scale: found 2.0, but this model applies the guidance itself"
+    ):
+        student.sample(1, guidance_scale=2.0)
+    base = load_model(run / "teacher")
+    wanted = base.sample(1, steps=2)
+    assert not torch.equal(base.sample(1, steps=2, guidance_scale=3.0), wanted)
+    for kind in ("embedding", "offset", "attention"):
+        lora = {"rank": 0, "guidance": {"kind": kind, "width": 8}}
+        model = adapted(base.denoiser, {"lora": lora})
+        blocks = {"embedding": 1, "offset": 8, "attention": 8}[kind]
+        assert len(model.net.terms) in (blocks, 4), kind
+        spec = replace(base.spec, guidance_w=1.0, guidance_w_range=(0.0, 3.0))
+        assert torch.equal(Generator(model, spec).sample(1, steps=2), wanted), "identity at the start"
 
 
 ALL = {

@@ -78,6 +78,7 @@ MATCHING = SCORE | {
 }
 # option -> values that differ from the default, each alone or with what it needs.
 OTHERS: dict[str, dict[str, list[Any]]] = {
+    "agd": {"guidance_scale": [[1.0, 3.0]], "sample_scale": [3.0]},
     "consistency": {
         "scales": [9],
         "grid": ["karras"],
@@ -226,7 +227,7 @@ def made(stem: str, options: dict[str, Any]) -> DistillModule:
     options = dict(options)
     process, kind = SETTINGS.get(stem, (Flow(), "velocity"))
     process, kind = options.pop("process", process), options.pop("kind", kind)
-    embeds = stem == "lcm" and options.get("embed_w", True)
+    embeds = stem in ("agd", "lcm") and options.get("embed_w", True)
     widths = {"student": options.pop("w", 8 if embeds else 0), "teacher": options.pop("teacher_w", 0)}
     taken = inspect.signature(cls).parameters
     samples: dict[str, Any] = {"shape": SHAPE, "decoder": Pixels()} if stem in IMAGES else {}
@@ -256,7 +257,9 @@ def made(stem: str, options: dict[str, Any]) -> DistillModule:
 def batch(shape: tuple[int, ...]) -> Batch:
     found = ring_batch(classes=CLASSES)
     if len(shape) == 1:
-        return Batch(**vars(found) | {"z": noise(len(found), dtype=torch.float32)})
+        z = noise(len(found), dtype=torch.float32)
+        more = {"path": torch.stack([z, found.x0], 1), "guidance": torch.linspace(1, 4, len(found))}
+        return Batch(**vars(found) | {"z": z, "times": torch.tensor([1.0, 0.0])} | more)
     x0, z = (torch.randn(len(found), *shape, generator=torch.Generator().manual_seed(n)) for n in (1, 2))
     return Batch(**vars(found) | {"x0": x0, "z": z})
 

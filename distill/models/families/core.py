@@ -38,6 +38,8 @@ class Core(Net, ABC):
         "to_v",
         "to_out.0",
     )  # of adapters by default
+    # kind of guidance terms (`models.guidance_adapters`) -> blocks
+    guidance_blocks: ClassVar[Mapping[str, list[str]]] = {}
     fixed: ClassVar[
         Mapping[str, tuple[Any, ...]]
     ] = {}  # entry of the config -> values that `call` is right for
@@ -91,6 +93,11 @@ class TextUNet(Core):
 
     classes = ("UNet2DConditionModel",)
     bottleneck = "net.mid_block"
+    guidance_blocks = {  # noqa: RUF012 (read only)
+        "embedding": ["net.time_embedding"],
+        "attention": ["attn2"],
+        "offset": ["attn2"],
+    }
 
     def __init__(
         self,

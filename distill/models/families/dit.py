@@ -18,6 +18,7 @@ class DiT(Core):
     classes = ("DiTTransformer2DModel", "Transformer2DModel")
     inputs = ("label",)
     bottleneck = "net.transformer_blocks"
+    guidance_blocks = {"attention": ["attn1"], "offset": ["attn1"]}  # noqa: RUF012 (read only)
     fixed = {"norm_type": ("ada_norm_zero",)}  # noqa: RUF012 (read only)
 
     def __init__(self, config: dict, time_scale: float = 1.0, dtype: str = "float32") -> None:

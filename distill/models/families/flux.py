@@ -31,6 +31,7 @@ class Flux(Core):
     """
 
     classes = ("FluxTransformer2DModel",)
+    guidance_blocks = {"embedding": ["time_text_embed"], "attention": ["attn"], "offset": ["attn"]}  # noqa: RUF012 (read only)
     inputs = ("context", "pooled")
 
     def __init__(

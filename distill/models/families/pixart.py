@@ -22,6 +22,7 @@ class PixArt(Core):
 
     classes = ("PixArtTransformer2DModel", "Transformer2DModel")
     inputs = ("context", "context_mask")
+    guidance_blocks = {"embedding": ["adaln_single.emb"], "attention": ["attn2"], "offset": ["attn2"]}  # noqa: RUF012 (read only)
     fixed = {"norm_type": ("ada_norm_single",)}  # noqa: RUF012 (read only)
 
     def __init__(self, config: dict[str, Any], time_scale: float = 1.0, dtype: str = "float32") -> None:

@@ -31,6 +31,7 @@ class SD3(Core):
     """`SD3Transformer2DModel`."""
 
     classes = ("SD3Transformer2DModel",)
+    guidance_blocks = {"embedding": ["time_text_embed"], "attention": ["attn"], "offset": ["attn"]}  # noqa: RUF012 (read only)
     inputs = ("context", "pooled")
 
     def __init__(self, config: dict[str, Any], time_scale: float = 1.0, dtype: str = "float32") -> None:
