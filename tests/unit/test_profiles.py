@@ -29,8 +29,9 @@ def expanded(*options: str) -> dict[str, dict[str, Any]]:
 
 def test_latent_has_values_for_methods_that_exist() -> None:
     methods = {path.stem for path in (ROOT / "configs/method").glob("*.yaml")}
-    # Teachers that train from data, and a student of classifier-free guidance, have none.
-    assert methods - set(LATENT["methods"]) == {"flow_matching", "denoising", "guided"}
+    # Teachers that train from data, and a student of classifier-free guidance, have none; nor have models of tokens.
+    tokens = {"tokenizer", "autoregressive", "distilled_decoding"}
+    assert methods - set(LATENT["methods"]) == {"flow_matching", "denoising", "guided"} | tokens
     assert set(LATENT["adapters"]) == set(LATENT["methods"])
 
 
