@@ -143,9 +143,9 @@ class Adapted(Net):
         dim = width_of(block)
         assert self.guidance is not None
         assert dim is not None  # of every block that `blocks_named` found
-        term = self.terms[path.replace(".", "/")] = self.guidance.term(dim).to(
-            next(block.parameters()).device
-        )
+        with torch.device(next(block.parameters()).device):  # also where a model is built on the meta device
+            term = self.guidance.term(dim)
+        self.terms[path.replace(".", "/")] = term
         term.given = self.given
         block.register_forward_hook(term.after, with_kwargs=True)
 

@@ -42,6 +42,7 @@ from distill.stages.ownership import (
     read_object,
     sweep,
 )
+from distill.stages.webpage import write_webpage
 from distill.terminal import printable
 from distill.typed import parse
 from distill.world import World, join
@@ -84,6 +85,7 @@ def run(recipe: Mapping[str, Any], *, name: str, recipe_name: str) -> Path:
                 await_note(run_folder)
             raise
         if world.main:
+            write_webpage(run_folder)
             remove(run_folder / REDO)
     return run_folder
 

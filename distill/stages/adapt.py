@@ -84,7 +84,7 @@ class Adapt:
             )
         if self.process is not None and self.kind is not None:
             raise ValueError(
-                f"kind: found {self.kind!r}, but `process` says what the student predicts; expected null"
+                f"kind: found {self.kind!r}, but a {self.process} student predicts what its process says; expected null"
             )
         if self.lora is not None and (self.net or self.kind is not None):
             changed = "net" if self.net else "kind"

@@ -40,7 +40,7 @@ SHORT = tuple(f"~stages.{name}" for name in ("pairs2", "distill", "evaluate", "e
         # wrong group values
         (
             "data=digit",
-            "data: found 'digit', did you mean digits?; expected digits, folder, latents, prompts, ring",
+            "data: found 'digit', did you mean digits?; expected digits, fashion_mnist, folder, image_folder, latents",
         ),
         ("profile=smok", "did you mean smoke?"),
         ("data=mine", "to add an option, write FOLDER/data/NAME.yaml and pass --config-dir FOLDER"),

@@ -40,6 +40,7 @@ def options(folder: Path, recipe: str, *more: str) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_latent_consistency_on_shards(made: Path, tmp_path: Path) -> None:
     """The recipe encodes captions and images, trains on the latents of the real images, and exports."""
     run_verb(tmp_path, "train", *options(made, "lcm", "name=lcm", "data.encode.latents.batch_size=5"))

@@ -530,6 +530,11 @@ def test_digests_keep_the_names_that_stages_had_first(x: Path) -> None:
         "distill.stages.base.ModelStage",
         "distill.stages.encode.Encode",  # these two have their first names
         "distill.stages.pretrained.Pretrained",
+        "distill.stages.encode_images.EncodeImages",
+        "distill.stages.token_models.Filter",
+        "distill.stages.token_models.Involve",
+        "distill.stages.token_models.Marginals",
+        "distill.stages.tokenize.Tokenize",
     }
     for name, first in FIRST_NAMES.items():
         content = identity({"_target_": name, "count": 3, "path": "a"}, (), {}, 0, "f")

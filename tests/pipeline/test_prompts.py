@@ -120,6 +120,7 @@ def test_score_distillation_needs_prompts_alone(sd: Path, tmp_path: Path) -> Non
     assert distill.load(tmp_path / "runs" / "sid" / "export").sample(1).shape == (1, 3, 16, 16)
 
 
+@pytest.mark.slow
 def test_adapters_in_float32_on_a_base_in_bfloat16(sd: Path, tmp_path: Path) -> None:
     """One base in half the memory; with activations computed again."""
     more = (
@@ -151,6 +152,7 @@ def test_adapters_in_float32_on_a_base_in_bfloat16(sd: Path, tmp_path: Path) -> 
     assert distill.load(run / "export").sample(1).isfinite().all()
 
 
+@pytest.mark.slow
 def test_latent_consistency_takes_pairs(sd: Path, tmp_path: Path) -> None:
     """With the guidance as an input of the U-Net, on samples of the prompts, which the recipe makes by itself."""
     command = options(sd, "name=lcm", "data.samples.guidance_scale=2", recipe="lcm")
@@ -165,6 +167,7 @@ def test_latent_consistency_takes_pairs(sd: Path, tmp_path: Path) -> None:
     assert not torch.equal(student.sample(2, guidance_w=0.0), student.sample(2, guidance_w=1.0))
 
 
+@pytest.mark.slow
 def test_mmd_compares_decoded_images_with_those_of_a_folder(sd: Path, tmp_path: Path) -> None:
     """In the features of a network, in two micro batches, with adapters: prompts alone, since the images are another source."""
     (tmp_path / "photos").mkdir()
@@ -399,6 +402,7 @@ def test_hipa_on_prompts_makes_the_same_images_in_plain_diffusers(sd: Path, tmp_
     assert (made - plain).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_agd_on_prompts(sd: Path, tmp_path: Path) -> None:
     """Cross-attention terms that read the prompts, and the other kinds on the same base."""
     terms = ("student.lora.rank=0", "student.lora.guidance.kind=attention", "student.lora.guidance.width=8")

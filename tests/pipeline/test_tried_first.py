@@ -97,7 +97,7 @@ def test_pictures_that_are_measured_are_planned(pictures, tmp_path):
         # a teacher that takes no guidance; pairs of a student that is no ODE
         (
             ("recipe=instaflow", "stages.pairs.guidance_scale=2", "teacher.method.null_prob=0"),
-            "stages.pairs: teacher: 'teacher': guidance_scale: found 2, but the teacher was trained without a null",
+            "stages.pairs: teacher: 'teacher': guidance_scale: found 2.0, but the teacher was trained without a null",
         ),
         # nodes of another student
         (

@@ -24,6 +24,7 @@ def started(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str
     return code
 
 
+@pytest.mark.slow
 def test_every_check_passes_on_a_cpu(
     gpu_check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
