@@ -160,7 +160,7 @@ def with_adapter(model: Model, lora: Lora) -> Model:
 
 def guidance_terms(model: Model, options: Mapping[str, Any]) -> dict[str, Any]:
     """Options of guidance terms for a model: its prompts' width, and times in [0, 1], where they are not given."""
-    context = model.conditions.of(torch.zeros(1, dtype=torch.int64)).get("context")
+    context = model.conditions.of(torch.zeros(1, dtype=torch.int64, device="cpu")).get("context")
     known = {"time_scale": 1 / model.process.t_max, "context": 0 if context is None else context.shape[-1]}
     return asdict(parse(GuidanceTerms, known | dict(options), "guidance"))
 
