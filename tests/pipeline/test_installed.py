@@ -74,12 +74,14 @@ def test_a_users_own_recipe(mine):
     assert " mine, " in wrong
 
 
+@pytest.mark.slow
 def test_a_users_own_recipe_on_two_processes(mine):
     run_verb(mine, "train", "--config-dir", "conf", "recipe=mine", "profile=smoke", "trainer.devices=2")
     assert (mine / "runs/mine-smoke/export/model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
 def test_sweeps_have_a_folder_a_run(tmp_path, devices):
     """Processes are started as by a user."""
     command = ("-m", "recipe=toy_instaflow", "profile=smoke", "seed=0,1", "profile.steps=1")
