@@ -47,7 +47,7 @@ def test_the_wheel_runs_the_recipe_from_an_empty_folder(installed, tmp_path):
         env=installed,
         text=True,
         capture_output=True,
-        timeout=300,
+        timeout=600,
         stdin=subprocess.DEVNULL,
         check=False,
     )
