@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distill.models.scheduler_grid import scheduler_grid
 from distill.process.base import Process
-from distill.process.times import GRIDS, grid
+from distill.process.times import GRIDS
 from distill.typed import check_keys, parse
 
 NAMED: dict[str, Callable[..., Tensor]] = {**GRIDS, "scheduler": scheduler_grid}
@@ -55,8 +55,6 @@ class TimeGrid:
             ValueError: names the grid: ``process`` has no such grid, or not of so many steps.
         """
         try:
-            if self.name in GRIDS:
-                return grid(self.name, process, steps, **self.options)
             return NAMED[self.name](process, steps, **self.options)
         except ValueError as error:
             raise ValueError(f"grid: {self.to_dict()}: {error}") from error
