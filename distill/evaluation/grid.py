@@ -16,6 +16,7 @@ from distill.terminal import line
 
 BACKGROUND = (255, 255, 255)
 BORDER = (128, 128, 128)
+BORDER_WIDTH = 2  # pixels
 INK = (0, 0, 0)
 TILE = 48  # pixels that a tile gets at least when the scale is left open
 FONT_SIZE = 13
@@ -52,7 +53,10 @@ def to_tiles(name: str, images: Tensor, scale: int | None = None) -> list[Image.
 
 
 def image_grid(
-    rows: Sequence[tuple[str, Tensor]], scale: int | None = None, border: int = 2, font_size: int = FONT_SIZE
+    rows: Sequence[tuple[str, Tensor]],
+    scale: int | None = None,
+    border: int = BORDER_WIDTH,
+    font_size: int = FONT_SIZE,
 ) -> Image.Image:
     """RGB picture of rows (label, images [n, C, H, W] in [-1, 1]), labels to the left; rows may differ in n.
 
@@ -84,7 +88,7 @@ def image_grid(
     return canvas
 
 
-def tile(images: Tensor, columns: int, scale: int | None = None, border: int = 2) -> Image.Image:
+def tile(images: Tensor, columns: int, scale: int | None = None, border: int = BORDER_WIDTH) -> Image.Image:
     """RGB picture of images [N, C, H, W] in [-1, 1], `columns` in a row, without labels."""
     if columns < 1:
         raise ValueError(f"columns must be at least 1, got {columns}")

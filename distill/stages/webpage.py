@@ -5,28 +5,31 @@ from __future__ import annotations
 import base64
 import html
 import json
-import math
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata, resources
 from pathlib import Path
 from string import Template
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple
 
 from PIL import Image
 
-from distill.evaluation.evaluation import METRICS, PICTURE, STRIPS
+from distill.engine.logging import read_entries
+from distill.evaluation.evaluation import METRICS, PAGE, PICTURE, STRIPS
+from distill.evaluation.grid import BORDER_WIDTH
 from distill.evaluation.metric import metrics
 from distill.evaluation.protocol import Protocol
 from distill.evaluation.report import columns, legend
 from distill.files import read_json, write_text
 from distill.stages.artifact import read_artifact
+from distill.stages.monitor import FOLDER as MONITOR
+from distill.stages.monitor import RECORD as EVALUATIONS
 from distill.stages.ownership import CONFIG, PLAN, WEBPAGE
 from distill.terminal import line
 
 POINTS = 400  # of a curve; more are averaged
 PACKAGES = ("distill", "torch", "lightning", "hydra-core", "diffusers", "transformers")
-BORDER = 2  # of `evaluation.grid.image_grid`
+COUNTERS = ("images", "step", "iteration", "seconds", "count")  # of entries of logs
 
 
 def write_webpage(folder: Path) -> None:
@@ -37,17 +40,18 @@ def write_webpage(folder: Path) -> None:
 
 
 def webpage(folder: Path) -> str:
-    """The page of a run folder with a plan: finished stages have costs and curves; an evaluation has a table and samples."""
+    """The page of a run folder with a plan: finished stages have costs and curves, evaluations tables. The last evaluation,
+    whose files lie at the top of the run, has samples."""
     plan = read_json(folder / PLAN)
     stages = {name: folder / name for name in plan["stages"]}
     records = {name: record for name, place in stages.items() if (record := read_artifact(place)) is not None}
-    evaluated = [
-        name
-        for name in records
-        if (stages[name] / METRICS).is_file() and (stages[name] / "report.md").is_file()
-    ]
-    measured = read_json(stages[evaluated[-1]] / METRICS) if evaluated else None
-    strips = _strips(stages[evaluated[-1]], measured) if measured else None
+    measured = {
+        name: read_json(stages[name] / METRICS) for name in records if (stages[name] / PAGE).is_file()
+    }
+    *others, shown = measured or [None]
+    strips = None if shown is None else _strips(stages[shown], measured[shown]["rows"])
+    note = "" if shown is None else measured[shown].get("note", "")
+    results = "<p>No evaluation is finished.</p>" if shown is None else _results(measured[shown], "marked")
     curves = [stage for name, place in stages.items() if (stage := _curves(name, place)) is not None]
     template = Template(resources.files("distill.assets").joinpath("report.html").read_text(encoding="utf-8"))
     parts = {
@@ -55,50 +59,55 @@ def webpage(folder: Path) -> str:
         "subtitle": _text(
             f"recipe {plan['recipe']}, seed {plan['seed']}, {len(records)} of {len(stages)} stages finished"
         ),
-        "note": f'<p class="note">{_text(measured["note"])}</p>' if measured and measured.get("note") else "",
-        "viewer": _viewer(strips, stages[evaluated[-1]] if evaluated else None),
-        **_results(measured),
+        "note": f'<p class="note">{_text(note)}</p>' if note else "",
+        "viewer": "" if shown is None else _viewer(strips, stages[shown]),
+        "results": results,
+        "others": "".join(
+            f"<h2>Results of the stage {_text(name)}</h2>{_results(measured[name])}" for name in others
+        ),
         "costs": _costs(records),
         "environment": _table(["package", "version"], _versions()),
         "config": _text("\n".join(f"# {name}\n{_config(stages[name])}" for name in stages), lines=True),
-        "data": _json({"stages": curves, "strips": None if strips is None else strips[1]}),
+        "data": _json({"stages": curves, "strips": None if strips is None else strips.places}),
     }
     return template.substitute(parts)
 
 
-def _results(measured: Mapping[str, Any] | None) -> dict[str, str]:
-    """The table, its protocol, legend and gates."""
-    if measured is None:
-        return {"table": "<p>No evaluation is finished.</p>", "protocol": "", "legend": "", "gates": ""}
+def _results(measured: Mapping[str, Any], kind: str = "") -> str:
+    """The table of an evaluation, of a class of HTML, with its protocol, legend and gates."""
     protocol = Protocol.from_dict(measured["protocol"])
     rows, shown, names = measured["rows"], columns(measured["rows"]), protocol.names()
     best = {m.name: _best([row.get(m.name) for row in rows], m.better) for m in shown}
     head = ["model", "steps", *(m.heading(names) + m.suffix for m in shown)]
     body = []
     for row in rows:
-        cells = [
-            f"<td>{_text(row['model'])}</td>",
-            f"<td>{_text('-' if row['steps'] is None else row['steps'])}</td>",
-        ]
+        cells = [_cell(row["model"]), _cell("-" if row["steps"] is None else row["steps"])]
         for m in shown:
             chosen = row.get(m.name) is not None and row[m.name] == best[m.name]
-            mark = " class=best" if chosen else ""
-            cells.append(f"<td{mark}>{_text(m.cell(row.get(m.name)))}</td>")
+            cells.append(_cell(m.cell(row.get(m.name)), "best" if chosen else ""))
         body.append(f"<tr>{''.join(cells)}</tr>")
-    gates = [
-        f"<tr><td>{_text(gate['name'])}</td><td>{gate['value']:.4g}</td><td>{_text(_bound(gate))}</td>"
-        f"<td class={'passed>passed' if gate['passed'] else 'missed>missed'}</td></tr>"
-        for gate in measured["gates"]
+    words = legend(protocol, shown).replace("`", "")
+    parts = [
+        f'<div class="wide"><table class="{kind}"><thead>{_head(head)}</thead><tbody>{"".join(body)}</tbody></table></div>',
+        f'<p class="dim">Protocol: {_text(protocol.describe())}. The best number of a column is bold.</p>',
+        f'<p class="legend">{_text(words)}</p>',
     ]
-    words = " ".join(_text(part) for part in legend(protocol, shown).replace("`", "").split())
-    return {
-        "table": f'<table id="rows"><thead>{_head(head)}</thead><tbody>{"".join(body)}</tbody></table>',
-        "protocol": f"Protocol: {_text(protocol.describe())}. The best number of a column is bold.",
-        "legend": words,
-        "gates": f"<h2>Gates</h2><div class=wide><table>{_head(['gate', 'value', 'bound', ''])}{''.join(gates)}</table></div>"
-        if gates
-        else "",
-    }
+    if measured["gates"]:
+        gates = "".join(_gate(gate) for gate in measured["gates"])
+        parts.append(
+            f'<h3>Gates</h3><div class="wide"><table>{_head(["gate", "value", "bound", ""])}{gates}</table></div>'
+        )
+    return "".join(parts)
+
+
+def _gate(gate: Mapping[str, Any]) -> str:
+    outcome = "passed" if gate["passed"] else "missed"
+    cells = [_cell(gate["name"]), _cell(f"{gate['value']:.4g}"), _cell(_bound(gate)), _cell(outcome, outcome)]
+    return f"<tr>{''.join(cells)}</tr>"
+
+
+def _cell(value: object, kind: str = "") -> str:
+    return f'<td class="{kind}">{_text(value)}</td>' if kind else f"<td>{_text(value)}</td>"
 
 
 def _bound(gate: Mapping[str, Any]) -> str:
@@ -114,16 +123,23 @@ def _best(values: Sequence[float | None], better: str) -> float | None:
     return min(found) if better == "lower" else max(found)
 
 
-def _strips(folder: Path, measured: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
-    """(image as a URL, where its rows are) of the samples of all rows of the table."""
-    path, rows = folder / STRIPS, measured["rows"]
+class _Strips(NamedTuple):
+    """Samples of all rows of a table: the image as a URL, and where its rows are."""
+
+    url: str
+    places: dict[str, Any]
+
+
+def _strips(folder: Path, rows: Sequence[Mapping[str, Any]]) -> _Strips | None:
+    path = folder / STRIPS
     if not path.is_file():
         return None
     with Image.open(path) as image:
         width, height = image.size
-    cell = (height - BORDER) // len(rows)
+    cell = (height - BORDER_WIDTH) // len(rows)
     titles = [_title(row) for row in rows]
-    return _url(path), {"titles": titles, "width": width, "height": height, "cell": cell, "border": BORDER}
+    places = {"titles": titles, "width": width, "height": height, "cell": cell, "border": BORDER_WIDTH}
+    return _Strips(_url(path), places)
 
 
 def _title(row: Mapping[str, Any]) -> str:
@@ -140,28 +156,23 @@ def _title(row: Mapping[str, Any]) -> str:
     return " · ".join(parts)
 
 
-def _viewer(strips: tuple[str, dict[str, Any]] | None, folder: Path | None) -> str:
+def _viewer(strips: _Strips | None, folder: Path) -> str:
     """Samples of two rows of the table from the same noise, one of them chosen by a slider; else the picture."""
     if strips is None:
-        picture = None if folder is None else folder / PICTURE
-        return (
-            f'<p><img alt="samples" src="{_url(picture)}"></p>'
-            if picture is not None and picture.is_file()
-            else ""
-        )
+        picture = folder / PICTURE
+        return f'<p><img alt="samples" src="{_url(picture)}"></p>' if picture.is_file() else ""
     return (
         '<div class="viewer"><label>compared with <select id="fixed"></select></label><div class="strip" id="above"></div>'
         '<label for="slider" id="chosen"></label><input type="range" id="slider" min="0" step="1">'
         '<div class="strip" id="below"></div><span class="dim">A column is one noise (and condition). The slider goes through '
-        f'the rows of the table.</span><img id="image" hidden alt="" src="{strips[0]}"></div>'
+        f'the rows of the table.</span><img id="image" hidden alt="" src="{strips.url}"></div>'
     )
 
 
 def _curves(name: str, folder: Path) -> dict[str, Any] | None:
     """The curves of a training stage: losses and monitored metrics first."""
     logged = _series(folder / "logs" / "metrics.jsonl")
-    monitored = _series(folder / "monitor" / "evaluations.jsonl")
-    monitored = {key: points for key, points in monitored.items() if key != "count"}
+    monitored = _series(folder / MONITOR / EVALUATIONS)
     if not logged and not monitored:
         return None
     main = {key: points for key, points in logged.items() if key.endswith("/loss")} | {
@@ -172,32 +183,15 @@ def _curves(name: str, folder: Path) -> dict[str, Any] | None:
 
 
 def _series(path: Path) -> dict[str, list[list[float]]]:
-    """key -> [[images, value], ...] of a file of JSON lines; what is no number is left out, and a line that was cut ends it."""
+    """key -> [[images, value], ...] of a log, without what is null."""
     found: dict[str, list[list[float]]] = {}
-    for entry in _json_lines(path):
-        images = entry.get("images")
-        if not _number(images):
+    for entry in read_entries(path):
+        if entry.get("images") is None:
             continue
         for key, value in entry.items():
-            if key not in ("images", "step", "iteration", "seconds") and _number(value):
-                found.setdefault(str(key), []).append([images, value])
+            if key not in COUNTERS and value is not None:
+                found.setdefault(key, []).append([entry["images"], value])
     return {key: _thinned(points) for key, points in found.items()}
-
-
-def _json_lines(path: Path) -> Iterable[dict[str, Any]]:
-    if not path.is_file():
-        return
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            entry = json.loads(text)
-        except ValueError:
-            return
-        if isinstance(entry, dict):
-            yield entry
-
-
-def _number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _thinned(points: list[list[float]]) -> list[list[float]]:
@@ -211,22 +205,14 @@ def _thinned(points: list[list[float]]) -> list[list[float]]:
 
 def _costs(records: Mapping[str, Mapping[str, Any]]) -> str:
     """A row a stage: seconds, steps, images, memory."""
+    forms = {"train_seconds": ",.4g", "steps": ",", "images": ",", "parameters": ","}
     rows = []
     for name, record in records.items():
         facts = record["facts"]
         memory = facts.get("peak_memory_bytes")
-        rows.append(
-            [
-                name,
-                record["identity"]["config"]["_target_"].rpartition(".")[2],
-                *("-" if facts.get(key) is None else f"{facts[key]:,.4g}" for key in ("train_seconds",)),
-                *(
-                    "-" if facts.get(key) is None else f"{facts[key]:,}"
-                    for key in ("steps", "images", "parameters")
-                ),
-                "-" if memory is None else f"{memory / 2**20:,.0f} MiB",
-            ]
-        )
+        cells = ["-" if facts.get(key) is None else format(facts[key], form) for key, form in forms.items()]
+        kind = record["identity"]["config"]["_target_"].rpartition(".")[2]
+        rows.append([name, kind, *cells, "-" if memory is None else f"{memory / 2**20:,.0f} MiB"])
     return _table(
         ["stage", "kind", "seconds of training", "steps", "images", "parameters", "peak memory"], rows
     )
@@ -248,7 +234,7 @@ def _config(folder: Path) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    body = "".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
     return f"<table>{_head(head)}{body}</table>"
 
 

@@ -86,6 +86,25 @@ def test_names_and_notes_are_text(run: Path, tmp_path: Path) -> None:
     assert data_of(page)["strips"]["titles"][0].startswith("</script>")
 
 
+def test_each_evaluation_has_a_table(run: Path, tmp_path: Path) -> None:
+    """The last one has the samples."""
+    folder = copied_run(run.parents[1], tmp_path) / "runs" / "run"
+    plan = read_json(folder / "plan.json")
+    plan["stages"] |= {"second": plan["stages"]["evaluate"]}
+    write_json(folder / "plan.json", plan)
+    shutil.copytree(folder / "evaluate", folder / "second")
+    metrics = read_json(folder / "second/metrics.json")
+    write_json(folder / "second/metrics.json", metrics | {"rows": metrics["rows"][-2:]})
+    page = webpage(folder)
+    assert page.count("<h2>Results of the stage evaluate</h2>") == 1
+    shown, _, other = page.partition("<h2>Results of the stage evaluate</h2>")
+    name = metrics["rows"][0]["model"]
+    assert f"<td>{name}</td>" not in shown
+    assert f"<td>{name}</td>" in other
+    assert page.count('<table class="marked">') == 1
+    assert len(data_of(page)["strips"]["titles"]) == 2
+
+
 def test_long_curves_become_means_of_neighbours() -> None:
     points = [[float(i), float(i % 2)] for i in range(2 * POINTS)]
     assert _thinned(points) == [[2 * i + 0.5, 0.5] for i in range(POINTS)]
