@@ -112,10 +112,10 @@ class PointMeter(Meter):
         smallest = [(label, least) for label, (most, least) in counts.items() if least < most]
         return [(label, most) for label, (most, _) in counts.items()] + smallest
 
-    @torch.inference_mode()
     def draw_strips(self, rows: Sequence[Tensor], path: Path) -> None:
         """Nothing: points are not images."""
 
+    @torch.inference_mode()
     def draw(self, shown: Sequence[Shown], path: Path, seed: int, stream: str) -> None:
         """The paths of the first noises under each model."""
         from distill.evaluation.trajectories import Panel, save_trajectories  # matplotlib is slow to import
