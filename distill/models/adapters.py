@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from distill.data.cond import Cond
 from distill.models.guidance_adapters import Given, GuidanceTerms, width_of
-from distill.nets.layers import GuidanceEmbedding
+from distill.nets.layers import embeds_guidance
 from distill.nets.net import Net
 from distill.typed import parse
 
@@ -281,7 +281,7 @@ def layers_named(base: nn.Module, targets: Collection[str]) -> list[str]:
 def blocks_named(base: nn.Module, terms: GuidanceTerms) -> list[str]:
     """Paths of the blocks that guidance terms stand beside. Raises ValueError that starts with `guidance`: a net that takes the
     guidance already, names without blocks, or blocks without a linear layer or convolution."""
-    if any(isinstance(m, GuidanceEmbedding) or getattr(m, "embeds_guidance", False) for m in base.modules()):
+    if embeds_guidance(base):
         raise ValueError("guidance: the net takes the guidance as an input; expected a net without")
     named = terms.blocks
     if named is None:

@@ -17,7 +17,7 @@ from distill.models.conditions import Conditions
 from distill.models.decoder import Decoder
 from distill.models.guidance import check_guidance_scale
 from distill.models.spec import SamplerSpec
-from distill.nets.layers import GuidanceEmbedding
+from distill.nets.layers import embeds_guidance
 from distill.nets.net import Net
 from distill.process.base import Process
 
@@ -36,6 +36,7 @@ class Model(nn.Module, ABC):
         boundary: turns the predicted x0 into a consistency function; None: none is needed.
         column: what a pair cache stores of its samples: "x0", or "tokens" where all samples are codes of the decoder's
             codebook.
+        embeds_guidance: whether the net takes the guidance w as an input (`guidance_w` of `Cond`).
         completes: whether `transport` takes `known`, the first part of the samples.
         sample_shape: S of noise, data and every state between them.
         process: the noise process of its states.
@@ -80,6 +81,8 @@ class Model(nn.Module, ABC):
         self.process, self.sample_shape, self.conditions, self.decoder = process, shape, conditions, decoder
         self.coupling, self.guidable = coupling, guidable
         self.net = net
+        # Once: guided predictions ask at every call, and a large net has thousands of modules.
+        self.embeds_guidance = embeds_guidance(net)
 
     @abstractmethod
     def transport(
@@ -107,11 +110,6 @@ class Model(nn.Module, ABC):
     def output_shape(self) -> tuple[int, ...]:
         """Shape of the net's output for one sample."""
         return self.sample_shape
-
-    @property
-    def embeds_guidance(self) -> bool:
-        """Whether the net takes the guidance w as an input (`guidance_w` of `Cond`)."""
-        return embeds_guidance(self.net)
 
     def net_config(self) -> dict[str, Any]:
         """What `models.build.build_net` makes the net from. Raises ValueError for a net that keeps no config."""
@@ -155,11 +153,3 @@ class Model(nn.Module, ABC):
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters that training changes, by name: all, or of an adapted net those of the adapter."""
         return {f"net.{name}": p for name, p in trained_parameters(self.net).items()}
-
-
-def embeds_guidance(net: nn.Module) -> bool:
-    """Whether a net takes the guidance w as an input."""
-    return any(
-        isinstance(module, GuidanceEmbedding) or getattr(module, "embeds_guidance", False) is True
-        for module in net.modules()
-    )

@@ -124,6 +124,14 @@ class GuidanceEmbedding(nn.Module):
         return self.out(w_embedding(w, self.features).to(self.out.weight.dtype))
 
 
+def embeds_guidance(net: nn.Module) -> bool:
+    """Whether a net takes the guidance w as an input."""
+    return any(
+        isinstance(module, GuidanceEmbedding) or getattr(module, "embeds_guidance", False) is True
+        for module in net.modules()
+    )
+
+
 def add_guidance(embedding: Tensor, layer: GuidanceEmbedding | None, w: Tensor | None) -> Tensor:
     """`embedding` [B, width] plus that of the guidance w; a net and its conditions must agree on whether there is one."""
     if layer is None and w is None:
