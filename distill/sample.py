@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,14 +66,11 @@ def parse(arguments: list[str]) -> Options:
 
 def check_device(name: str) -> None:
     """Raise ValueError unless the device is available."""
-    try:
-        device = torch.device(name)
-        there = getattr(torch, device.type).device_count() if device.type in ("cuda", "mps") else 1
-    except RuntimeError:
-        raise ValueError(f"device: found {name!r}, expected cpu, cuda, cuda:N or mps") from None
-    if device.type not in ("cpu", "cuda", "mps"):
+    found = re.fullmatch(r"(cpu|cuda|mps)(?::(0|[1-9]\d*))?", name)
+    if found is None:
         raise ValueError(f"device: found {name!r}, expected cpu, cuda, cuda:N or mps")
-    if (device.index or 0) >= there:
+    there = 1 if found[1] == "cpu" else getattr(torch, found[1]).device_count()
+    if int(found[2] or 0) >= there:
         raise ValueError(f"device: found {name!r}, but this machine has {there} of them; expected cpu")
 
 
@@ -88,7 +86,8 @@ def main() -> None:
         samples = generator.sample(options.count, **{name: getattr(options, name) for name in PASSED_ON})
         columns = options.columns or min(options.count, generator.conditions.period or 10, 16)
         save_samples(samples, columns, out, SAMPLED, images=generator.decoder.images)
-        print(terminal.line(f"{out}: {options.count} samples of {options.model}"))
+        steps = options.steps or generator.spec.steps
+        print(terminal.line(f"{out}: {options.count} samples of {options.model}, {steps} step(s)"))
 
 
 if __name__ == "__main__":

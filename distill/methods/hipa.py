@@ -31,8 +31,9 @@ from distill.data.cond import Cond
 from distill.data.rng import Draws
 from distill.engine.module import DistillModule
 from distill.engine.update import Diagnostics, Loss, Step, Update
+from distill.methods.families.feature_space import check_extractor
 from distill.methods.families.student_input import StudentInput
-from distill.methods.families.suits import check_start, error_factor, refuse_unused
+from distill.methods.families.suits import check_start, refuse_unused
 from distill.methods.losses.distances import l2
 from distill.methods.losses.frequency import (
     check_rho,
@@ -102,7 +103,7 @@ class HiPA(DistillModule):
             raise ValueError(
                 "student: takes the guidance as an input, which this method does not give; expected a model without"
             )
-        self.input = StudentInput(student.process, None if level is None else [level])
+        self.input = StudentInput(student.process, None if level is None else [level], name="level")
         self.start = self.input.times[0]
         self._check_start()
         for name, weight in (("mse", mse), ("perceptual", perceptual)):
@@ -112,20 +113,19 @@ class HiPA(DistillModule):
             refuse_unused(self, {"perceptual": perceptual}, "without `features`")
         self.mse, self.perceptual = mse, perceptual
         self.high = filled(HighFrequency(), high_frequency, "high_frequency")
+        self._check_images(features)
         self.features = None if features is None else self.keep_frozen("features", features)
         weights = (mse, self.high.fourier, self.high.edges, 0.0 if features is None else perceptual)
         if not any(weights):
             raise ValueError(
                 "mse, perceptual, high_frequency: found no weight above 0, expected a distance to train"
             )
-        self._check_images()
         self.recomputes = bool(student.decoder.weights())
 
     def _check_start(self) -> None:
         """Refuse a start at which the student's error is far larger in its image, and warn of a large one."""
-        process, kind = self.student.process, self.student.kind
-        check_start(process, kind, self.start)
-        factor = float(error_factor(process, kind, "x0", torch.tensor([self.start], dtype=torch.float64)))
+        kind = self.student.kind
+        factor = check_start(self.student.process, kind, self.start)
         if factor > USUAL_FACTOR:
             warnings.warn(
                 f"level: at t = {self.start:g} the student multiplies the error of its predicted {kind} by {factor:.3g}; "
@@ -133,23 +133,16 @@ class HiPA(DistillModule):
                 stacklevel=3,
             )
 
-    def _check_images(self) -> None:
-        """The distances of images need some, and the extractor takes them."""
+    def _check_images(self, features: nn.Module | None) -> None:
+        """The distances of images need some, and an extractor that takes them and gives them a gradient."""
         decoder = self.student.decoder
-        shape = decoder.shape(self.student.sample_shape)
-        if not decoder.images:
-            if self.features is not None or self.high.fourier or self.high.edges:
-                raise ValueError(
-                    "high_frequency: the student's samples are no images; expected features: null and "
-                    "high_frequency: {fourier: 0, edges: 0}"
-                )
-            return
-        if self.features is not None:
-            try:
-                with torch.no_grad():
-                    self.features(torch.zeros(1, *shape))
-            except (RuntimeError, ValueError) as error:
-                raise ValueError(f"features: does not take images of shape {list(shape)}: {error}") from error
+        if not decoder.images and (features is not None or self.high.fourier or self.high.edges):
+            raise ValueError(
+                "high_frequency: the student's samples are no images; expected features: null and "
+                "high_frequency: {fourier: 0, edges: 0}"
+            )
+        if features is not None:
+            check_extractor(features, decoder.shape(self.student.sample_shape))
 
     def updates(self) -> Sequence[Update]:
         """One update: the student."""

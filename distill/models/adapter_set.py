@@ -46,7 +46,8 @@ class AdapterSet:
         self._sha256 = next(iter(self._known))
         self._adapters: dict[str, Generator] = {}
         self._files: set[str] = set()  # names of LoRA files, which have no sampler of their own
-        self._merged: tuple[str, dict[str, Tensor]] | None = None  # name, and the layers' weights before
+        # The name of the merged adapter; the layers' weights, and their numbers before.
+        self._merged: tuple[str, list[tuple[Tensor, Tensor]]] | None = None
 
     @property
     def names(self) -> list[str]:
@@ -128,12 +129,12 @@ class AdapterSet:
         self._check_plain(f"merging {name!r}")
         generator = self._named(name)
         adapter = low_rank_of(generator.denoiser.net, "name")
-        base, before = self.base.denoiser.net, dict[str, Tensor]()
+        base, before = self.base.denoiser.net, list[tuple[Tensor, Tensor]]()
         with torch.no_grad():
             for path, layer in adapter.layers().items():
                 weight = base.get_submodule(path).weight
                 assert isinstance(weight, Tensor)
-                before[path] = weight.clone()
+                before.append((weight, weight.clone()))
                 weight.copy_((weight.float() + strength * layer.delta()).to(weight.dtype))
         self._merged = (name, before)
         return _with_net(generator, base)
@@ -143,8 +144,8 @@ class AdapterSet:
         """Give the base the weights that it had, bit for bit. Raises ValueError where nothing is merged."""
         if self._merged is None:
             raise ValueError("unmerge: found no merged adapter; expected `merge` before")
-        for path, weight in self._merged[1].items():
-            self.base.denoiser.net.get_submodule(path).weight.copy_(weight)  # type: ignore[operator]
+        for weight, before in self._merged[1]:
+            weight.copy_(before)
         self._merged = None
 
     def _named(self, name: str) -> Generator:

@@ -8,6 +8,7 @@ was.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -68,8 +69,10 @@ class Given:
         return made
 
 
-class Term(nn.Module):
-    """A term; `given` is shared by all of a net."""
+class Term(nn.Module, ABC):
+    """A term; `given` is shared by all of a net. It is called by `added`, which gathers its weights where they are sharded."""
+
+    entries = ("added",)
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,9 +87,9 @@ class Term(nn.Module):
         made = made + self.added(hidden).to(made.dtype)
         return (made, *out[1:]) if isinstance(out, tuple) else made
 
+    @abstractmethod
     def added(self, hidden: Tensor) -> Tensor:
         """The term for the block's input."""
-        raise NotImplementedError
 
 
 class EmbeddingTerm(Term):

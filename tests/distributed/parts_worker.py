@@ -16,6 +16,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from method_support import mlp, optim
 from torch import nn
 
+from distill.data.batch import Batch
 from distill.data.digits import Digits
 from distill.data.points import Points as RingPoints
 from distill.engine.fit import Fit, train
@@ -23,11 +24,13 @@ from distill.engine.loggers import Jsonl
 from distill.engine.logging import read_entries
 from distill.engine.module import DistillModule
 from distill.engine.parallel import full, full_state, is_sharded, make_mesh, shard_net
+from distill.methods.agd import AGD
 from distill.methods.autoregressive import Autoregressive
 from distill.methods.distilled_decoding import DistilledDecoding
 from distill.methods.mmd import MMD
 from distill.methods.sid import SiD
 from distill.methods.tokenizer import Tokenizer
+from distill.models.conditions import Labels
 from distill.models.spec import SamplerSpec
 from distill.process.flow import Flow
 from distill.stages.adapt import adapted
@@ -135,6 +138,39 @@ def job_lora(world: World, folder: Path) -> None:
         if world.main:
             found |= {f"before.{key}": value for key, value in before.items()}
             torch.save({"weights": found, "numbers": numbers}, folder / f"{place.name}.pt")
+
+
+class Trajectories:
+    """Guided trajectories of two states, at random."""
+
+    sample_shape, num_classes = (2,), 8
+
+    def __len__(self) -> int:
+        return 64
+
+    def fetch(self, rows: torch.Tensor, index: torch.Tensor) -> Batch:
+        path = torch.randn(64, 3, 2, generator=torch.Generator().manual_seed(1))[rows]
+        times = torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64)
+        cond = Labels(8).of(rows % 8)
+        return Batch(rows, index, cond, path=path, times=times, guidance=1.0 + rows % 4)
+
+    def fingerprint(self) -> str:
+        return "trajectories"
+
+
+def job_guidance(world: World, folder: Path) -> None:
+    """AGD with guidance terms on the base that is its teacher; the terms at the end."""
+    for shard in ("none", "world"):
+        for kind in ("embedding", "offset"):
+            teacher = mlp(Flow(), classes=8)
+            student = adapted(teacher, {"lora": {"rank": 2, "guidance": {"kind": kind, "width": 8}}})
+            method = AGD(student, teacher)
+            method.prepare({"student": optim(lr=0.05)}, seed=5, world=world)
+            place = folder / f"guidance-{kind}-{shard}-{world.size}"
+            train(method, Trajectories(), Fit(6, 16, shard=shard), folder=place)
+            found = full_state(method.student.net)
+            if world.main:
+                torch.save(found, folder / f"{place.name}.pt")
 
 
 class Ranks(L.Callback):

@@ -54,7 +54,7 @@ def start(folder: Path, size: int, *jobs: str) -> None:
 def results(tmp_path_factory) -> Path:
     """The folder where both worlds have done all jobs."""
     folder = tmp_path_factory.mktemp("two")
-    parts = [f"parts_worker.{name}" for name in ("parts", "lora", "rows", "mmd")]
+    parts = [f"parts_worker.{name}" for name in ("parts", "lora", "guidance", "rows", "mmd")]
     start(folder, 1, "train", "gradients", "poison", *parts)
     jobs = (
         "train",
@@ -172,6 +172,16 @@ def test_adapters_on_one_base_are_trained_as_on_one_process(results, shard):
     assert two["numbers"]["whole"] == numbers["whole"]
     if shard == "world":
         assert two["numbers"]["local"] <= 0.55 * numbers["whole"]
+
+
+@pytest.mark.parametrize("kind", ["embedding", "offset"])
+@pytest.mark.parametrize("shard", ["none", "world"])
+def test_guidance_terms_are_trained_as_on_one_process(results, shard, kind):
+    one, two = load(results, f"guidance-{kind}-{shard}-1"), load(results, f"guidance-{kind}-{shard}-2")
+    assert_close(one, two)
+    terms = [key for key in one if key.startswith("terms.")]
+    assert len(terms) >= 1
+    assert all(one[key].any() for key in terms if key.endswith(("out.weight", "out.3.weight")))
 
 
 def test_rows_of_all_processes_give_the_gradient_of_the_whole_batch(results):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
 from conftest import Load
@@ -17,6 +15,7 @@ from distill.samplers.ode import ddim
 from distill.samplers.stochastic import stochastic_ddim
 
 Golden = dict[str, Tensor]
+GRIDS = {"ddim5": "uniform_5", "ddim4": "uniform_4", "ddimq5": "quad_5", "ddim4_eta1": "uniform_4"}
 CASES = ("poly1", "poly2", "poly3", "poly3_g0.5_c2", "rbf", "rbf_g0.05")
 
 
@@ -99,15 +98,14 @@ def features(z: Tensor, golden: Golden) -> Tensor:
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["kept", "computed again"])
-@pytest.mark.parametrize("case", ["ddim5", "ddim4", "ddimq5", "ddim4_eta1"])
-def test_the_gradient_through_the_whole_chain(chain: Golden, case: str, again: bool) -> None:
+@pytest.mark.parametrize(("case", "grid"), GRIDS.items())
+def test_the_gradient_through_the_whole_chain(chain: Golden, case: str, grid: str, again: bool) -> None:
     """DDIM on rising lists of steps that end at index 0; the last step returns the predicted data, wherever it ends."""
     process, net = VPLinearBetas(), Predictor(chain)
     torch.testing.assert_close(
         process.alphas_cumprod, torch.cumprod(1 - chain["betas"].double(), 0), rtol=1e-5, atol=0
     )
-    kind, steps = re.fullmatch(r"ddim(q?)(\d+).*", case).groups()  # type: ignore[union-attr]
-    rising = chain[f"seq.{'quad' if kind else 'uniform'}_{steps}"].double()
+    rising = chain[f"seq.{grid}"].double()
     times = torch.cat([rising.flip(0), torch.tensor([-1.0], dtype=torch.float64)])
     predict = Recomputed(net) if again else net
     if case.endswith("eta1"):

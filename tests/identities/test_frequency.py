@@ -50,11 +50,10 @@ def test_the_filter_keeps_the_frequencies_that_it_says() -> None:
 def test_edges_of_a_step() -> None:
     x = torch.zeros(1, 1, 6, 8, dtype=torch.float64)
     x[..., 4:] = 1
-    for image, found in ((x, edges(x)), (x.transpose(2, 3), edges(x.transpose(2, 3)).transpose(2, 3))):
+    for found in (edges(x), edges(x.transpose(2, 3)).transpose(2, 3)):
         assert found.shape == (1, 1, 6, 8)
         torch.testing.assert_close(found[..., 3:5], torch.ones(1, 1, 6, 2).double(), rtol=0, atol=1e-9)
         assert found[..., :3].max() < 1e-5
-        assert image.shape[-1] in (6, 8)
     grey = torch.tensor([0.299, 0.587, 0.114]).double().view(1, 3, 1, 1) * images(1, 1, 6, 6)
     colour = images(1, 3, 6, 6)
     weighted = (colour * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)

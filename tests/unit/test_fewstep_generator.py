@@ -419,7 +419,7 @@ def test_the_sample_verb_takes_w(
         )
         sample_verb.main()
         assert seen[-1] == expected
-    assert "4 samples of" in capsys.readouterr().out
+    assert f"4 samples of {folder}, 4 step(s)" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["distill.sample", f"model={folder}", "guidance_w=7"])
     with pytest.raises(SystemExit, match=r"guidance_w: found 7.0, expected 2.0 .. 6.0"):
         sample_verb.main()

@@ -22,6 +22,7 @@ from distill.models.adapters import trained_parameters
 from distill.models.autoencoder import entry_of
 from distill.models.decoder import Autoencoder, Pixels
 from distill.models.denoiser import Denoiser
+from distill.models.extractors.inception import Inception
 from distill.models.features import load_digits64
 from distill.models.native import load_model, save_model
 from distill.models.spec import SamplerSpec
@@ -197,8 +198,8 @@ def test_a_large_amplification_is_warned_of_and_refused() -> None:
         ({"high_frequency": {"sobel": 1}}, "high_frequency.sobel: no such key"),
         ({"mse": -1.0}, "mse: found -1.0, expected at least 0"),
         ({"mse": 0, "high_frequency": {"fourier": 0, "edges": 0}}, "found no weight above 0"),
-        ({"level": 1e9}, "levels: found .* expected noise levels that"),
-        ({"level": -1}, "levels: found .* expected a list of positive"),
+        ({"level": 1e9}, "^level: found .* expected noise levels that"),
+        ({"level": -1}, "^level: found .* expected a list of positive"),
     ],
 )
 def test_options_that_train_nothing_are_refused(options: dict[str, Any], words: str) -> None:
@@ -209,7 +210,12 @@ def test_options_that_train_nothing_are_refused(options: dict[str, Any], words: 
 def test_models_that_it_cannot_train_are_refused() -> None:
     with pytest.raises(ValueError, match="high_frequency: the student's samples are no images"):
         HiPA(mlp(Flow()))
-    with pytest.raises(ValueError, match=r"features: does not take images of shape \[2, 8, 8\]"):
+    with pytest.raises(
+        ValueError, match=r"features: digits64 reads images \[B, 1, 8, 8\], got \[2, 2, 8, 8\]"
+    ):
         HiPA(teacher(channels=2), features=load_digits64())
+    inception = Inception(nn.Flatten(), resize=lambda image: image.astype("float32"), dim=3).eval()
+    with pytest.raises(ValueError, match="features: inception_other measures and gives no gradient"):
+        HiPA(teacher(), features=inception)
     with pytest.raises(ValueError, match="student: takes the guidance as an input"):
         HiPA(teacher(guidance_embedding=8))

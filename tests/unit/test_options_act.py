@@ -132,8 +132,8 @@ OTHERS: dict[str, dict[str, list[Any]]] = {
     "hipa": {
         "level": [2.5],
         "mse": [0.5],
-        "perceptual": [(0.5, {"features": Brightness()})],
-        "features": [Brightness()],
+        "perceptual": [(0.5, {"features": Brightness().eval()})],
+        "features": [Brightness().eval()],
         "high_frequency.fourier": [0.5],
         "high_frequency.edges": [0.5],
         "high_frequency.rho": [0.75],

@@ -23,17 +23,24 @@ class StudentInput:
     Args:
         levels: noise levels sigma / alpha of the N start times, falling; None: one step from t_max. SiD: [2.5].
         unit_noise: feed unit noise at the first time instead of noise of that level (DMD2's one-step SDXL).
+        name: of the option that gives the levels, for messages.
 
     Raises:
         ValueError: levels that are not a falling list of positive numbers, or outside the range of the process.
     """
 
-    def __init__(self, process: Process, levels: Sequence[float] | None, unit_noise: bool = False) -> None:
+    def __init__(
+        self,
+        process: Process,
+        levels: Sequence[float] | None,
+        unit_noise: bool = False,
+        name: str = "sampling.levels",
+    ) -> None:
         self.process, self.unit_noise = process, unit_noise
         if levels is None:
             self.times = [process.t_max]
         else:
-            self.times = process.time_of(_falling(process, levels)).tolist()
+            self.times = process.time_of(_falling(process, levels, name)).tolist()
         check_times(process, self.times)
         first = torch.tensor([self.times[0]], dtype=torch.float64)
         whole = float(process.prior(torch.ones(1, 1, dtype=torch.float64)))
@@ -79,20 +86,20 @@ class StudentInput:
         return mixture_output(lambda x, t: student.x0(x, t, cond), self.process, start, self.times, noise, k)
 
 
-def _falling(process: Process, levels: Sequence[float]) -> Tensor:
+def _falling(process: Process, levels: Sequence[float], name: str) -> Tensor:
     """Log ratios [N] of falling noise levels."""
     listed = isinstance(levels, Sequence) and not isinstance(levels, str)
     wanted = list(levels) if listed else []
     numbers = all(isinstance(level, float | int) and level > 0 for level in wanted)
     if not wanted or not numbers or any(not a > b for a, b in pairwise(wanted)):
         raise ValueError(
-            f"sampling.levels: found {levels!r}, expected a list of positive, falling noise levels, or null"
+            f"{name}: found {levels!r}, expected a list of positive, falling noise levels, or null"
         )
     ratio = -torch.log(torch.tensor(wanted, dtype=torch.float64))
     if not bool(process.covers(ratio).all()):
         ends = torch.tensor([process.t_min, process.t_max], dtype=torch.float64)
         low, high = torch.exp(-process.log_ratio(ends)).tolist()
         raise ValueError(
-            f"sampling.levels: found {wanted}, expected noise levels that {process!r} has: {low:.4g} .. {high:.4g}"
+            f"{name}: found {wanted}, expected noise levels that {process!r} has: {low:.4g} .. {high:.4g}"
         )
     return ratio

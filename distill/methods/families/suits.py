@@ -40,8 +40,9 @@ def _parts(process: Process, kind: str, t: Tensor) -> tuple[Tensor, Tensor]:
     return p, q
 
 
-def check_start(process: Process, kind: str, t: float) -> None:
-    """Refuse a student whose predicted x0 is mostly its own error at the start of its first step.
+def check_start(process: Process, kind: str, t: float) -> float:
+    """Refuse a student whose predicted x0 is mostly its own error at the start of its first step. Returns the factor on that
+    error.
 
     Raises:
         ValueError: names `kind`.
@@ -52,6 +53,7 @@ def check_start(process: Process, kind: str, t: float) -> None:
             f"kind: found {kind!r}, but under {process!r} it multiplies its error by {factor:.4g} to predict x0 at the "
             f"first step, t = {t:g}; expected at most {LARGEST_FACTOR:g}: a student that predicts {_others(process)}"
         )
+    return factor
 
 
 def check_clean_end(
