@@ -20,7 +20,7 @@ is queued again.
 Examples:
   python -m distill.submit recipe=sid cluster=slurm cluster.nodes=2 cluster.gpus_per_node=4 cluster.time=12:00:00
   python -m distill.submit recipe=sid cluster=slurm -m seed=0,1,2
-  sbatch --dependency=afterok:JOB slurm/afterwards.sbatch model=runs/sid/export reference=digits"""
+  sbatch --dependency=afterok:JOB --gpus=1 slurm/afterwards.sbatch model=runs/sid/export reference=digits"""
 
 
 def main() -> None:

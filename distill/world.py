@@ -20,6 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 Value = TypeVar("Value")
+# Errors that are made from a message alone, unlike some of their subclasses; the first that fits.
+PLAIN: tuple[type[Exception], ...] = (FileNotFoundError, OSError, ValueError)
 
 # For flags and objects: other ranks wait while one evaluates or writes to a slow disk.
 TIMEOUT = timedelta(hours=2)
@@ -82,8 +84,9 @@ class World:
         return values[0]
 
     def decided(self, decide: Callable[[], Value]) -> Value:
-        """What `decide` returns on the main process, on each of them; its error is raised on each of them. For decisions from
-        the disk, which a network file system may show differently on different machines."""
+        """What `decide` returns on the main process, on each of them; its error is raised on each of them, elsewhere as the
+        plain class that it is a kind of. For decisions from the disk, which a network file system may show differently on
+        different machines."""
         if self.size == 1:
             return decide()
         value: Any = None
@@ -91,13 +94,14 @@ class World:
         if self.main:
             try:
                 value = decide()
-            except Exception as found:
+            except Exception as found:  # of any kind, or the others would wait for an answer
                 error = found
-        value, kind, text = self.broadcast((value, type(error) if error else None, str(error)))
+        plain = error and next((kind for kind in PLAIN if isinstance(error, kind)), RuntimeError)
+        value, plain, text = self.broadcast((value, plain, str(error)))
         if error is not None:
             raise error
-        if kind is not None:
-            raise kind(text) if issubclass(kind, ValueError | OSError) else RuntimeError(text)
+        if plain is not None:
+            raise plain(text)
         return value
 
     def gather(self, value: Any) -> list[Any] | None:
@@ -232,9 +236,8 @@ def join(device: torch.device, seconds: int = SECONDS) -> World:
     control = dist.new_group(backend="gloo", timeout=TIMEOUT)
     if (told := os.environ.get("LOCAL_WORLD_SIZE")) is not None:
         return World(dist.get_rank(), size, local, int(told), control)
-    hosts: list[Any] = [
-        None
-    ] * size  # a launcher that does not say it: sharding within a machine needs to know
+    # A launcher that does not say it: sharding within a machine needs to know.
+    hosts: list[Any] = [None] * size
     dist.all_gather_object(hosts, socket.gethostname(), group=control)
     return World(dist.get_rank(), size, local, hosts.count(socket.gethostname()), control)
 
@@ -242,7 +245,7 @@ def join(device: torch.device, seconds: int = SECONDS) -> World:
 def device_number(local: int, visible: int) -> int:
     """The CUDA device of the process `local` of this machine: the only one where it sees one (`--gpus-per-task=1`).
 
-    Raises ValueError if there are fewer devices than processes."""
+    Raises ValueError if it sees several, but fewer than processes."""
     if visible == 1:
         return 0
     if local >= visible:

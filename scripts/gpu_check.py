@@ -10,7 +10,6 @@ check passes, fails, or is skipped with the reason; the exit status is 1 if one 
 from __future__ import annotations
 
 import argparse
-import copy
 import datetime
 import json
 import os
@@ -20,7 +19,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,14 +27,13 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
+from gpu_training import METHODS, TIMED, Machine, Noise, fitted, prepared, small, speed  # noqa: E402
 from shaped_nets import shaped  # noqa: E402
 
-from distill.data.batch import Batch  # noqa: E402
 from distill.data.cond import Cond  # noqa: E402
 from distill.data.rng import sample_noise  # noqa: E402
 from distill.engine import checkpoint  # noqa: E402
@@ -45,134 +42,14 @@ from distill.engine.memory import predicted  # noqa: E402
 from distill.engine.module import DistillModule  # noqa: E402
 from distill.engine.networks import recompute_activations  # noqa: E402
 from distill.engine.nonfinite import flagged_step  # noqa: E402
-from distill.engine.schedule import Constant  # noqa: E402
-from distill.engine.update import Optim  # noqa: E402
 from distill.launch import free_port  # noqa: E402
-from distill.methods.dmd import DMD  # noqa: E402
 from distill.methods.reflow import Reflow  # noqa: E402
-from distill.methods.sid import SiD  # noqa: E402
 from distill.models.denoiser import Denoiser  # noqa: E402
-from distill.nets.unet import UNet  # noqa: E402
 from distill.process.flow import Flow  # noqa: E402
-from distill.stages.adapt import adapted  # noqa: E402
-
-# Dense matrix products in bfloat16, operations a second, as the vendor states them; by a word of the device's name.
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "V100": 125e12}
 
 
 class Skipped(Exception):
     """A check cannot run here."""
-
-
-@dataclass
-class Machine:
-    """Where the checks run."""
-
-    device: torch.device
-    tiny: bool
-    shapes: Sequence[str]
-
-    @property
-    def cuda(self) -> bool:
-        """Whether it is a GPU."""
-        return self.device.type == "cuda"
-
-    def wait(self) -> None:
-        """Until the device has done everything."""
-        if self.cuda:
-            torch.cuda.synchronize()
-
-    def peak(self, run: Callable[[], object]) -> int | None:
-        """Most bytes allocated while `run` runs, on a GPU."""
-        if not self.cuda:
-            run()
-            return None
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        self.wait()
-        return torch.cuda.max_memory_allocated()
-
-
-# ---- nets and data ----
-
-
-def small(machine: Machine) -> Denoiser:
-    """The package's own U-Net, for checks of the engine."""
-    torch.manual_seed(0)
-    width = 8 if machine.tiny else 64
-    net = UNet(width=width, multipliers=(1,), embedding=16, groups=4, num_classes=0)
-    for parameter in net.parameters():
-        nn.init.normal_(parameter, std=0.1)
-    return Denoiser(net, Flow(), "velocity", (1, 8, 8))
-
-
-class Noise:
-    """Pairs of noise as data, of any shape."""
-
-    num_classes = 0
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self.sample_shape = shape
-
-    def __len__(self) -> int:
-        return 256
-
-    def fetch(self, rows: Tensor, index: Tensor) -> Batch:
-        """x0 and z are independent noise."""
-        x0, z = (sample_noise(0, stream, rows, self.sample_shape) for stream in ("x0", "z"))
-        return Batch(rows, index, Cond.nothing(len(rows)), x0=x0, z=z)
-
-    def fingerprint(self) -> str:
-        """The shape is all there is."""
-        return str(self.sample_shape)
-
-
-class Clock(Callback):
-    """Seconds of each iteration from `first` on, with the device's work."""
-
-    def __init__(self, machine: Machine, first: int) -> None:
-        self.machine, self.first, self.marks = machine, first, list[float]()
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Time the beginning."""
-        if batch_idx >= self.first:
-            self.machine.wait()
-            self.marks.append(time.perf_counter())
-
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Time the end."""
-        self.machine.wait()
-        self.marks.append(time.perf_counter())
-
-    def seconds(self) -> float:
-        """The median of an iteration."""
-        return sorted(b - a for a, b in zip(self.marks, self.marks[1:], strict=False))[
-            (len(self.marks) - 1) // 2
-        ]
-
-
-def prepared(method: DistillModule, *, fused: bool = True) -> DistillModule:
-    """With AdamW for every update."""
-    optim = Optim(partial(torch.optim.AdamW, lr=1e-4, fused=fused), Constant())
-    method.prepare({update.name: optim for update in method.updates()}, seed=0)
-    return method
-
-
-def fitted(
-    machine: Machine, method: DistillModule, shape: tuple[int, ...], steps: int, folder: Path, **more: Any
-) -> DistillModule:
-    """The method after `steps` steps in all."""
-    fit = Fit(
-        steps,
-        more.pop("batch", 8),
-        device=machine.device.type,
-        log_every=10_000,
-        checkpoint_every=10_000,
-        **more.pop("fit", {}),
-    )
-    train(method, Noise(shape), fit, folder=folder, config={}, **more)
-    return method
 
 
 def weights(method: DistillModule) -> Tensor:
@@ -309,11 +186,12 @@ def no_sync(machine: Machine, folder: Path) -> dict[str, Any]:
         def on_train_batch_end(self, *args: Any) -> None:
             torch.cuda.set_sync_debug_mode("default")
 
-    for kind, make in METHODS.items():
-        model = small(machine)
-        with torch.no_grad():
-            method = prepared(make(model))
-        fitted(machine, method, (1, 8, 8), 4, folder / kind, callbacks=[Strict()])
+    try:
+        for kind, make in METHODS.items():
+            method = prepared(make(small(machine)))
+            fitted(machine, method, (1, 8, 8), 4, folder / kind, callbacks=[Strict()])
+    finally:  # or every later check would fail as well
+        torch.cuda.set_sync_debug_mode("default")
     return {"methods": ", ".join(METHODS)}
 
 
@@ -328,7 +206,6 @@ def continued(machine: Machine, folder: Path) -> dict[str, Any]:
             raise Stop
 
     whole = fitted(machine, prepared(Reflow(small(machine))), (1, 8, 8), 6, folder / "whole")
-    fit = {"fit": {}}
     try:
         method = prepared(Reflow(small(machine)))
         options = Fit(6, 8, device=machine.device.type, checkpoint_every=3, log_every=10_000)
@@ -336,125 +213,48 @@ def continued(machine: Machine, folder: Path) -> dict[str, Any]:
     except Stop:
         pass
     assert checkpoint.read(folder / "parts" / checkpoint.NAME)["progress"]["step"] == 3
-    parts = fitted(machine, prepared(Reflow(small(machine))), (1, 8, 8), 6, folder / "parts", **fit)
+    parts = fitted(machine, prepared(Reflow(small(machine))), (1, 8, 8), 6, folder / "parts")
     difference = float((weights(whole) - weights(parts)).abs().max())
     return near(difference, 0.0 if not machine.cuda else 1e-5, "largest difference of the weights")
 
 
+class Kept(Callback):
+    """Bytes that the GPU holds at the end of training, before Lightning moves the networks to the CPU."""
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Note them."""
+        self.bytes = torch.cuda.memory_allocated()
+
+
 def memory(machine: Machine, folder: Path) -> dict[str, Any]:
     """The bytes that a training keeps are those that `plan=true` predicts."""
-    name, found = machine.shapes[0], {}
+    name, kept = machine.shapes[0], Kept()
+    measured = machine.cuda and not machine.tiny  # the libraries' own megabytes are more than a tiny net
     torch.manual_seed(0)
-    before = torch.cuda.memory_allocated() if machine.cuda else 0
+    before = torch.cuda.memory_allocated() if measured else 0
     net, shape, batch = shaped(name, machine.device)
     method = prepared(Reflow(Denoiser(net, Flow(), "velocity", shape)))
     total = predicted(method).total()
 
     def run() -> None:
-        fitted(machine, method, shape, 2, folder / "memory", batch=batch)
+        callbacks = [kept] if measured else []
+        fitted(machine, method, shape, 2, folder / "memory", batch=batch, callbacks=callbacks)
 
     peak = machine.peak(run)
-    if machine.cuda:
-        kept = torch.cuda.memory_allocated() - before
+    if measured:
+        found = kept.bytes - before
     else:
         states = (v for o in method.optimizers_by_key.values() for s in o.state.values() for v in s.values())
-        tensors = [
-            *method.student.parameters(),
-            *method.student.buffers(),
-            *method.ema.parameters(),
-            *method.ema.buffers(),
-        ]
-        kept = sum(v.nbytes for v in [*tensors, *states] if isinstance(v, Tensor))
+        networks = [*method.networks.values(), *method.ema.values()]
+        tensors = [t for n in networks for t in (*n.parameters(), *n.buffers())]
+        found = sum(v.nbytes for v in [*tensors, *states] if isinstance(v, Tensor))
     wanted = sum(size for kind, size in total.items() if kind != "gradients")
-    found = near(abs(kept - wanted) / wanted, 0.02, "relative difference of what is kept")
-    return found | {
+    return near(abs(found - wanted) / wanted, 0.02, "relative difference of what is kept") | {
         "shape": name,
         "predicted_bytes": sum(total.values()),
-        "kept_bytes": kept,
+        "kept_bytes": found,
         "peak_bytes": peak,
     }
-
-
-def _lora(student: Denoiser) -> Denoiser:
-    made = adapted(student, {"lora": {"rank": 16, "targets": ["to_q", "to_k", "to_v", "to_out.0"]}})
-    assert isinstance(made, Denoiser)
-    return made
-
-
-METHODS: dict[str, Callable[[Denoiser], DistillModule]] = {
-    "reflow": Reflow,
-    "sid": lambda model: SiD(model, copy.deepcopy(model)),
-    "dmd": lambda model: DMD(model, copy.deepcopy(model)),
-}
-TIMED: dict[str, Callable[[Denoiser], DistillModule]] = {
-    "reflow": Reflow,
-    "dmd, LoRA": lambda model: DMD(_lora(model), model),
-    "sid": METHODS["sid"],
-}
-
-
-def speed(machine: Machine, folder: Path, *, shape_name: str, method_name: str) -> dict[str, Any]:
-    """Seconds of a step of a method, against plain training of the same net; share of the device's peak."""
-    torch.manual_seed(0)
-    net, shape, batch = shaped(shape_name, machine.device)
-    if not machine.tiny and method_name == "sid":
-        net.enable_gradient_checkpointing()  # type: ignore[operator]
-    warm, steps = (1, 4) if machine.tiny else (4, 14)
-    plain = bare(machine, net, shape, batch, warm, steps)
-    clock = Clock(machine, warm)
-    method = prepared(TIMED[method_name](Denoiser(net, Flow(), "velocity", shape)))
-
-    def run() -> None:
-        fit = {"precision": "bf16-mixed"}
-        fitted(machine, method, shape, steps, folder / "speed", batch=batch, fit=fit, callbacks=[clock])
-
-    peak = machine.peak(run)
-    operations = flops(machine, net, shape, batch)
-    top = next(
-        (value for word, value in PEAKS.items() if machine.cuda and word in torch.cuda.get_device_name()),
-        None,
-    )
-    return {
-        "batch": batch,
-        "seconds": clock.seconds(),
-        "plain_seconds": plain,
-        "images_per_second": batch / clock.seconds(),
-        "peak_bytes": peak,
-        "plain_mfu": operations / plain / top if top else None,
-    }
-
-
-def bare(
-    machine: Machine, net: nn.Module, shape: tuple[int, ...], batch: int, warm: int, steps: int
-) -> float:
-    """Median seconds of a step of a plain loop: forward, backward, clip, fused AdamW, in bfloat16."""
-    own = copy.deepcopy(net).train().requires_grad_(True)
-    optimizer = torch.optim.AdamW(own.parameters(), lr=1e-4, fused=True)
-    x, t = torch.randn(batch, *shape, device=machine.device), torch.rand(batch, device=machine.device)
-    cond, marks = Cond.nothing(batch).to(machine.device), []
-    for _ in range(steps):
-        machine.wait()
-        marks.append(time.perf_counter())
-        with torch.autocast(machine.device.type, torch.bfloat16):
-            loss = own(x, t, cond).square().mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(own.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    machine.wait()
-    marks.append(time.perf_counter())
-    taken = sorted(b - a for a, b in zip(marks[warm:], marks[warm + 1 :], strict=False))
-    return taken[len(taken) // 2]
-
-
-def flops(machine: Machine, net: nn.Module, shape: tuple[int, ...], batch: int) -> int:
-    """Operations of a forward and a backward."""
-    x, t = torch.randn(batch, *shape, device=machine.device), torch.rand(batch, device=machine.device)
-    net.requires_grad_(True)
-    with FlopCounterMode(display=False) as counter, torch.autocast(machine.device.type, torch.bfloat16):
-        net(x, t, Cond.nothing(batch).to(machine.device)).square().mean().backward()
-    net.zero_grad()
-    return counter.get_total_flops()
 
 
 def checks(machine: Machine) -> dict[str, Callable[[Machine, Path], dict[str, Any]]]:
@@ -491,7 +291,7 @@ def run(machine: Machine, only: Sequence[str]) -> list[dict[str, Any]]:
                 row |= {"outcome": "passed", "numbers": check(machine, Path(place))}
             except Skipped as reason:
                 row |= {"outcome": "skipped", "why": str(reason)}
-            except Exception as error:
+            except Exception as error:  # whatever stops a check, the others still run
                 row |= {"outcome": "failed", "why": f"{type(error).__name__}: {error}"[:600]}
         rows.append(row | {"seconds": round(time.perf_counter() - start, 2)})
         print(f"{row['outcome']:<8} {name}  {row.get('why') or row.get('numbers')}", flush=True)
@@ -536,6 +336,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: found no CUDA device; expected one, or --device cpu --tiny")
+    torch.backends.cudnn.allow_tf32 = False  # float32 is compared with float32
     machine = Machine(
         torch.device(options.device), options.tiny, ["tiny"] if options.tiny else options.shapes
     )

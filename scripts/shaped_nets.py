@@ -27,10 +27,6 @@ class Shaped(nn.Module):
             self.register_buffer(name, value, persistent=False)
         self.constants = tuple(constants)
 
-    def enable_gradient_checkpointing(self) -> None:
-        """Called by `recompute_activations`."""
-        self.net.enable_gradient_checkpointing()  # type: ignore[operator]
-
     def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The prediction, without a learned variance."""
         given = {

@@ -300,6 +300,13 @@ class _OneProcess(SingleDeviceStrategy):
         self.world = world
         self.global_rank, self.local_rank = world.rank, world.local_rank
 
+    def teardown(self) -> None:
+        """Networks and optimizers stay on their device: Lightning would move them to the CPU, where shards of a mesh of GPUs
+        cannot be gathered for the checkpoint and the model file."""
+        assert self.accelerator is not None
+        for part in (self.precision_plugin, self.accelerator, self.checkpoint_io):
+            part.teardown()
+
     @property
     def is_global_zero(self) -> bool:
         """Asked by callbacks and loggers before they write."""

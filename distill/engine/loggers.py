@@ -169,20 +169,21 @@ def opened(logger: Logger) -> Logger:
 
 
 def _begun(logger: WandbLogger) -> Any:
+    import wandb
+
+    if not logger._offline:
+        try:
+            return logger.experiment
+        except (wandb.Error, OSError) as error:  # no network, no account, no answer in time
+            why = " ".join(str(error).split())
+            warnings.warn(
+                f"loggers: W&B cannot be reached ({why}); this run is logged offline in {logger.save_dir}/wandb; "
+                "`wandb sync` uploads it",
+                stacklevel=3,
+            )
+        logger._offline, logger._experiment = True, None
+        logger._wandb_init["mode"] = "offline"
     _supersede(logger)
-    try:
-        return logger.experiment
-    except Exception as error:  # no network, no account: whatever W&B raises
-        if logger._offline:
-            raise
-        why = " ".join(str(error).split())
-        warnings.warn(
-            f"loggers: W&B cannot be reached ({why}); this run is logged offline in {logger.save_dir}/wandb; "
-            "`wandb sync` uploads it",
-            stacklevel=3,
-        )
-    logger._offline, logger._experiment = True, None
-    logger._wandb_init["mode"] = "offline"
     return logger.experiment
 
 

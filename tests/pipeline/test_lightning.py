@@ -156,21 +156,25 @@ class FakeRun:
         self.calls.append(("finish",))
 
 
-def fake_wandb(monkeypatch: pytest.MonkeyPatch, reachable: bool = True) -> list[tuple[Any, ...]]:
-    """What is asked of W&B, in place of its package; offline runs have a folder."""
+class WandbError(Exception):
+    """`wandb.Error`."""
+
+
+def fake_wandb(monkeypatch: pytest.MonkeyPatch, raised: Exception | None = None) -> list[tuple[Any, ...]]:
+    """What is asked of W&B, in place of its package; offline runs have a folder. `raised`: by `wandb.init` online."""
     calls: list[tuple[Any, ...]] = []
 
     def init(**options: Any) -> FakeRun:
         calls.append(("init", options))
         offline = options.get("mode") == "offline" or os.environ.get("WANDB_MODE") == "dryrun"
-        if not offline and not reachable:
-            raise RuntimeError("no\nnetwork")
+        if not offline and raised is not None:
+            raise raised
         if offline:
             (Path(options["dir"]) / f"wandb/offline-run-{len(calls)}-{options['id']}").mkdir(parents=True)
         return FakeRun(calls)
 
     modules = {name: ModuleType(name) for name in ("wandb", "wandb.sdk", "wandb.sdk.lib", "wandb.wandb_run")}
-    modules["wandb"].__dict__.update(init=init, run=None, util=None)
+    modules["wandb"].__dict__.update(init=init, run=None, util=None, Error=WandbError)
     modules["wandb.sdk.lib"].__dict__["RunDisabled"] = type("RunDisabled", (), {})
     modules["wandb.wandb_run"].__dict__["Run"] = FakeRun
     for name, module in modules.items():
@@ -216,13 +220,40 @@ def test_wandb_continues_its_run_offline_and_is_closed(
     assert os.environ["WANDB_MODE"] == "dryrun", "without a key it stays offline"
 
 
+WANDB = {"_target_": "lightning.pytorch.loggers.WandbLogger"}
+
+
 def test_wandb_that_cannot_be_reached_does_not_stop_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = fake_wandb(monkeypatch, reachable=False)
+    calls = fake_wandb(monkeypatch, raised=WandbError("no\nnetwork"))
     monkeypatch.setenv("WANDB_API_KEY", "k")
     with pytest.warns(UserWarning, match="W&B cannot be reached .no network.; this run is logged offline"):
-        start(tmp_path, loggers=[{"_target_": "lightning.pytorch.loggers.WandbLogger"}])
+        start(tmp_path, loggers=[WANDB])
     online, offline = (call[1] for call in calls if call[0] == "init")
     assert (online.get("mode"), offline["mode"]) == (None, "offline")
     assert [call[1] for call in calls if call[0] == "log"] == [1, 2, 3, 4, 5]
+
+
+def test_other_errors_of_wandb_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = fake_wandb(monkeypatch, raised=TypeError("an option"))
+    monkeypatch.setenv("WANDB_API_KEY", "k")
+    with pytest.raises(TypeError, match="an option"):
+        start(tmp_path, loggers=[WANDB])
+    assert [call[0] for call in calls] == ["init"]
+
+
+def test_an_offline_run_stays_where_it_is_when_the_stage_goes_on_online(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its entries are not sent again, so `wandb sync` must still find it."""
+    calls = fake_wandb(monkeypatch)
+    monkeypatch.setattr(Noting, "fail_at", 4)
+    with pytest.raises(ValueError, match="a user's error"):
+        start(tmp_path, loggers=[WANDB], callbacks=OWN)
+    monkeypatch.setattr(Noting, "fail_at", 99)
+    monkeypatch.setenv("WANDB_API_KEY", "k")
+    monkeypatch.delenv("WANDB_MODE")
+    stage = start(tmp_path, loggers=[WANDB], callbacks=OWN)
+    assert [p.name.partition("-run")[0] for p in (stage / "logs/wandb").iterdir()] == ["offline"]
+    assert [call[1] for call in calls if call[0] == "log"] == [1, 2, 3, 4, 3, 4, 5]

@@ -76,9 +76,15 @@ def test_an_array_has_a_run_folder_an_element(tmp_path: Path):
 
 
 def executed(
-    folder: Path, cluster: Cluster, note: dict[str, object] | None, code: int, **variables: str
+    folder: Path,
+    cluster: Cluster | str,
+    note: dict[str, object] | None,
+    code: int,
+    *arguments: str,
+    **variables: str,
 ) -> tuple[int, str]:
-    """Run a script with commands of Slurm that only write what they were asked; the exit status and all output."""
+    """Run a script, or that of a cluster, with commands of Slurm that only write what they were asked; the exit status and all
+    output."""
     tools = folder / "tools"
     tools.mkdir(exist_ok=True)
     run = folder / "run"
@@ -91,7 +97,8 @@ def executed(
     }.items():
         (tools / name).write_text(f"#!/bin/sh\n{body}\n")
         (tools / name).chmod(0o755)
-    text = script(TEMPLATE, cluster, [Run("x", run, ("a=1",))], folder, "told")
+    written = isinstance(cluster, str)
+    text = cluster if written else script(TEMPLATE, cluster, [Run("x", run, ("a=1",))], folder, "told")
     environment = {
         "PATH": f"{tools}:{os.environ['PATH']}",
         "SLURM_JOB_ID": "5",
@@ -100,7 +107,8 @@ def executed(
     }
     (folder / "script").write_text(text)
     ended = subprocess.run(
-        ["bash", str(folder / "script")],
+        ["bash", str(folder / "script"), *arguments],
+        cwd=folder,
         env=environment | variables,
         capture_output=True,
         text=True,
@@ -145,6 +153,15 @@ def test_restarts_have_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert "not queued again" in executed(tmp_path, Cluster(max_restarts=3), note, 138, **carried)[1]
     told = executed(tmp_path, Cluster(), note | {"idle": 2}, 138, SLURM_RESTART_COUNT="3")[1]
     assert "not queued again: 2 starts in a row without a new checkpoint (cluster.max_idle)" in told
+
+
+def test_a_script_by_hand_passes_its_arguments_on_to_the_next_job(tmp_path: Path):
+    note: dict[str, object] = {"signal": "SIGUSR1", "start": "5.0", "stage": "reflow", "idle": 0}
+    text = TEMPLATE.read_text().replace("\nrequeue=scontrol", "\nrequeue=sbatch")
+    given = ("recipe=sid", f"runs_dir={tmp_path}", "name=run")
+    code, told = executed(tmp_path, text, note, 138, *given)
+    assert code == 138
+    assert f"DISTILL_RESTARTS=1 {tmp_path}/script {' '.join(given)}\n" in told
 
 
 def test_the_templates_can_be_used_by_hand():

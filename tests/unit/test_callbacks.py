@@ -14,9 +14,10 @@ from test_engine import Points, make, weights
 
 from distill.engine import checkpoint
 from distill.engine.callbacks import CheckpointCallback
-from distill.engine.fit import Fit, train
+from distill.engine.fit import Fit, _OneProcess, train
 from distill.engine.hooks import WITHIN_STEPS
 from distill.engine.loggers import check_callback
+from distill.world import World
 
 
 class Watching(Checkpoint):
@@ -145,3 +146,15 @@ def test_a_callback_whose_state_would_be_lost_is_refused_before_training(tmp_pat
         check_callback(Saving, {"_target_": "Saving"}, "callbacks[0]")
     check_callback(LambdaCallback, {"_target_": "LambdaCallback"}, "callbacks[1]")
     assert not list(tmp_path.iterdir())
+
+
+def test_networks_of_several_processes_stay_on_their_device_after_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The checkpoint and the model file are gathered after it, and NCCL gathers nothing that lies on a CPU."""
+    strategy = _OneProcess(torch.device("cpu"), World(0, 2))
+    L.Trainer(strategy=strategy, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+    module = make()
+    strategy.connect(module)
+    monkeypatch.setattr(type(module), "cpu", lambda self: pytest.fail("moved"))
+    strategy.teardown()

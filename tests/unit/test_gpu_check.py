@@ -44,6 +44,13 @@ def test_every_check_passes_on_a_cpu(
     assert table.read_text().count("\n| ") == 12
 
 
+@pytest.mark.gpu
+def test_every_check_passes_on_this_gpu(
+    gpu_check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert started(gpu_check, monkeypatch, "--out", str(tmp_path)) == 0
+
+
 def test_a_failed_check_is_told(
     gpu_check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -62,6 +69,11 @@ def test_without_a_gpu_it_says_so(
     with pytest.raises(SystemExit):
         started(gpu_check, monkeypatch)
     assert "found no CUDA device; expected one, or --device cpu --tiny" in capsys.readouterr().err
+
+
+def test_operations_of_a_step(gpu_check: ModuleType) -> None:
+    """As DiT's paper counts them: 118.6 billion products of a forward at 256 pixels, twice that in sums, thrice with backward."""
+    assert load_script("gpu_training").flops("dit_xl2") == pytest.approx(6 * 118.6e9 * 16, rel=0.01)
 
 
 def test_bytes_a_process(gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from tests_support import environment
 
 from distill.files import await_file, stamp
@@ -94,7 +95,7 @@ def test_the_device_of_a_process():
 
 
 def test_the_main_process_decides_and_its_error_is_everybodys(monkeypatch: pytest.MonkeyPatch):
-    sent: list[object] = []
+    sent: list[Any] = []
 
     def broadcast(self: World, value: object, source: int = 0) -> object:
         if self.main:
@@ -104,12 +105,16 @@ def test_the_main_process_decides_and_its_error_is_everybodys(monkeypatch: pytes
     monkeypatch.setattr(World, "broadcast", broadcast)
     assert [World(rank, 2).decided(lambda: 1 + rank) for rank in (0, 1)] == [1, 1]  # noqa: B023
 
-    def fail() -> None:
-        raise FileNotFoundError("x: missing")
-
-    for rank in (0, 1):
-        with pytest.raises(FileNotFoundError, match="x: missing"):
-            World(rank, 2).decided(fail)
+    errors = {
+        FileNotFoundError: lambda: Path("/missing/x").read_bytes(),
+        ValueError: lambda: json.loads("{"),  # of a class that is not made from a message alone
+        RuntimeError: lambda: torch.zeros(2).reshape(3),
+    }
+    for kind, fail in errors.items():
+        for rank in (0, 1):
+            with pytest.raises(kind) as found:
+                World(rank, 2).decided(fail)
+            assert str(found.value) == sent[-1][2], "the main process's message"
 
 
 def written(path: Path, **owner: object) -> Path:
