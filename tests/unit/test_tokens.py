@@ -141,6 +141,12 @@ def test_independent_tokens_are_a_table():
     assert (made[1::2] == 5).all()
     assert (made[::2, :3] == tokens[0, :3]).all()
     assert model.calls("heun", 16) == 1
+    for wrong, message in (
+        (Cond.nothing(6), "cond: this net expects one of 10 class labels"),
+        (Cond.of_labels([1] * 6).null(), r"label: expected classes 0 .. 9, found \[-1\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.transport(noise(), wrong)
 
 
 # ---- the student ----
