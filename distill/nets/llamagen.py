@@ -30,11 +30,11 @@ class LlamaGen(TokenNet):
         dropout in training); without it there is no guidance. multiple_of: of the hidden width. student, split: as of
         `TokenTransformer`.
 
-    Attributes:
-        codebook: [V,C], zeros until it is set.
+    The public files cannot be loaded yet, and their image decoder is not there: in a recipe, the net is trained on tokens of
+    a tokenizer of this package (`stages.teacher.net`).
     """
 
-    codebook: Tensor
+    anew = ("tok_embeddings.",)  # of a student: a linear layer in place of an embedding of tokens
     rotation: Tensor
 
     def __init__(

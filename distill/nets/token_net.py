@@ -19,10 +19,19 @@ class TokenNet(Net, ABC):
 
     Attributes:
         vocabulary: V. groups: positions of each group, in the order of generation.
+        codebook: [V,C] of nets that have one, zeros until the model of the net sets it: the codes of its decoder.
+        student: whether it is a student of Distilled Decoding. Then it has a codebook, its output are code vectors [B,L,C] in
+            place of logits, and `heads=True` gives both heads (logits [B,L,V], code vectors [B,L,C]). Tokens before position
+            `split` come from the logits, the others from the second head. `anew` begins the names of its weights that it does
+            not take from its teacher, which has others of the same names.
     """
 
     vocabulary: int
     groups: Sequence[int]
+    codebook: Tensor
+    student: bool = False
+    split: int
+    anew: tuple[str, ...] = ()
 
     @abstractmethod
     def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:

@@ -28,11 +28,7 @@ class TokenTransformer(TokenNet):
     Args:
         vocabulary: V. size: C, numbers of a code. length: L. num_classes: 0 for none.
         width, depth, heads: of the transformer. dropout: of embeddings and branches, not of attention.
-        student: whether it is a student. split: of a student, tokens before this position come from the logits' argmax, the
-            others from the second head; null: all from the logits.
-
-    Attributes:
-        codebook: [V,C] of a student, zeros until it is set: what tokens of logits are.
+        student, split: see `TokenNet`; split null: all tokens come from the logits.
     """
 
     def __init__(
@@ -71,7 +67,6 @@ class TokenTransformer(TokenNet):
             self.flag = nn.Embedding(2, width)
             nn.init.normal_(self.flag.weight, std=0.02)
             self.token_head = TokenHead(width, size)
-            self.codebook: Tensor
             self.register_buffer("codebook", torch.zeros(vocabulary, size))
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond, heads: bool = False) -> Any:

@@ -78,11 +78,9 @@ class VAR(TokenNet):
         depth: blocks; the width is 64 depth and the heads are as many, unless given. scales: positions a side of each.
         vocabulary: V. size: C. num_classes: classes; the table has a null row more.
 
-    Attributes:
-        codebook: [V,C], zeros until it is set.
+    A building block: no stage makes its tokens, since there is no tokenizer of several scales, and the public files cannot be
+    loaded yet. `scripts/bench/ar_speed.py` measures it with random weights.
     """
-
-    codebook: Tensor
 
     def __init__(
         self,
