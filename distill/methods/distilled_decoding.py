@@ -33,6 +33,7 @@ from distill.models.denoiser import Denoiser
 from distill.models.model import Model
 from distill.models.result import Result
 from distill.models.spec import SamplerSpec
+from distill.nets.token_net import TokenNet
 from distill.nets.token_transformer import student_output
 from distill.process.prefix import Prefix
 
@@ -81,32 +82,29 @@ class DistilledDecoding(DistillModule):
         if ce == emb == 0:
             raise ValueError("ce, emb: found 0 and 0, expected a loss of tokens")
         self.ce, self.emb, self.perceptual = ce, emb, perceptual
-        self._check_codebook(student)
+        self._check_net(student)
 
-    def _check_codebook(self, student: Denoiser) -> None:
-        """The net's codes are the decoder's: what its logits are the probabilities of."""
+    def _check_net(self, student: Denoiser) -> None:
+        """The net has two heads, and its codes are the decoder's: what its logits are the probabilities of."""
         book, net = codebook_of(student.decoder), student.net
-        own = getattr(net, "codebook", None)
-        if own is None or getattr(net, "split", None) is None:
+        if not isinstance(net, TokenNet) or not net.student:
             raise ValueError(
                 f"student: the net {type(net).__name__} has no codebook and no two heads; expected adapt: "
-                f"{{process: prefix, net: "
-                "{student: true}}"
+                "{process: prefix, net: {student: true}}"
             )
+        own = net.codebook
         if own.shape != book.shape:
             raise ValueError(
                 f"student: the teacher's vocabulary is {len(own)}, expected that of the codebook, {len(book)} of "
-                f"{book.shape[1]} "
-                "numbers"
+                f"{book.shape[1]} numbers"
             )
         if not (own.is_meta or book.is_meta) and not torch.equal(own.to(book.device), book):
             raise ValueError("student: the net has another codebook than its decoder; expected the same")
-        self.split = int(net.split)  # type: ignore[arg-type]
+        self.split = net.split
         if self.perceptual and self.split >= self.process.length:
             raise ValueError(
                 f"perceptual: found {self.perceptual}, but all tokens come from the logits, whose argmax has no "
-                f"gradient; expected 0, "
-                "or a smaller `split` of the net"
+                "gradient; expected 0, or a smaller `split` of the net"
             )
 
     def updates(self) -> Sequence[Update]:
@@ -156,8 +154,9 @@ class DistilledDecoding(DistillModule):
         assert batch.tokens is not None
         assert batch.z is not None
         best = self.best()
+        assert isinstance(best, Denoiser)
         t = torch.ones(len(batch), device=batch.z.device)
-        logits, tokens = best.net(batch.z, t, batch.cond, heads=True)  # type: ignore[operator]
+        logits, tokens = best.net(batch.z, t, batch.cond, heads=True)
         right = (logits.argmax(-1) == batch.tokens).float()
         book = codebook_of(self.student.decoder).to(tokens.device)
         nearest = torch.cdist(tokens.float(), book.expand(len(batch), *book.shape)).min(-1)

@@ -19,6 +19,7 @@ from distill.nets.token_net import TokenNet
 from distill.nets.tokenizer import TokenizerNet
 from distill.process.base import at_least_float32
 from distill.process.flow import Flow
+from distill.process.prefix import known_groups
 from distill.process.times import default_grid
 from distill.samplers.token_filters import Filters, check_logits
 from distill.samplers.token_flow import SOLVERS, denoise, token_map
@@ -32,7 +33,7 @@ class TokenTeacher(Model):
     of its noise, with the distribution of ancestral sampling.
 
     Args:
-        net: K groups of L positions in all, V tokens.
+        net: K groups of L positions in all, V tokens; a `codebook` of it becomes that of the decoder.
         sample_shape: [L,C].
         conditions: None: those of the net.
         decoder: has the codebook: `VQ` or `Codes`.
@@ -60,11 +61,14 @@ class TokenTeacher(Model):
         guidable: bool = False,
     ) -> None:
         shape = tuple(sample_shape)
-        if not isinstance(net, TokenNet):
+        if not isinstance(net, TokenNet) or net.student:
+            found = "a student" if isinstance(net, TokenNet) else type(net).__name__
             raise ValueError(
-                f"net: found {type(net).__name__}, expected a network of tokens (nets.token_net.TokenNet)"
+                f"net: found {found}, expected a network of tokens that gives logits (nets.token_net.TokenNet)"
             )
         check_codebook(net, shape, decoder)
+        if hasattr(net, "codebook"):
+            set_codebook(net, decoder)
         super().__init__(
             net, Flow(), shape, conditions or of_net(net) or Nothing(), decoder, coupling, guidable
         )
@@ -184,7 +188,8 @@ class TokenTeacher(Model):
         scales = self.filters.scales(guidance_scale, len(net.groups))
         guided = any(scale != 1 for scale in scales)
         state = net.begin(cond.cat(cond.null()) if guided else cond)
-        done, start = self._known_groups(sizes, known)
+        start = 0 if known is None else known.shape[1]
+        done = known_groups(sizes, start)
         last = None if known is None else known.to(codes.dtype)
         parts, paths = [], []
         if last is not None:
@@ -199,17 +204,6 @@ class TokenTeacher(Model):
             paths.append(flow)
             start += size
         return torch.cat(parts, 1), torch.cat(paths, -2)
-
-    @staticmethod
-    def _known_groups(sizes: Sequence[int], known: Tensor | None) -> tuple[int, int]:
-        """(groups, positions) that are known."""
-        count = 0 if known is None else known.shape[1]
-        ends = [sum(sizes[:k]) for k in range(len(sizes))]
-        if count not in ends:
-            raise ValueError(
-                f"known: found {count} positions, expected as many as the first groups have: one of {ends}"
-            )
-        return ends.index(count), count
 
     def _flow(
         self,
@@ -296,6 +290,19 @@ def check_codebook(net: TokenNet, shape: tuple[int, ...], decoder: Decoder) -> N
             f"1e-3: this tokenizer "
             "normalises its codes"
         )
+
+
+def set_codebook(net: TokenNet, decoder: Decoder) -> None:
+    """Make the codes of a net those of a decoder. Raises ValueError naming `net` for another number or size of codes."""
+    own, book = net.codebook, codebook_of(decoder)
+    if own.shape != book.shape:
+        raise ValueError(
+            f"net: found {len(own)} codes of {own.shape[1]} numbers, expected those of the codebook, {len(book)} of "
+            f"{book.shape[1]}"
+        )
+    if not (own.is_meta or book.is_meta):
+        with torch.no_grad():
+            own.copy_(book)
 
 
 class Tokenizer(Model):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distill.data.arguments import check_range
-from distill.data.cond import NULL_LABEL
+from distill.data.cond import NULL_LABEL, Cond
 from distill.process.guidance_w import w_embedding
 
 
@@ -90,6 +90,15 @@ class TimeEmbedding(nn.Module):
         return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
+def label_of(cond: Cond, num_classes: int) -> Tensor:
+    """The class labels [B] of `cond`. Raises ValueError for conditions without labels."""
+    if (label := cond.get("label")) is None:
+        raise ValueError(
+            f"cond: this net expects one of {num_classes} class labels a sample, found no labels"
+        )
+    return label
+
+
 class ClassEmbedding(nn.Module):
     """[B] class labels -> [B, dim]; the label -1 (the null condition) has an embedding of its own, the last
     row."""
@@ -100,10 +109,18 @@ class ClassEmbedding(nn.Module):
         self.table = nn.Embedding(num_classes + 1, dim)
 
     def forward(self, label: Tensor) -> Tensor:
-        check_range("label", label, self.num_classes)
-        # Labels are not checked on accelerators: an unknown class must not be read as the null condition.
-        past = (label >= self.num_classes).to(label.dtype)
-        return self.table(torch.where(label == NULL_LABEL, self.num_classes, label + past))
+        return class_rows(label, self.table, self.num_classes)
+
+
+def class_rows(label: Tensor, table: nn.Embedding, num_classes: int) -> Tensor:
+    """[B] class labels -> their rows [B, dim] of a table; -1, the null condition, is the row behind those of the classes.
+
+    Raises ValueError for labels on the CPU that are no classes, and for -1 where the table has no row for it."""
+    check_range("label", label, num_classes, null=table.num_embeddings > num_classes)
+    # Labels are not checked on accelerators: an unknown class must not be read as the null condition.
+    past = (label >= num_classes).to(label.dtype)
+    rows: Tensor = table(torch.where(label == NULL_LABEL, num_classes, label + past))
+    return rows
 
 
 class GuidanceEmbedding(nn.Module):

@@ -3,7 +3,6 @@ have the names of the public files."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distill.data.cond import Cond
+from distill.nets.layers import class_rows, label_of
 from distill.nets.token_net import TokenNet
-from distill.nets.token_transformer import student_output
+from distill.nets.token_transformer import State, TokenHead, student_output
 from distill.nets.tokenizer import nearest_codes
 from distill.process.prefix import data_groups
 
@@ -30,11 +30,11 @@ class LlamaGen(TokenNet):
         dropout in training); without it there is no guidance. multiple_of: of the hidden width. student, split: as of
         `TokenTransformer`.
 
-    Attributes:
-        codebook: [V,C], zeros until it is set.
+    The public files cannot be loaded yet, and their image decoder is not there: in a recipe, the net is trained on tokens of
+    a tokenizer of this package (`stages.teacher.net`).
     """
 
-    codebook: Tensor
+    anew = ("tok_embeddings.",)  # of a student: a linear layer in place of an embedding of tokens
     rotation: Tensor
 
     def __init__(
@@ -66,7 +66,7 @@ class LlamaGen(TokenNet):
             (1,) * length,
             num_classes,
         )
-        self.student, self.null_row, self.split = student, null_row, length if split is None else split
+        self.student, self.split = student, length if split is None else split
         self.cls_embedding = ClassTable(num_classes + null_row, width)
         self.tok_embeddings: nn.Module = (
             nn.Linear(size, width) if student else nn.Embedding(vocabulary, width)
@@ -77,7 +77,7 @@ class LlamaGen(TokenNet):
         self.output = nn.Linear(width, vocabulary, bias=False)
         if student:
             self.n_d_embed = nn.Embedding(2, width)
-            self.final_layer_conti = PixArtHead(width, size)
+            self.final_layer_conti = TokenHead(width, size)
         self.register_buffer("codebook", torch.zeros(vocabulary, size))
         self.register_buffer("rotation", rotation_2d(grid, width // heads), persistent=False)
         for module in self.modules():
@@ -99,17 +99,8 @@ class LlamaGen(TokenNet):
         return (logits, made) if heads else student_output(x, logits, made, self.codebook, data, self.split)
 
     def _class(self, cond: Cond) -> Tensor:
-        """The embedding [B,width] of the classes; the null class is the last row."""
-        if (label := cond.get("label")) is None:
-            raise ValueError(
-                f"cond: this net expects one of {self.num_classes} class labels a sample, found no labels"
-            )
-        if not self.null_row and label.device.type == "cpu" and bool((label < 0).any()):
-            raise ValueError(
-                "cond: found the null class, but the class table has no row for it: expected guidance_scale 1"
-            )
-        rows: Tensor = self.cls_embedding.embedding_table(torch.where(label < 0, self.num_classes, label))
-        return rows
+        table = self.cls_embedding.embedding_table
+        return class_rows(label_of(cond, self.num_classes), table, self.num_classes)
 
     def _run(self, hidden: Tensor) -> Tensor:
         rotation = self.rotation[: hidden.shape[1]]
@@ -119,7 +110,7 @@ class LlamaGen(TokenNet):
 
     def begin(self, cond: Cond) -> Any:
         """The class, and an empty cache of keys and values."""
-        return LlamaState(self._class(cond), [None] * len(self.layers))
+        return State(self._class(cond), [None] * len(self.layers))
 
     def advance(self, state: Any, codes: Tensor | None) -> Tensor:
         """Keys and values of the earlier positions are kept."""
@@ -131,15 +122,6 @@ class LlamaGen(TokenNet):
             hidden, state.cache[number] = layer(hidden, rotation, state.cache[number])
         out: Tensor = self.output(self.norm(hidden[:, -1:]))
         return out
-
-
-@dataclass
-class LlamaState:
-    """Generation so far: the class [B,width], keys and values of each layer, positions in them."""
-
-    first: Tensor
-    cache: list[tuple[Tensor, Tensor] | None] = field(default_factory=list)
-    length: int = 0
 
 
 class ClassTable(nn.Module):
@@ -208,21 +190,6 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.w2(F.silu(self.w1(x)) * self.w3(x))
-        return out
-
-
-class PixArtHead(nn.Module):
-    """[B,L,width] and a condition [B,width] -> code vectors [B,L,C]: (shift, scale) = table + condition."""
-
-    def __init__(self, width: int, size: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
-        self.linear = nn.Linear(width, size)
-
-    def forward(self, hidden: Tensor, cond: Tensor) -> Tensor:
-        shift, scale = (self.scale_shift_table[None] + cond[:, None])[:, :, None].unbind(1)
-        out: Tensor = self.linear(self.norm(hidden) * (1 + scale) + shift)
         return out
 
 

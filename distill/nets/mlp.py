@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distill.data.cond import Cond
-from distill.nets.layers import ClassEmbedding, GuidanceEmbedding, TimeEmbedding, add_guidance
+from distill.nets.layers import ClassEmbedding, GuidanceEmbedding, TimeEmbedding, add_guidance, label_of
 from distill.nets.net import Net
 
 
@@ -65,11 +65,7 @@ class MLP(Net):
         """[B,*shape] at network times t [B] under `cond` -> [B,*shape]."""
         embedding = self.embed(self.time(t * self.time_scale).to(self.embed.weight.dtype))
         if self.label is not None:
-            if (label := cond.get("label")) is None:
-                raise ValueError(
-                    f"cond: this net expects one of {self.num_classes} class labels a sample, found no labels"
-                )
-            embedding = embedding + self.label(label)
+            embedding = embedding + self.label(label_of(cond, self.num_classes))
         embedding = add_guidance(embedding, self.guidance, cond.get("guidance_w"))
         hidden = self.stem(x.flatten(1).to(self.stem.weight.dtype))
         for layer in self.layers:

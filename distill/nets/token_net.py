@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.data.cond import Cond
-from distill.nets.layers import ClassEmbedding
+from distill.nets.layers import class_rows, label_of
 from distill.nets.net import Net
 
 
@@ -19,10 +19,19 @@ class TokenNet(Net, ABC):
 
     Attributes:
         vocabulary: V. groups: positions of each group, in the order of generation.
+        codebook: [V,C] of nets that have one, zeros until the model of the net sets it: the codes of its decoder.
+        student: whether it is a student of Distilled Decoding. Then it has a codebook, its output are code vectors [B,L,C] in
+            place of logits, and `heads=True` gives both heads (logits [B,L,V], code vectors [B,L,C]). Tokens before position
+            `split` come from the logits, the others from the second head. `anew` begins the names of its weights that it does
+            not take from its teacher, which has others of the same names.
     """
 
     vocabulary: int
     groups: Sequence[int]
+    codebook: Tensor
+    student: bool = False
+    split: int
+    anew: tuple[str, ...] = ()
 
     @abstractmethod
     def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
@@ -60,13 +69,14 @@ class TokenTable(TokenNet):
         return self.advance(self.begin(cond), None)
 
     def begin(self, cond: Cond) -> Any:
-        label = cond.get("label")
-        return torch.zeros(len(cond), dtype=torch.int64) if label is None else label
+        device = self.table.weight.device
+        if not self.num_classes:
+            return torch.zeros(len(cond), dtype=torch.int64, device=device)
+        return label_of(cond, self.num_classes).to(device)
 
     def advance(self, state: Any, codes: Tensor | None) -> Tensor:
-        rows = state.to(self.table.weight.device) if self.num_classes else torch.zeros_like(state)
-        found: Tensor = self.table(rows.to(self.table.weight.device))
-        return found.view(len(state), self.length, self.vocabulary)
+        rows = class_rows(state, self.table, self.table.num_embeddings)
+        return rows.view(len(state), self.length, self.vocabulary)
 
 
 class StudentAndTeacher(Net):
@@ -80,17 +90,3 @@ class StudentAndTeacher(Net):
         """See the student."""
         out: Tensor = self.student(x, t, cond)
         return out
-
-
-def class_rows(cond: Cond, table: ClassEmbedding | None, size: int, like: Tensor) -> Tensor:
-    """The embedding [B, width] of the classes of `cond`; zeros where there is no table.
-
-    Raises ValueError for conditions without a label where there is one."""
-    if table is None:
-        return like.new_zeros(len(cond), size)
-    if (label := cond.get("label")) is None:
-        raise ValueError(
-            f"cond: this net expects one of {table.num_classes} class labels a sample, found no labels"
-        )
-    rows: Tensor = table(label)
-    return rows

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distill.data.cond import Cond
-from distill.nets.layers import ClassEmbedding
-from distill.nets.token_net import TokenNet, class_rows
+from distill.nets.layers import ClassEmbedding, label_of
+from distill.nets.token_net import TokenNet
 from distill.process.prefix import data_groups
 
 
@@ -28,11 +28,7 @@ class TokenTransformer(TokenNet):
     Args:
         vocabulary: V. size: C, numbers of a code. length: L. num_classes: 0 for none.
         width, depth, heads: of the transformer. dropout: of embeddings and branches, not of attention.
-        student: whether it is a student. split: of a student, tokens before this position come from the logits' argmax, the
-            others from the second head; null: all from the logits.
-
-    Attributes:
-        codebook: [V,C] of a student, zeros until it is set: what tokens of logits are.
+        student, split: see `TokenNet`; split null: all tokens come from the logits.
     """
 
     def __init__(
@@ -71,13 +67,12 @@ class TokenTransformer(TokenNet):
             self.flag = nn.Embedding(2, width)
             nn.init.normal_(self.flag.weight, std=0.02)
             self.token_head = TokenHead(width, size)
-            self.codebook: Tensor
             self.register_buffer("codebook", torch.zeros(vocabulary, size))
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond, heads: bool = False) -> Any:
         """[B,L,C] -> logits [B,L,V] of a teacher. Of a student, whose first k = (1 - t) L positions of x are data: the tokens
         [B,L,C] with the data as they are, or with `heads` (logits [B,L,V], code vectors [B,L,C]) as they are predicted."""
-        first = class_rows(cond, self.label, self.width, self.position)
+        first = self._class(cond)
         given = self.embed(x.to(self.position.dtype))
         if not self.student:
             out: Tensor = self.head(self.norm(self._run(torch.cat([first[:, None], given[:, :-1]], 1))))
@@ -90,6 +85,12 @@ class TokenTransformer(TokenNet):
             return logits, tokens
         return student_output(x, logits, tokens, self.codebook, data, self.split)
 
+    def _class(self, cond: Cond) -> Tensor:
+        if self.label is None:
+            return self.position.new_zeros(len(cond), self.width)
+        rows: Tensor = self.label(label_of(cond, self.num_classes))
+        return rows
+
     def _run(self, sequence: Tensor) -> Tensor:
         hidden = self.dropout(sequence + self.position[: sequence.shape[1]])
         for block in self.blocks:
@@ -98,7 +99,7 @@ class TokenTransformer(TokenNet):
 
     def begin(self, cond: Cond) -> Any:
         """The class, and an empty cache of keys and values."""
-        first = class_rows(cond, self.label, self.width, self.position)
+        first = self._class(cond)
         return State(first, [None] * len(self.blocks))
 
     def advance(self, state: Any, codes: Tensor | None) -> Tensor:
@@ -158,16 +159,17 @@ class Block(nn.Module):
 
 
 class TokenHead(nn.Module):
-    """[B,L,width] and a condition [B,width] -> code vectors [B,L,C]: shift and scale are a table plus the condition."""
+    """[B,L,width] and a condition [B,width] -> code vectors [B,L,C]: shift and scale are a table plus the condition. Parameters
+    have the names of the public files."""
 
     def __init__(self, width: int, size: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.table = nn.Parameter(torch.randn(2, width) / width**0.5)
+        self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
         self.linear = nn.Linear(width, size)
 
     def forward(self, hidden: Tensor, cond: Tensor) -> Tensor:
-        shift, scale = (self.table[None] + cond[:, None])[:, :, None].unbind(1)
+        shift, scale = (self.scale_shift_table[None] + cond[:, None])[:, :, None].unbind(1)
         out: Tensor = self.linear(self.norm(hidden) * (1 + scale) + shift)
         return out
 

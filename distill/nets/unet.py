@@ -20,6 +20,7 @@ from distill.nets.layers import (
     SelfAttention,
     TimeEmbedding,
     add_guidance,
+    label_of,
 )
 from distill.nets.net import Net
 
@@ -186,11 +187,7 @@ class UNet(Net):
         """[B,C,H,W] at process times t [B] under `cond` -> [B,C,H,W]."""
         embedding = self.embed(self.time(t * self.time_scale))
         if self.label is not None:
-            if (label := cond.get("label")) is None:
-                raise ValueError(
-                    f"cond: this net expects one of {self.num_classes} class labels a sample, found no labels"
-                )
-            embedding = embedding + self.label(label)
+            embedding = embedding + self.label(label_of(cond, self.num_classes))
         embedding = F.silu(add_guidance(embedding, self.guidance, cond.get("guidance_w")))
         hidden = self.stem(x.contiguous(memory_format=self.memory_format))
         skips = [hidden]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distill.data.cond import Cond
+from distill.nets.layers import class_rows, label_of
 from distill.nets.token_net import TokenNet
 
 SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
@@ -77,11 +78,9 @@ class VAR(TokenNet):
         depth: blocks; the width is 64 depth and the heads are as many, unless given. scales: positions a side of each.
         vocabulary: V. size: C. num_classes: classes; the table has a null row more.
 
-    Attributes:
-        codebook: [V,C], zeros until it is set.
+    A building block: no stage makes its tokens, since there is no tokenizer of several scales, and the public files cannot be
+    loaded yet. `scripts/bench/ar_speed.py` measures it with random weights.
     """
-
-    codebook: Tensor
 
     def __init__(
         self,
@@ -111,7 +110,7 @@ class VAR(TokenNet):
         self.pos_1LC = nn.Parameter(torch.randn(1, len(level), width) * std)
         self.lvl_embed = nn.Embedding(len(self.groups), width)
         self.blocks = nn.ModuleList([VARBlock(width, heads) for _ in range(depth)])
-        self.head_nm, self.head = AdaLN(width, 2), nn.Linear(width, vocabulary)
+        self.head_nm, self.head = AdaLN(width), nn.Linear(width, vocabulary)
         self.register_buffer("codebook", torch.zeros(vocabulary, size))
         self.quantize = Scales(scales, size)
         self.quantize.requires_grad_(False)
@@ -131,13 +130,7 @@ class VAR(TokenNet):
         return out
 
     def _class(self, cond: Cond) -> Tensor:
-        """The embedding [B,width] of the classes; the null class is the last row."""
-        if (label := cond.get("label")) is None:
-            raise ValueError(
-                f"cond: this net expects one of {self.num_classes} class labels a sample, found no labels"
-            )
-        rows: Tensor = self.class_emb(torch.where(label < 0, self.num_classes, label))
-        return rows
+        return class_rows(label_of(cond, self.num_classes), self.class_emb, self.num_classes)
 
     def _embedded(self, words: Tensor, first: Tensor) -> Tensor:
         start = first[:, None] + self.pos_start
@@ -190,8 +183,8 @@ class VARState:
     scale: int = 0
 
 
-class AdaLN(nn.Module):
-    """A layer norm without weights, scaled and shifted by a linear layer of the condition."""
+class Conditioned(nn.Module):
+    """`parts` scales, shifts and gates of a linear layer of the condition."""
 
     def __init__(self, width: int, parts: int) -> None:
         super().__init__()
@@ -201,6 +194,13 @@ class AdaLN(nn.Module):
     def split(self, cond: Tensor) -> tuple[Tensor, ...]:
         """`parts` tensors [B,1,width] of the condition."""
         return self.ada_lin(cond).view(-1, 1, self.parts, self.width).unbind(2)
+
+
+class AdaLN(Conditioned):
+    """A layer norm without weights, scaled and shifted by the condition."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, 2)
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         scale, shift = self.split(cond)
@@ -212,14 +212,14 @@ def normed(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 
-class VARBlock(AdaLN):
+class VARBlock(Conditioned):
     """Attention of unit queries and keys, and a two-layer perceptron; scale, shift and gate of both come from the condition."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__(width, 6)
         self.attn, self.ffn = VARAttention(width, heads), FeedForward(width)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, x: Tensor, cond: Tensor, visible: Tensor | None, cache: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         gate1, gate2, scale1, scale2, shift1, shift2 = self.split(cond)

@@ -45,13 +45,7 @@ class Prefix(Process):
 
     def known_time(self, count: int) -> float:
         """See `Process`; known positions end where a group ends."""
-        ends = [sum(self.groups[:k]) for k in range(len(self.groups))]
-        if count not in ends:
-            shown = ends if len(ends) <= 20 else [*ends[:20], "..."]
-            raise ValueError(
-                f"known: found {count} positions, expected as many as the first groups have: one of {shown}"
-            )
-        return self.time(ends.index(count))
+        return self.time(known_groups(self.groups, count))
 
     def alpha(self, t: Tensor) -> Tensor:
         """[B] -> [B,L]."""
@@ -91,3 +85,15 @@ class Prefix(Process):
 def data_groups(t: Tensor, groups: int) -> Tensor:
     """k, the groups of data at times t [B], in the type of t."""
     return ((1 - t) * groups).round()
+
+
+def known_groups(groups: Sequence[int], count: int) -> int:
+    """How many of the first groups the first `count` positions are. Raises ValueError naming `known` for a count that ends
+    within a group, or at the end of all."""
+    ends = [sum(groups[:k]) for k in range(len(groups))]
+    if count not in ends:
+        shown = ends if len(ends) <= 20 else [*ends[:20], "..."]
+        raise ValueError(
+            f"known: found {count} positions, expected as many as the first groups have: one of {shown}"
+        )
+    return ends.index(count)

@@ -13,12 +13,13 @@ from torch import nn
 from distill.models.adapters import Adapted, adapter_of
 from distill.models.build import build_net
 from distill.models.conditions import Conditions, of_net
-from distill.models.decoder import codebook_of
 from distill.models.denoiser import Denoiser
 from distill.models.guidance_adapters import GuidanceTerms
 from distill.models.lora_files import LoraFile, digest
 from distill.models.model import Model
+from distill.models.tokens import set_codebook
 from distill.nets.converted import Converted, Retimed
+from distill.nets.token_net import TokenNet
 from distill.process.base import KINDS
 from distill.process.flow import Flow
 from distill.process.prefix import Prefix
@@ -117,7 +118,9 @@ def adapted(student: Model, changes: Mapping[str, Any]) -> Model:
     if options.lora is not None:
         return student
     config = merged(student.net_config(), changes.get("net") or {})
-    built, state = build_net(config, "adapt.net"), student.net.state_dict()
+    built = build_net(config, "adapt.net")
+    anew = built.anew if options.process == "prefix" and isinstance(built, TokenNet) else ()
+    state = {name: value for name, value in student.net.state_dict().items() if not name.startswith(anew)}
     try:
         missing, unexpected = built.load_state_dict(state, strict=False)
     except RuntimeError as error:
@@ -127,7 +130,12 @@ def adapted(student: Model, changes: Mapping[str, Any]) -> Model:
     conditions = of_net(built) or student.conditions
     if options.process == "prefix":
         return as_prefix(student, built, conditions)
-    student = student.with_(net=built, kind=changes.get("kind") or student.kind, conditions=conditions)
+    meaning = {} if options.kind is None else {"kind": options.kind}
+    if meaning and not isinstance(student, Denoiser):
+        raise ValueError(
+            f"adapt.kind: found {options.kind!r}, but {type(student).__name__} has no choice of kinds; expected null"
+        )
+    student = student.with_(net=built, conditions=conditions, **meaning)
     return as_flow(student, changes.get("start") or "converted") if changes.get("process") else student
 
 
@@ -175,18 +183,14 @@ def as_prefix(model: Model, net: nn.Module, conditions: Conditions) -> Denoiser:
         raise ValueError(
             f"adapt.process: found prefix, but {type(model).__name__} is no model of tokens; expected one"
         )
-    groups: Any = net.groups
-    book, own = codebook_of(model.decoder), getattr(net, "codebook", None)
-    if own is None or own.shape != book.shape:
-        found = "none" if own is None else f"{len(own)} of {own.shape[1]} numbers"
+    if not isinstance(net, TokenNet) or not net.student:
         raise ValueError(
-            f"adapt.net: found {found} codes, expected the {len(book)} of {book.shape[1]} numbers of the model's codebook, and "
-            "a net of students: adapt: {process: prefix, net: {student: true}}"
+            f"adapt.net: found a {type(net).__name__} that is no student, expected adapt: {{process: prefix, net: {{student: "
+            "true}}"
         )
-    with torch.no_grad():
-        own.copy_(book)
+    set_codebook(net, model.decoder)
     return Denoiser(
-        net, Prefix(groups), "x0", model.sample_shape, conditions=conditions, decoder=model.decoder
+        net, Prefix(net.groups), "x0", model.sample_shape, conditions=conditions, decoder=model.decoder
     )
 
 

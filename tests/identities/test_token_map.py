@@ -37,7 +37,7 @@ def test_frequencies_are_the_probabilities():
     assert distance(index, p) <= 0.02, "the sampling error alone is .010"
     assert not bool((p[index] == 0).any()), "no code of probability 0"
     coarse, _ = token_map(noise, log_p, codes, grid(4), solver="euler")
-    assert distance(coarse, p) > 0.05, "four steps of Euler are visibly biased"
+    assert distance(coarse, p) > 0.1, "four steps of Euler are visibly biased"
     fine, _ = token_map(noise[:5000], log_p[:5000], codes, grid(64))
     assert float((index[:5000] == fine).double().mean()) >= 0.99
 

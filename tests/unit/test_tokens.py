@@ -38,6 +38,7 @@ from distill.models.involved import Involved
 from distill.models.native import load_model, save_model
 from distill.models.spec import SamplerSpec
 from distill.models.tokens import TokenTeacher
+from distill.nets.llamagen import LlamaGen
 from distill.nets.mlp import MLP
 from distill.nets.token_net import StudentAndTeacher, TokenTable
 from distill.nets.token_transformer import TokenTransformer, student_output
@@ -141,6 +142,12 @@ def test_independent_tokens_are_a_table():
     assert (made[1::2] == 5).all()
     assert (made[::2, :3] == tokens[0, :3]).all()
     assert model.calls("heun", 16) == 1
+    for wrong, message in (
+        (Cond.nothing(6), "cond: this net expects one of 10 class labels"),
+        (Cond.of_labels([1] * 6).null(), r"label: expected classes 0 .. 9, found \[-1\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.transport(noise(), wrong)
 
 
 # ---- the student ----
@@ -207,10 +214,36 @@ def test_a_student_starts_from_the_weights_of_its_teacher():
     assert {name.partition(".")[0] for name in set(own) - set(theirs)} == {"flag", "token_head", "codebook"}
     assert torch.equal(made.net.codebook, codebook_of(given.decoder))
     assert isinstance(made.process, Prefix)
-    with pytest.raises(ValueError, match=r"adapt.net: found none codes, expected the 8"):
+    with pytest.raises(ValueError, match=r"adapt.net: found a TokenTransformer that is no student"):
         adapted(given, {"process": "prefix"})
+    again = adapted(given, {"net": {"dropout": 0.5}})
+    assert isinstance(again, TokenTeacher)
+    assert all(torch.equal(again.net.state_dict()[name], theirs[name]) for name in theirs)
+    with pytest.raises(ValueError, match=r"adapt.kind: found 'v', but TokenTeacher has no choice of kinds"):
+        adapted(given, {"kind": "v"})
     with pytest.raises(ValueError, match=r"adapt.process: found prefix, but Denoiser"):
         adapted(student(), {"process": "prefix", "net": {"dropout": 0.1}})
+
+
+def test_llamagen_is_trained_on_tokens_and_starts_a_student(tmp_path: Path):
+    """The codebook of the net is that of the tokens: else all inputs of the teacher are token 0."""
+    torch.manual_seed(0)
+    sizes = {"width": 16, "depth": 1, "heads": 2, "grid": 2, "vocabulary": V, "size": C, "num_classes": 10}
+    given = TokenTeacher(LlamaGen(multiple_of=8, **sizes), (L, C), decoder=decoder())
+    assert torch.equal(given.net.codebook, codebook_of(given.decoder))
+    method = Autoregressive(given, null_prob=0.0)
+    method.prepare({"student": Optim(partial(torch.optim.AdamW, lr=1e-2), Constant())}, seed=0)
+    train(method, TokenDigits(), Fit(3, 16), folder=tmp_path, config={})
+    made = adapted(method.student, {"process": "prefix", "net": {"student": True}})
+    own, theirs = made.net.state_dict(), method.student.net.state_dict()
+    kept = [name for name in theirs if not name.startswith("tok_embeddings.")]
+    assert all(torch.equal(own[name], theirs[name]) for name in kept)
+    assert own["tok_embeddings.weight"].shape == (16, C)
+    source, rows = TokenDigits(), torch.arange(8)
+    loss = DistilledDecoding(made, timesteps=[0, 2]).loss(
+        source.fetch(rows, rows), Step(0, Draws(0, "x", 0, rows))
+    )
+    assert loss.total.isfinite()
 
 
 def test_the_teacher_makes_some_groups():
@@ -310,12 +343,23 @@ def test_tokens_that_are_held_out_are_not_trained_on():
 
 
 def test_the_loss_ignores_positions_of_data():
-    method, source = DistilledDecoding(student(), timesteps=[0, 2]), TokenDigits()
+    """Other tokens at positions that are data change no loss; at positions of noise they do."""
+    method, source, rows = DistilledDecoding(student(), timesteps=[0, 2]), TokenDigits(), torch.arange(8)
+    batch, draws = source.fetch(rows, rows), Draws(0, "x", 0, rows)
+    data = (draws.integer("t", 2) == 1)[:, None] & (torch.arange(L) < 2)
+    assert 0 < int(data.sum()) < data.numel()
+    other = (batch.tokens + 1) % V
+
+    def loss(tokens: torch.Tensor) -> float:
+        return float(method.loss(replace(batch, tokens=tokens), Step(0, draws)).total)
+
+    given = loss(batch.tokens)
+    assert loss(torch.where(data, other, batch.tokens)) == given
+    assert loss(torch.where(data, batch.tokens, other)) != given
     values = torch.arange(8.0).view(2, 4)
-    data = torch.tensor([[True, True, False, False], [False] * 4])
-    assert mean_behind(values, data).tolist() == [2.5, 5.5]
+    mask = torch.tensor([[True, True, False, False], [False] * 4])
+    assert mean_behind(values, mask).tolist() == [2.5, 5.5]
     assert method.result().sampler.times == {1: (1.0, 0.0), 2: (1.0, 0.5, 0.0)}
-    assert source.sample_shape == method.student.sample_shape
 
 
 def test_a_method_of_scores_refuses_a_model_of_tokens():
@@ -510,6 +554,16 @@ class Long(ConvTokenizer):
         (
             lambda: check_logits(torch.tensor([[[0.0, 1], [-torch.inf, -torch.inf]]])),
             "no token left .* position 1",
+        ),
+        (
+            lambda: TokenTeacher(student().net, (L, C), decoder=decoder()),
+            "net: found a student, expected a network of tokens that gives logits",
+        ),
+        (
+            lambda: TokenTeacher(
+                LlamaGen(width=8, depth=1, heads=2, grid=2, vocabulary=V, size=3), (L, C), decoder=decoder()
+            ),
+            "net: found 8 codes of 3 numbers, expected those of the codebook, 8 of 4",
         ),
         (lambda: Filters(top_k=-1), "top_k: found -1"),
         (lambda: Filters(top_p=0.0), "top_p: found 0.0, expected a share in"),
