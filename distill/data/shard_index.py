@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from distill.data.machine import available_cores
 from distill.files import sha256_file, write_safetensors
 
 SCHEMA, SUFFIX = "1", ".index"
@@ -117,7 +118,7 @@ def indexed(shards: Sequence[Path], folder: Path | None = None) -> list[Summary]
             errors[shard] = error
 
     if missing:
-        with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(min(THREADS, available_cores())) as pool:
             list(pool.map(make, [*missing[start:], *missing[:start]]))
     if errors:
         shown = [str(errors[shard]) for shard in missing if shard in errors]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import os
 import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from distill.data.arguments import integer
 from distill.data.batch import Batch
+from distill.data.machine import available_cores
 from distill.data.order import Order
 
 WORKERS = 4  # of sources that read files
@@ -114,7 +114,7 @@ class StepLoader:
 def workers_for(source: Source, workers: int | None) -> int:
     """The number of workers: None stands for `WORKERS`, at most one a core, where `source.reads_files`, else 0."""
     if workers is None:
-        return min(WORKERS, os.cpu_count() or 1) if getattr(source, "reads_files", False) else 0
+        return min(WORKERS, available_cores()) if getattr(source, "reads_files", False) else 0
     return integer("workers", workers, at_least=0)
 
 

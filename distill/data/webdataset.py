@@ -21,6 +21,7 @@ from torch import Tensor
 from distill.data.batch import Batch
 from distill.data.cond import Cond
 from distill.data.folder import size_of
+from distill.data.machine import machine_memory
 from distill.data.members import Members
 from distill.data.plain import plain_torch
 from distill.data.shard_index import Index, braces, indexed, read_index
@@ -131,7 +132,7 @@ class Shards:
 
         Raises ValueError naming `limit` where they take more than half of the memory."""
         total = 4 * len(self) * math.prod(self.sample_shape)
-        if total > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) // 2:
+        if total > (memory := machine_memory()) // 2:
             raise ValueError(
                 f"limit: {len(self)} images take {total} bytes, and this machine has {memory}; expected a limit for those that "
                 "are measured (eval.meter.data.limit, monitor.data.limit)"

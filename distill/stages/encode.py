@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +16,7 @@ from distill.cache.latent_files import MANIFEST as LATENTS
 from distill.cache.latent_files import LatentFiles
 from distill.cache.pairs import MANIFEST, Pairs
 from distill.cache.tokens import TOKENS, Tokens
+from distill.data.machine import machine_memory
 from distill.data.prompts import Prompts as PromptFile
 from distill.data.source import Source
 from distill.engine.memory import Memory, Size, stored_row
@@ -190,11 +190,6 @@ def weights_shapes(folder: Folder, part: str) -> list[tuple[int, ...]]:
         for shape, dtype in stored_tensors(file).values()
         if dtype in FLOATS
     ]
-
-
-def machine_memory() -> int:
-    """Bytes of memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def source_of(data: str | Mapping[str, Any], inputs: Mapping[str, Path]) -> Source:

@@ -14,6 +14,7 @@ from engine_support import Points
 from shard_support import members, numbers, write_shards
 
 from distill.data.digits import Digits
+from distill.data.machine import available_cores
 from distill.data.source import StepLoader, _end_workers
 from distill.data.webdataset import Shards
 from distill.engine import checkpoint
@@ -51,7 +52,7 @@ def test_batches_are_the_same_for_any_number_of_workers(tmp_path):
         for workers in (1, 2):
             same(flat(loader(source, accumulate=2, workers=workers)), wanted)
     assert (loader(shards, workers=None).workers, loader(Digits(), workers=None).workers) == (
-        min(4, os.cpu_count() or 1),
+        min(4, available_cores()),
         0,
     )
     for options, words in (
