@@ -18,7 +18,7 @@ from distill.cache.pairs import MANIFEST, Pairs
 from distill.cache.tokens import TOKENS, Tokens
 from distill.data.machine import machine_memory
 from distill.data.prompts import Prompts as PromptFile
-from distill.data.source import Source
+from distill.data.source import Replacing, Source
 from distill.engine.memory import Memory, Size, stored_row
 from distill.files import canonical_json, sha256_text
 from distill.models.decoder import Points
@@ -205,7 +205,7 @@ def source_of(data: str | Mapping[str, Any], inputs: Mapping[str, Path]) -> Sour
 
 def replaced_of(source: Source, world: World) -> dict[str, int]:
     """Broken samples that others were read for, over all processes, since the last start; empty for sources that count none."""
-    if not hasattr(source, "replaced"):
+    if not isinstance(source, Replacing):
         return {}
     counts = world.gather(source.replaced)
     return {"replaced": sum(counts or [])}
