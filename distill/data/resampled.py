@@ -76,6 +76,11 @@ class Resampled:
         self._size, self.samples, self.buffer, self.revision = size, samples, buffer, revision
         self.sample_shape, self.num_classes = (channels, *size), num_classes
         self._stream: Iterator[dict[str, Any]] | None = None
+        warnings.warn(
+            "data: webdataset_stream samples with replacement and is not exact: an epoch may have a sample several times or "
+            "never, and a training that is continued reads other samples",
+            stacklevel=2,
+        )
 
     def __len__(self) -> int:
         return self.samples
@@ -105,11 +110,6 @@ class Resampled:
             raise ImportError(
                 'data=webdataset_stream needs the package webdataset: pip install "distill[webdataset]"'
             ) from error
-        warnings.warn(
-            "data: webdataset_stream samples with replacement and is not exact: an epoch may have a sample several times or "
-            "never, and a training that is continued reads other samples",
-            stacklevel=4,
-        )
         seed %= 2**31
         return iter(
             webdataset.DataPipeline(
