@@ -11,22 +11,43 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distill.cache.pairs import Header
 from distill.data.batch import Batch
 from distill.data.cond import Cond
 from distill.data.points import Points
-from distill.data.rng import Draws
+from distill.data.rng import Draws, noise_checksum
 from distill.engine.fit import Fit, train
 from distill.engine.module import DistillModule
 from distill.engine.schedule import Constant
 from distill.engine.update import Optim, Step
 from distill.models.analytic import exact_denoiser
 from distill.models.boundary import Boundary
+from distill.models.conditions import Labels
+from distill.models.decoder import Pixels
 from distill.models.denoiser import Denoiser
 from distill.nets.mlp import MLP
 from distill.process.base import Process, expand
 from distill.stages.renamed import MOVED
 
 MEAN, STD = (0.4, -0.2), 0.3
+
+
+def pairs_header(**changes: Any) -> Header:
+    """Of ten pairs of 8x8 pixels with ten classes."""
+    given = {
+        "sample_shape": (1, 8, 8),
+        "count": 10,
+        "seed": 3,
+        "stream": "pairs",
+        "noise_checksum": noise_checksum(3, "pairs", (1, 8, 8)),
+        "teacher": "t",
+        "solver": "euler",
+        "steps": 3,
+        "guidance_scale": 1.0,
+        "conditions": Labels(10).config(),
+        "decoder": Pixels().config(),
+    }
+    return Header(**given | changes)
 
 
 def noise(batch: int = 12, seed: int = 3, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -48,7 +48,11 @@ def members(number: int, size: int = 8, channels: int = 3) -> list[tuple[str, by
 
 
 def write_shards(
-    folder: Path, counts: Sequence[int], size: int = 8, changed: Mapping[int, list] | None = None
+    folder: Path,
+    counts: Sequence[int],
+    size: int = 8,
+    changed: Mapping[int, list] | None = None,
+    channels: int = 3,
 ) -> str:
     """Shards of `counts` samples, numbered through; returns their pattern. `changed`: members of some samples."""
     number = 0
@@ -56,7 +60,7 @@ def write_shards(
         found = [
             member
             for i in range(number, number + count)
-            for member in ((changed or {}).get(i) or members(i, size))
+            for member in ((changed or {}).get(i) or members(i, size, channels))
         ]
         write_tar(folder / f"s-{shard:03d}.tar", found)
         number += count

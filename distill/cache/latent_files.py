@@ -30,7 +30,7 @@ from distill.files import (
 )
 from distill.models.autoencoder import entry_of, read_decoder, write_weights
 from distill.models.build import build_conditions
-from distill.models.conditions import Conditions, Labels, Nothing
+from distill.models.conditions import Conditions, Labels
 from distill.models.decoder import Decoder
 from distill.typed import check_keys, parse
 from distill.world import World
@@ -147,8 +147,11 @@ def write_latents(
     for number, part in world.share(rows.split(header.rows)):
         path = folder / shard_name(number)
         if not _written(path, header):
-            table = _encoded(part, source, conditions, decoder, header, batch_size, device, workers)
-            write_safetensors(path, table)
+            parts, pin = part.split(batch_size), device.type == "cuda"
+            batches = prefetched(_Fetch(source), parts, source, workers=workers, prefetch=2, pin=pin)
+            encoded = [_encoded(batch, conditions, decoder, header, device) for batch in batches]
+            columns = {name: torch.cat([each[name] for each in encoded]) for name in encoded[0]}
+            write_safetensors(path, {"ids": part, **columns})
             write_json(
                 _note(path), {"header": header.digest, "count": len(part), "sha256": sha256_file(path)}
             )
@@ -182,43 +185,25 @@ def _written(path: Path, header: LatentHeader) -> bool:
 
 
 def _encoded(
-    rows: Tensor,
-    source: Source,
-    conditions: Conditions,
-    decoder: Decoder,
-    header: LatentHeader,
-    batch_size: int,
-    device: torch.device,
-    workers: int,
+    batch: Batch, conditions: Conditions, decoder: Decoder, header: LatentHeader, device: torch.device
 ) -> dict[str, Tensor]:
-    """The columns of one shard: ids, x0 and those of the conditions."""
-    parts = rows.split(batch_size)
-    fetched = prefetched(
-        _Fetch(source), parts, source, workers=workers, prefetch=2, pin=device.type == "cuda"
-    )
-    latents, columns = [], []
-    for part, batch in zip(parts, fetched, strict=True):
-        assert batch.x0 is not None
-        images = batch.x0.to(device)
-        if header.posterior == "sample":
-            noise = sample_noise(header.seed, header.stream, part, header.sample_shape).to(device)
-            x0 = decoder.encode_sample(images, noise)
-        else:
-            x0 = decoder.encode(images)
-        x0 = x0.to(TYPES[header.dtype]).cpu()
-        if not bool(x0.isfinite().all()):
-            raise FloatingPointError(
-                f"decoder: makes latents that are not finite, of images {part.tolist()[:8]}"
-            )
-        latents.append(x0)
-        columns.append(columns_of(conditions, batch))
-    joined = {name: torch.cat([each[name] for each in columns]) for name in columns[0]}
-    return {"ids": rows, "x0": torch.cat(latents), **joined}
+    """The columns of a batch of images: x0 and those of the conditions."""
+    assert batch.x0 is not None
+    images, rows = batch.x0.to(device), batch.index
+    if header.posterior == "sample":
+        noise = sample_noise(header.seed, header.stream, rows, header.sample_shape).to(device)
+        x0 = decoder.encode_sample(images, noise)
+    else:
+        x0 = decoder.encode(images)
+    x0 = x0.to(TYPES[header.dtype]).cpu()
+    if not bool(x0.isfinite().all()):
+        raise FloatingPointError(f"decoder: makes latents that are not finite, of images {rows.tolist()[:8]}")
+    return {"x0": x0, **columns_of(conditions, batch)}
 
 
 @dataclass(frozen=True)
 class _Fetch:
-    """Fetches a part of a source; goes to workers that are not forked."""
+    """Fetches rows of a source, which are the batch's `index`; goes to workers that are not forked."""
 
     source: Source
 
@@ -228,8 +213,6 @@ class _Fetch:
 
 def columns_of(conditions: Conditions, batch: Batch) -> dict[str, Tensor]:
     """What is stored of the conditions of a batch: its labels, or the rows of its captions in the table of prompts."""
-    if isinstance(conditions, Nothing):
-        return conditions.columns(batch.ids)
     if isinstance(conditions, Labels):
         label = batch.cond.get("label")
         if label is None:

@@ -117,6 +117,11 @@ def to_pixels(image: Image.Image, grey: bool, size: tuple[int, int], channels: i
     return torch.from_numpy(np.array(image)).view(height, width, channels).permute(2, 0, 1)
 
 
+def to_float(pixels: Tensor) -> Tensor:
+    """float32 in [-1, 1] of bytes uint8: byte / 127.5 - 1."""
+    return pixels.to(torch.float32).div_(127.5).sub_(1.0)
+
+
 def _grey(image: Image.Image, where: str) -> Image.Image:
     """Return one channel of an RGB image. Raises ValueError unless its three channels are equal."""
     red, green, blue = (np.array(band) for band in image.split())

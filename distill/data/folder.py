@@ -15,7 +15,7 @@ from torch import Tensor
 from distill.data.batch import Batch
 from distill.data.captions import METADATA, read_captions
 from distill.data.cond import Cond
-from distill.data.decode import Stamp, decode, header, to_pixels
+from distill.data.decode import Stamp, decode, header, to_float, to_pixels
 from distill.data.listing import SUFFIXES, Listing, find, find_each, utf8_path
 from distill.data.plain import plain_torch
 
@@ -101,7 +101,7 @@ class ImageFolder:
     @property
     def images(self) -> Tensor:
         """All images [n,C,H,W] float32 in [-1, 1]; converted at each access."""
-        return _to_float(self.pixels)
+        return to_float(self.pixels)
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -117,14 +117,14 @@ class ImageFolder:
     def fetch(self, rows: Tensor, index: Tensor) -> Batch:
         """Return images and labels at `rows`; the id of a sample is its row."""
         cond = Cond.nothing(len(rows)) if self.labels is None else Cond.of_labels(self.labels[rows])
-        return Batch(ids=rows, index=index, cond=cond, x0=_to_float(self.pixels[rows]))
+        return Batch(ids=rows, index=index, cond=cond, x0=to_float(self.pixels[rows]))
 
     @plain_torch()
     def fingerprint(self) -> str:
         """Return the sha256 of float32 pixels, labels and captions; names of files matter only for order and classes."""
         digest = hashlib.sha256()
         for part in self.pixels.split(CHUNK):
-            digest.update(_to_float(part).numpy().tobytes())
+            digest.update(to_float(part).numpy().tobytes())
         if self.labels is not None:
             digest.update(self.labels.numpy().tobytes())
         if self._captions is not None:
@@ -135,10 +135,6 @@ class ImageFolder:
 def holds_images(folder: Path) -> bool:
     """Return whether `folder` or a subfolder contains an image. Raises as `listing.find` for the files that it reads."""
     return next(find_each(folder, Listing(folder)), None) is not None
-
-
-def _to_float(pixels: Tensor) -> Tensor:
-    return pixels.to(torch.float32).div_(127.5).sub_(1.0)
 
 
 def size_of(resolution: int | Sequence[int] | None) -> tuple[int, int] | None:

@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 
 from distill.data.batch import Batch
 from distill.data.cond import Cond
+from distill.data.decode import to_float
 from distill.data.plain import plain_torch
 
 FOLDER = "/usr/share/datasets/fashion-mnist"
@@ -75,7 +76,7 @@ class FashionMnist:
         return len(self.pixels)
 
     def _float(self, pixels: Tensor) -> Tensor:
-        return pad(pixels, self._pad).to(torch.float32).div_(127.5).sub_(1.0)
+        return to_float(pad(pixels, self._pad))
 
     @property
     def images(self) -> Tensor:

@@ -14,6 +14,7 @@ from torch.utils.data import get_worker_info
 
 from distill.data.batch import Batch
 from distill.data.cond import Cond
+from distill.data.decode import to_float
 from distill.data.folder import size_of
 from distill.data.members import Members
 from distill.data.rng import stream_key
@@ -75,6 +76,11 @@ class Resampled:
         self._size, self.samples, self.buffer, self.revision = size, samples, buffer, revision
         self.sample_shape, self.num_classes = (channels, *size), num_classes
         self._stream: Iterator[dict[str, Any]] | None = None
+        warnings.warn(
+            "data: webdataset_stream samples with replacement and is not exact: an epoch may have a sample several times or "
+            "never, and a training that is continued reads other samples",
+            stacklevel=2,
+        )
 
     def __len__(self) -> int:
         return self.samples
@@ -87,7 +93,7 @@ class Resampled:
                 stream_key(int(rows[0]), int(index[0]), 0 if worker is None else worker.id)
             )
         found = [self._decoded(next(self._stream)) for _ in range(len(rows))]
-        x0 = torch.stack([pixels for pixels, _ in found]).to(torch.float32).div_(127.5).sub_(1.0)
+        x0 = to_float(torch.stack([pixels for pixels, _ in found]))
         labelled = self.members.label is not None
         cond = Cond.of_labels([label for _, label in found]) if labelled else Cond.nothing(len(rows))
         return Batch(ids=rows, index=index, cond=cond, x0=x0)
@@ -104,11 +110,6 @@ class Resampled:
             raise ImportError(
                 'data=webdataset_stream needs the package webdataset: pip install "distill[webdataset]"'
             ) from error
-        warnings.warn(
-            "data: webdataset_stream samples with replacement and is not exact: an epoch may have a sample several times or "
-            "never, and a training that is continued reads other samples",
-            stacklevel=4,
-        )
         seed %= 2**31
         return iter(
             webdataset.DataPipeline(

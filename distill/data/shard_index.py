@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from distill.data.machine import available_cores
 from distill.files import sha256_file, write_safetensors
 
 SCHEMA, SUFFIX = "1", ".index"
@@ -117,13 +118,13 @@ def indexed(shards: Sequence[Path], folder: Path | None = None) -> list[Summary]
             errors[shard] = error
 
     if missing:
-        with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(min(THREADS, available_cores())) as pool:
             list(pool.map(make, [*missing[start:], *missing[:start]]))
     if errors:
-        shown = [str(errors[shard]) for shard in missing if shard in errors]
-        more = f"; and {len(shown) - SHOWN} more" if len(shown) > SHOWN else ""
-        kind = FileNotFoundError if isinstance(next(iter(errors.values())), FileNotFoundError) else ValueError
-        raise kind("; ".join(shown[:SHOWN]) + more)
+        raised = [errors[shard] for shard in missing if shard in errors]
+        more = f"; and {len(raised) - SHOWN} more" if len(raised) > SHOWN else ""
+        kind = FileNotFoundError if isinstance(raised[0], FileNotFoundError) else ValueError
+        raise kind("; ".join(map(str, raised[:SHOWN])) + more)
     return [summary for shard in shards if (summary := found[shard]) is not None]
 
 
@@ -217,8 +218,8 @@ def _scan(shard: Path, size: int) -> tuple[list[str], dict[str, list[tuple[int, 
         place, _, base = name.rpartition("/")
         stem, _, extension = base.partition(".")
         key, extension = f"{place}/{stem}" if place else stem, extension.lower()
-        if not extension or (base.startswith("__") and base.endswith("__")):
-            continue  # no sample in the format: no extension, or data about the shard
+        if not stem or not extension or (base.startswith("__") and base.endswith("__")):
+            continue  # no sample in the format: no key (._1.jpg of macOS), no extension, or data about the shard
         if not keys or key != keys[-1]:
             if key in seen:
                 raise ValueError(

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import atexit
-import os
 import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import get_all_start_methods
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 from weakref import WeakSet
 
 import torch
@@ -17,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from distill.data.arguments import integer
 from distill.data.batch import Batch
+from distill.data.machine import available_cores
 from distill.data.order import Order
 
 WORKERS = 4  # of sources that read files
@@ -43,6 +43,18 @@ class Source(Protocol):
         """Return a digest of everything that the samples depend on."""
 
 
+@runtime_checkable
+class Replacing(Protocol):
+    """A source that reads other samples in place of broken ones, and counts them."""
+
+    replaced: int
+
+
+def replaced_in(source: Source) -> int:
+    """The broken samples of a source that others were read for in this process and its finished workers; 0 without a count."""
+    return source.replaced if isinstance(source, Replacing) else 0
+
+
 def decoded(source: Any) -> Any:
     """Return the data to compare decoded samples with: for latents the encoded images (attribute `decoded`), else `source`."""
     return getattr(source, "decoded", source)
@@ -60,7 +72,7 @@ class StepLoader:
         prefetch: iterations that each worker fetches ahead.
         pin: whether workers' batches are put into page-locked memory.
 
-    A source with `replaced`, the number of broken samples that it read others for, counts those of its workers too.
+    A source that is `Replacing` counts the samples of its workers too.
 
     Raises:
         ValueError: unless `batch_size` is a multiple of accumulate * world; names `workers` or `prefetch`.
@@ -114,7 +126,7 @@ class StepLoader:
 def workers_for(source: Source, workers: int | None) -> int:
     """The number of workers: None stands for `WORKERS`, at most one a core, where `source.reads_files`, else 0."""
     if workers is None:
-        return min(WORKERS, os.cpu_count() or 1) if getattr(source, "reads_files", False) else 0
+        return min(WORKERS, available_cores()) if getattr(source, "reads_files", False) else 0
     return integer("workers", workers, at_least=0)
 
 
@@ -127,8 +139,9 @@ def prefetched(
         yield from (make(item) for item in items)
         return
     with warnings.catch_warnings():
-        # Python warns of forks beside threads, and torch of more workers than cores.
-        warnings.simplefilter("ignore")
+        # Python warns of forks beside threads, and torch of more workers than cores. Workers keep these filters.
+        warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
         loaded: Any = iter(
             DataLoader(
                 _Made(make, items, source),
@@ -138,6 +151,7 @@ def prefetched(
                 prefetch_factor=prefetch,
                 pin_memory=pin,
                 collate_fn=_same,
+                generator=torch.Generator("cpu"),  # else it draws from the global one
                 worker_init_fn=_begin_worker,
                 multiprocessing_context="fork" if "fork" in get_all_start_methods() else None,
             )
@@ -145,8 +159,8 @@ def prefetched(
     _open.add(loaded)
     try:
         for made, replaced in loaded:
-            if replaced:
-                source.replaced += replaced  # type: ignore[attr-defined]
+            if isinstance(source, Replacing):
+                source.replaced += replaced
             yield made
     finally:
         loaded._shutdown_workers()
@@ -172,9 +186,9 @@ class _Made(Dataset):
         return len(self.items)
 
     def __getitem__(self, number: int) -> tuple[Any, int]:
-        before = getattr(self.source, "replaced", 0)
+        before = replaced_in(self.source)
         made = self.make(self.items[number])
-        return made, getattr(self.source, "replaced", 0) - before
+        return made, replaced_in(self.source) - before
 
 
 def _same(item: Any) -> Any:

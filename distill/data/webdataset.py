@@ -20,7 +20,9 @@ from torch import Tensor
 
 from distill.data.batch import Batch
 from distill.data.cond import Cond
+from distill.data.decode import to_float
 from distill.data.folder import size_of
+from distill.data.machine import machine_memory
 from distill.data.members import Members
 from distill.data.plain import plain_torch
 from distill.data.shard_index import Index, braces, indexed, read_index
@@ -105,7 +107,7 @@ class Shards:
         read."""
         found = [self._one(row) for row in rows.tolist()]
         ids = torch.tensor([row for row, _, _ in found], dtype=torch.int64, device="cpu")
-        x0 = torch.stack([pixels for _, pixels, _ in found]).to(torch.float32).div_(127.5).sub_(1.0)
+        x0 = to_float(torch.stack([pixels for _, pixels, _ in found]))
         if self.members.label is None:
             return Batch(ids=ids, index=index, cond=Cond.nothing(len(rows)), x0=x0)
         return Batch(ids=ids, index=index, cond=Cond.of_labels([label for _, _, label in found]), x0=x0)
@@ -131,13 +133,12 @@ class Shards:
 
         Raises ValueError naming `limit` where they take more than half of the memory."""
         total = 4 * len(self) * math.prod(self.sample_shape)
-        if total > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) // 2:
+        if total > (memory := machine_memory()) // 2:
             raise ValueError(
                 f"limit: {len(self)} images take {total} bytes, and this machine has {memory}; expected a limit for those that "
                 "are measured (eval.meter.data.limit, monitor.data.limit)"
             )
-        decoded = [self._decoded(row)[1] for row in range(len(self))]
-        return torch.stack(decoded).to(torch.float32).div_(127.5).sub_(1.0)
+        return to_float(torch.stack([self._decoded(row)[1] for row in range(len(self))]))
 
     def fingerprint(self) -> str:
         """A digest of the shards' contents, and of the options that samples and their order depend on."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,8 +16,9 @@ from distill.cache.latent_files import MANIFEST as LATENTS
 from distill.cache.latent_files import LatentFiles
 from distill.cache.pairs import MANIFEST, Pairs
 from distill.cache.tokens import TOKENS, Tokens
+from distill.data.machine import machine_memory
 from distill.data.prompts import Prompts as PromptFile
-from distill.data.source import Source
+from distill.data.source import Replacing, Source
 from distill.engine.memory import Memory, Size, stored_row
 from distill.files import canonical_json, sha256_text
 from distill.models.decoder import Points
@@ -192,11 +192,6 @@ def weights_shapes(folder: Folder, part: str) -> list[tuple[int, ...]]:
     ]
 
 
-def machine_memory() -> int:
-    """Bytes of memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def source_of(data: str | Mapping[str, Any], inputs: Mapping[str, Path]) -> Source:
     """The training data of a stage: the tokens, latents, pairs or prompts of its input `data`, or the source of a config."""
     if not isinstance(data, str):
@@ -210,7 +205,7 @@ def source_of(data: str | Mapping[str, Any], inputs: Mapping[str, Path]) -> Sour
 
 def replaced_of(source: Source, world: World) -> dict[str, int]:
     """Broken samples that others were read for, over all processes, since the last start; empty for sources that count none."""
-    if not hasattr(source, "replaced"):
+    if not isinstance(source, Replacing):
         return {}
     counts = world.gather(source.replaced)
     return {"replaced": sum(counts or [])}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from hydra.utils import instantiate
 
-from distill.cache.latent_files import MANIFEST, TYPES, LatentFiles, LatentHeader, shard_name, write_latents
+from distill.cache.latent_files import MANIFEST, TYPES, LatentFiles, LatentHeader, write_latents
 from distill.data.source import Source, workers_for
 from distill.models.autoencoder import WEIGHTS as DECODER_WEIGHTS
 from distill.models.conditions import Conditions, Labels, of_source
@@ -120,9 +121,9 @@ class EncodeImages(Stage):
                 "captions of the images as its prompts"
             )
 
-    def begun(self, folder: Any) -> bool:
+    def begun(self, folder: Path) -> bool:
         """Whether a shard exists."""
-        return (folder / shard_name(0)).is_file() or any(folder.glob("latents-*.safetensors"))
+        return any(folder.glob("latents-*.safetensors"))
 
     def run(self, context: StageContext) -> dict[str, Any]:
         """Write the shards that are missing, and read them once."""

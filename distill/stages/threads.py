@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from distill.data.machine import available_cores
 from distill.files import read_json, write_json
 from distill.stages.base import StageContext
 from distill.typed import parse
@@ -64,11 +64,6 @@ def table_threads(parameters: int, processes: int = 1) -> int:
     cores = available_cores()
     share = max(1, min(cores, openmp_threads() or cores) // processes)
     return min(share, next((threads for below, threads in THREAD_TABLE if parameters < below), share))
-
-
-def available_cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def openmp_threads() -> int | None:

@@ -8,7 +8,8 @@ twitter style"), cls (the category) and json (name, category, vendor, code point
 that the same emoji of another vendor or skin tone is never in both: train-*.tar and val-*.tar. Runs give equal bytes. Only
 these two vendors are read: the graphics of others may not be redistributed. NOTICE names the licences; keep it with the shards.
 
-Then: data=webdataset "data.shards='data/emoji/train-{00000..00003}.tar'" data.caption=txt (docs/data.md).
+Then: data=webdataset "data.shards='data/emoji/train-{00000..00001}.tar'" data.caption=txt (docs/data.md); with
+--skin-tones there are four shards.
 """
 
 from __future__ import annotations

@@ -137,3 +137,28 @@ def test_classes_on_the_latents_of_a_transformer(made: Path, tmp_path: Path) -> 
     assert "prompts" not in out.stdout
     none = [part for part in given if not part.startswith(("data.label", "data.num"))]
     assert "data.label: found no classes, but 'teacher' has 10 classes" in refusal(tmp_path, "train", *none)
+
+
+@pytest.mark.slow
+def test_a_recipe_on_the_pixels_of_shards(tmp_path: Path) -> None:
+    """Teacher, student, monitor and evaluation on grey images with classes, with two workers."""
+    pattern = write_shards(tmp_path / "grey", [30, 20, 30], channels=1)
+    data = (
+        "data=webdataset",
+        f"data.shards='{pattern}'",
+        "data.label=cls",
+        "data.num_classes=10",
+        "data.channels=1",
+    )
+    short = ("profile=smoke", "profile.steps=8", "name=pixels", "trainer.workers=2")
+    run_verb(tmp_path, "train", "recipe=sid", *data, *short)
+    run = tmp_path / "runs" / "pixels"
+    facts = [
+        json.loads((run / stage / "artifact.json").read_text())["facts"] for stage in ("teacher", "distill")
+    ]
+    assert [each["replaced"] for each in facts] == [0, 0]
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["protocol"]["reference_count"] == 80
+    assert metrics["protocol"]["reference"] == "webdataset, all images"
+    assert all(row["fd"] > 0 for row in metrics["rows"])
+    assert not (run / "latents").exists()

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from method_support import optim, state
+from method_support import optim, pairs_header, state
 from torch import Tensor, nn
 
 from distill.cache.pairs import Header, Pairs
 from distill.cache.writer import shard_rows, write_pairs
-from distill.data.rng import Draws, noise_checksum
+from distill.data.rng import Draws
 from distill.engine.fit import Fit, train
 from distill.engine.update import Step
 from distill.exporters.export import Options, check
@@ -58,32 +58,15 @@ def models(folder: Path, lora: dict[str, Any]) -> dict[str, Denoiser]:
     return {"student": student, "teacher": loaded["teacher"].denoiser}
 
 
-def header(**changes: Any) -> Header:
-    return Header(
-        **{
-            "sample_shape": (1, 8, 8),
-            "count": 10,
-            "seed": 3,
-            "stream": "pairs",
-            "noise_checksum": noise_checksum(3, "pairs", (1, 8, 8)),
-            "teacher": "t",
-            "solver": "euler",
-            "steps": 2,
-            "guidance_scale": 1.0,
-            "conditions": Labels(10).config(),
-            "decoder": Pixels().config(),
-        }
-        | changes
-    )
-
-
 GUIDED = {"times": (1.0, 0.5, 0.0), "guidance_range": (1.0, 4.0)}
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
     folder = tmp_path_factory.mktemp("pairs")
-    write_pairs(folder, model(), header(**GUIDED), batch_size=3, shard_bytes=4 * (4 * 64 * 4 + 12))
+    write_pairs(
+        folder, model(), pairs_header(steps=2, **GUIDED), batch_size=3, shard_bytes=4 * (4 * 64 * 4 + 12)
+    )
     return Pairs(folder)
 
 
@@ -116,7 +99,9 @@ def test_trajectories_are_the_teacher_s_with_the_guidance_of_their_ids(pairs: Pa
         torch.testing.assert_close(batch.path[i], wanted[:, 0], rtol=1e-4, atol=1e-5)
     again = Header.from_dict(pairs.header.to_dict(), "header")
     assert again == pairs.header
-    assert not {"times", "guidance_range"} & header().to_dict().keys(), "pairs without are described as ever"
+    assert not {"times", "guidance_range"} & pairs_header(steps=2).to_dict().keys(), (
+        "pairs without are described as ever"
+    )
 
 
 def test_the_loss_is_that_of_the_formula(pairs: Pairs, tmp_path: Path) -> None:
@@ -280,4 +265,4 @@ def test_models_and_pairs_that_do_not_fit_are_refused(pairs: Pairs, tmp_path: Pa
             Generate("teacher", 4, guidance_scale=scale)
     for changes in ({"times": (0.0, 1.0)}, {"guidance_range": (3.0, 1.0)}, {**GUIDED, "guidance_scale": 2.0}):
         with pytest.raises(ValueError, match=r"times|guidance_range"):
-            header(**changes)
+            pairs_header(steps=2, **changes)

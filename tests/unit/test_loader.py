@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import warnings
 from collections import Counter
 from functools import partial
 
@@ -14,6 +15,7 @@ from engine_support import Points
 from shard_support import members, numbers, write_shards
 
 from distill.data.digits import Digits
+from distill.data.machine import available_cores
 from distill.data.source import StepLoader, _end_workers
 from distill.data.webdataset import Shards
 from distill.engine import checkpoint
@@ -51,7 +53,7 @@ def test_batches_are_the_same_for_any_number_of_workers(tmp_path):
         for workers in (1, 2):
             same(flat(loader(source, accumulate=2, workers=workers)), wanted)
     assert (loader(shards, workers=None).workers, loader(Digits(), workers=None).workers) == (
-        min(4, os.cpu_count() or 1),
+        min(4, available_cores()),
         0,
     )
     for options, words in (
@@ -100,6 +102,25 @@ def test_replaced_samples_are_counted_in_workers(tmp_path):
     assert all(Counter(step) == Counter([0, 1, 2, 4, 4, 5, 6, 7]) for step in found)
     with pytest.raises(ValueError, match="000003"):
         list(loader(Shards(str(tmp_path / "bad" / "s-000.tar")), workers=2))
+
+
+def test_warnings_of_workers_reach_the_user(tmp_path, monkeypatch):
+    """Workers inherit the filters of the process that starts them, which silences those about workers alone."""
+    bad = [("000003.png", b"nothing"), *members(3)[1:]]
+    data = Shards(write_shards(tmp_path, [8], changed={3: bad}), broken="replace")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match=r"replaced by the next sample.*000003"):
+            list(loader(data, stop=2, workers=2))
+        monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0}, raising=False)  # one core
+        assert len(list(loader(Digits(), stop=2, workers=2))) == 2
+
+
+def test_workers_leave_the_global_generator_alone():
+    """Dropout draws from it: with and without workers, training is the same."""
+    before = torch.get_rng_state()
+    assert len(list(loader(Points(), workers=1))) == 6
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_bad_settings():

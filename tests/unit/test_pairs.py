@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from method_support import pairs_header
 
-from distill.cache.pairs import HEADER, MANIFEST, Header, Pairs
+from distill.cache.pairs import HEADER, MANIFEST, Pairs
 from distill.cache.writer import WRITTEN, shard_rows, write_pairs
-from distill.data.rng import noise_checksum, sample_noise
+from distill.data.rng import sample_noise
 from distill.files import sha256_file, write_json, write_safetensors
 from distill.models.conditions import Labels
-from distill.models.decoder import Pixels
 from distill.models.denoiser import Denoiser
 from distill.nets.unet import UNet
 from distill.process.flow import Flow
@@ -30,27 +30,8 @@ def teacher() -> Denoiser:
     return Denoiser(net, Flow(), "velocity", SHAPE)
 
 
-def header(**changes) -> Header:
-    return Header(
-        **{
-            "sample_shape": SHAPE,
-            "count": 10,
-            "seed": 3,
-            "stream": "pairs",
-            "noise_checksum": noise_checksum(3, "pairs", SHAPE),
-            "teacher": "t",
-            "solver": "euler",
-            "steps": 3,
-            "guidance_scale": 1.0,
-            "conditions": Labels(10).config(),
-            "decoder": Pixels().config(),
-        }
-        | changes
-    )
-
-
 def write(folder: Path, shard: int = 4, **changes) -> Path:
-    write_pairs(folder, teacher(), header(**changes), batch_size=3, shard_bytes=shard * (4 * 64 + 12))
+    write_pairs(folder, teacher(), pairs_header(**changes), batch_size=3, shard_bytes=shard * (4 * 64 + 12))
     return folder
 
 
@@ -97,7 +78,9 @@ def test_a_stopped_writer_continues_shard_by_shard(tmp_path, monkeypatch):
 
     folder = tmp_path / "parts"
     with pytest.raises(Stop):
-        write_pairs(folder, teacher(), header(), batch_size=3, shard_bytes=4 * 268, on_samples=stop_after(5))
+        write_pairs(
+            folder, teacher(), pairs_header(), batch_size=3, shard_bytes=4 * 268, on_samples=stop_after(5)
+        )
     with pytest.raises(FileNotFoundError, match="no finished pair cache"):
         Pairs(folder)
     kept = (folder / "pairs-00000.safetensors").stat().st_mtime_ns
@@ -109,7 +92,7 @@ def test_a_stopped_writer_continues_shard_by_shard(tmp_path, monkeypatch):
 
 
 def test_a_folder_begun_with_other_settings_is_refused(tmp_path):
-    (tmp_path / HEADER).write_text(json.dumps(header(steps=9).to_dict()))
+    (tmp_path / HEADER).write_text(json.dumps(pairs_header(steps=9).to_dict()))
     with pytest.raises(ValueError, match=r"begun with other \['steps'\]: found \[9\]"):
         write(tmp_path)
 
@@ -165,7 +148,7 @@ def test_a_teacher_that_makes_nan_is_refused(tmp_path):
     with torch.no_grad():
         broken.net.out.bias.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="teacher: non-finite samples for ids"):
-        write_pairs(tmp_path, broken, header())
+        write_pairs(tmp_path, broken, pairs_header())
     assert not (tmp_path / MANIFEST).exists()
 
 
@@ -183,7 +166,8 @@ def foreign(folder: Path, **columns) -> Path:
     write_safetensors(path, {k: v for k, v in table.items() if v is not None})
     shard = {"file": path.name, "count": 10, "sha256": sha256_file(path)}
     write_json(
-        folder / MANIFEST, {"header": header(noise="stored", noise_checksum="").to_dict(), "shards": [shard]}
+        folder / MANIFEST,
+        {"header": pairs_header(noise="stored", noise_checksum="").to_dict(), "shards": [shard]},
     )
     return folder
 
@@ -268,7 +252,7 @@ def test_a_bad_shard_of_an_unfinished_cache_is_made_again(tmp_path, monkeypatch,
     killed_before_the_manifest(folder, monkeypatch)
     DAMAGE[damage](folder / "pairs-00000.safetensors")
     told: list[str] = []
-    write_pairs(folder, teacher(), header(), batch_size=3, shard_bytes=4 * 268, tell=told.append)
+    write_pairs(folder, teacher(), pairs_header(), batch_size=3, shard_bytes=4 * 268, tell=told.append)
     assert any("pairs-00000.safetensors: " in line and line.endswith("; made again") for line in told)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == {
         p.name: p.read_bytes() for p in whole.iterdir()
@@ -280,10 +264,10 @@ def test_whole_shards_are_kept_also_where_the_manifest_was_written(tmp_path):
     folder = write(tmp_path)
     told: list[str] = []
     before = {p.name: p.stat().st_mtime_ns for p in folder.glob("pairs-*")}
-    write_pairs(folder, teacher(), header(), batch_size=3, shard_bytes=4 * 268, tell=told.append)
+    write_pairs(folder, teacher(), pairs_header(), batch_size=3, shard_bytes=4 * 268, tell=told.append)
     assert {p.name: p.stat().st_mtime_ns for p in folder.glob("pairs-*")} == before
     assert told == []
     zeroed(folder / "pairs-00002.safetensors")
-    write_pairs(folder, teacher(), header(), batch_size=3, shard_bytes=4 * 268, tell=told.append)
+    write_pairs(folder, teacher(), pairs_header(), batch_size=3, shard_bytes=4 * 268, tell=told.append)
     assert len(told) == 1
     assert Pairs(folder).fetch(torch.tensor([9]), torch.tensor([0])).x0.abs().sum() > 0

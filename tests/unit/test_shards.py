@@ -89,6 +89,21 @@ def test_indexes_of_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     assert len(list((tmp_path / "own").iterdir())) == 1
 
 
+def test_members_that_are_no_samples_are_left_out(tmp_path):
+    """Such as tar of macOS writes for each file, and data about the shard."""
+    found = [
+        ("__index__", b"{}"),
+        ("._000000.png", b"x"),
+        ("._000001.png", b"x"),
+        *members(0),
+        ("README", b"x"),
+        ("._a/._1.png", b"x"),
+        *members(1),
+    ]
+    data = Shards(str(write_tar(tmp_path / "a.tar", found)))
+    assert numbers(data.images) == [0, 1]
+
+
 def damaged(tmp_path: Path, name: str) -> Path:
     """A shard with one fault."""
     path = tmp_path / f"{name}.tar"

@@ -54,6 +54,11 @@ class ImageMeter(Meter):
         """Raises ValueError where samples and data differ in shape, where the feature space does not read such images, or where
         the real set is too small."""
         real = self.data
+        if not hasattr(real, "images"):
+            raise ValueError(
+                f"data: found {type(real).__name__}, which cannot be read as a whole; expected a set of images to "
+                "compare with: type eval.meter.data={...} and monitor.data={...} (docs/data.md)"
+            )
         if tuple(real.sample_shape) != tuple(sample_shape):
             raise ValueError(
                 f"data: the real samples have the shape {list(real.sample_shape)}, but the models make {list(sample_shape)}"
