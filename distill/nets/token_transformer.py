@@ -107,7 +107,8 @@ class TokenTransformer(TokenNet):
         parts = [] if codes is None else [self.embed(codes.to(self.position.dtype))]
         new = torch.cat(parts if state.length else [state.first[:, None], *parts], 1)
         hidden = self.dropout(new + self.position[state.length : state.length + new.shape[1]])
-        for number, block in enumerate(self.blocks):
+        blocks: Iterable[Any] = self.blocks
+        for number, block in enumerate(blocks):
             hidden, state.cache[number] = block.cached(hidden, state.cache[number])
         state.length += new.shape[1]
         out: Tensor = self.head(self.norm(hidden[:, -1:]))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,8 @@ from distill.data.cond import Cond
 from distill.nets.net import Net
 
 
-class LookUp(NamedTuple):
+@dataclass(frozen=True)
+class LookUp:
     """Reconstructed images [B,*D]; the vectors [B,L,C] that were looked up; their codes [B,L,C], with the gradient of the
     codebook; indices [B,L] of the codes; `idle_distance` [B]."""
 

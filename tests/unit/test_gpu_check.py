@@ -72,7 +72,8 @@ def test_without_a_gpu_it_says_so(
 
 
 def test_operations_of_a_step(gpu_check: ModuleType) -> None:
-    """As DiT's paper counts them: 118.6 billion products of a forward at 256 pixels, twice that in sums, thrice with backward."""
+    """DiT's paper counts 118.6 billion products of a forward at 256 pixels; a product and its sum are two operations, and a
+    backward takes two forwards."""
     assert load_script("gpu_training").flops("dit_xl2") == pytest.approx(6 * 118.6e9 * 16, rel=0.01)
 
 
