@@ -3,7 +3,7 @@ student of Distilled Decoding (arXiv 2412.17153), which starts from its weights.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
