@@ -3,6 +3,7 @@ have the names of the public files."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,14 +28,12 @@ class LlamaGen(TokenNet):
     Args:
         width, depth, heads: of the transformer (B: 768, 12, 12; L: 1024, 24, 16). grid: positions a side, so L = grid^2.
         vocabulary: V. size: C. num_classes: of the table, which has a row more for the null class if `null_row` (a class
-        dropout in training); without it there is no guidance. multiple_of: of the hidden width. student, split: as of
-        `TokenTransformer`.
+        dropout in training); without it there is no guidance. hidden: numbers inside the perceptrons; null: 8/3 of the
+        width, up to the next multiple of 256. student, split: as of `TokenTransformer`.
 
-    The public files cannot be loaded yet, and their image decoder is not there: in a recipe, the net is trained on tokens of
-    a tokenizer of this package (`stages.teacher.net`).
+    The public files: `teacher=llamagen` (`models.token_files`). There is no dropout.
     """
 
-    anew = ("tok_embeddings.",)  # of a student: a linear layer in place of an embedding of tokens
     rotation: Tensor
 
     def __init__(
@@ -48,7 +47,7 @@ class LlamaGen(TokenNet):
         size: int = 8,
         num_classes: int = 1000,
         null_row: bool = True,
-        multiple_of: int = 256,
+        hidden: int | None = None,
         student: bool = False,
         split: int | None = None,
     ) -> None:
@@ -71,8 +70,8 @@ class LlamaGen(TokenNet):
         self.tok_embeddings: nn.Module = (
             nn.Linear(size, width) if student else nn.Embedding(vocabulary, width)
         )
-        hidden = -(-int(8 * width / 3) // multiple_of) * multiple_of
-        self.layers = nn.ModuleList([LlamaBlock(width, heads, hidden) for _ in range(depth)])
+        inside = -(-int(8 * width / 3) // 256) * 256 if hidden is None else hidden
+        self.layers = nn.ModuleList([LlamaBlock(width, heads, inside) for _ in range(depth)])
         self.norm = RMSNorm(width)
         self.output = nn.Linear(width, vocabulary, bias=False)
         if student:
@@ -97,6 +96,10 @@ class LlamaGen(TokenNet):
         hidden = self._run(torch.cat([first[:, None], given], 1) + self.n_d_embed(flags))[:, 1:]
         logits, made = self.output(self.norm(hidden)), self.final_layer_conti(hidden, first)
         return (logits, made) if heads else student_output(x, logits, made, self.codebook, data, self.split)
+
+    def of_teacher(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All but the embedding of tokens: a student reads code vectors and noise."""
+        return {name: value for name, value in state.items() if not name.startswith("tok_embeddings.")}
 
     def _class(self, cond: Cond) -> Tensor:
         table = self.cls_embedding.embedding_table

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,8 +22,7 @@ class TokenNet(Net, ABC):
         codebook: [V,C] of nets that have one, zeros until the model of the net sets it: the codes of its decoder.
         student: whether it is a student of Distilled Decoding. Then it has a codebook, its output are code vectors [B,L,C] in
             place of logits, and `heads=True` gives both heads (logits [B,L,V], code vectors [B,L,C]). Tokens before position
-            `split` come from the logits, the others from the second head. `anew` begins the names of its weights that it does
-            not take from its teacher, which has others of the same names.
+            `split` come from the logits, the others from the second head.
     """
 
     vocabulary: int
@@ -31,12 +30,15 @@ class TokenNet(Net, ABC):
     codebook: Tensor
     student: bool = False
     split: int
-    anew: tuple[str, ...] = ()
 
     @abstractmethod
     def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """Code vectors x [B,L,C] of all positions -> logits [B,L,V] of each position given the groups before its own. Times are
         not read."""
+
+    def of_teacher(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights that a student starts with, of those of its teacher."""
+        return dict(state)
 
     @abstractmethod
     def begin(self, cond: Cond) -> Any:

@@ -1,9 +1,10 @@
-"""VAR's transformer over scales (arXiv 2404.02905). Parameters have the names of the public files."""
+"""VAR's transformer over scales (arXiv 2404.02905), and Distilled Decoding's student of it (arXiv 2412.17153). Parameters
+have the names of the public files."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,60 +14,10 @@ from torch.nn import functional as F
 
 from distill.data.cond import Cond
 from distill.nets.layers import class_rows, label_of
+from distill.nets.scales import SCALES, Scales
 from distill.nets.token_net import TokenNet
-
-SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
-
-
-class Scales(nn.Module):
-    """Codes of all scales <-> the map f_hat [B,C,h,h] that they add up to: f_hat = sum over scales of phi_k(up(codes_k)),
-    phi_k(h) = (1 - r) h + r conv_k(h) with r = 1/2, and convolutions that neighbouring scales share.
-
-    Args:
-        scales: positions a side of each scale. size: C. shared: convolutions.
-    """
-
-    def __init__(self, scales: Sequence[int], size: int, shared: int = 4) -> None:
-        super().__init__()
-        self.scales, self.shared = list(scales), shared
-        self.phis = nn.ModuleList([nn.Conv2d(size, size, 3, padding=1) for _ in range(shared)])
-
-    def phi(self, k: int) -> nn.Module:
-        """The convolution of scale k: the one whose tick is nearest to k / (K - 1)."""
-        low = 1 / 3 / self.shared
-        ticks = (
-            torch.linspace(low, 1 - low, self.shared, dtype=torch.float64)
-            if self.shared > 1
-            else torch.tensor([0.5])
-        )
-        place = k / max(len(self.scales) - 1, 1)
-        return self.phis[int((ticks - place).abs().argmin())]
-
-    def added(self, f_hat: Tensor, codes: Tensor, k: int) -> Tensor:
-        """f_hat with the codes [B,n^2,C] of scale k."""
-        side = self.scales[k]
-        grid = codes.transpose(1, 2).unflatten(-1, (side, side))
-        if k < len(self.scales) - 1:
-            grid = F.interpolate(grid, size=f_hat.shape[-2:], mode="bicubic")
-        return f_hat + 0.5 * grid + 0.5 * self.phi(k)(grid)
-
-    def next_input(self, f_hat: Tensor, k: int) -> Tensor:
-        """f_hat as the input [B,m^2,C] of scale k + 1."""
-        side = self.scales[k + 1]
-        return F.interpolate(f_hat, size=(side, side), mode="area").flatten(2).transpose(1, 2)
-
-    def start(self, batch: int, like: Tensor, size: int) -> Tensor:
-        """f_hat of no scale."""
-        side = self.scales[-1]
-        return like.new_zeros(batch, size, side, side)
-
-    def inputs(self, codes: Tensor) -> Tensor:
-        """Inputs [B,L - 1,C] of all scales but the first, of the codes [B,L,C] of all scales."""
-        f_hat, parts = self.start(len(codes), codes, codes.shape[-1]), []
-        for k, part in enumerate(codes.split([n**2 for n in self.scales], 1)[:-1]):
-            f_hat = self.added(f_hat, part, k)
-            parts.append(self.next_input(f_hat, k))
-        return torch.cat(parts, 1)
+from distill.nets.token_transformer import TokenHead, student_output
+from distill.process.prefix import data_groups
 
 
 class VAR(TokenNet):
@@ -76,10 +27,14 @@ class VAR(TokenNet):
 
     Args:
         depth: blocks; the width is 64 depth and the heads are as many, unless given. scales: positions a side of each.
-        vocabulary: V. size: C. num_classes: classes; the table has a null row more.
+        vocabulary: V. size: C. num_classes: classes; the table has a null row more. shared: convolutions of the map.
+        student: see above. split: of a student, scales whose tokens come from the logits; null: all.
 
-    A building block: no stage makes its tokens, since there is no tokenizer of several scales, and the public files cannot be
-    loaded yet. `scripts/bench/ar_speed.py` measures it with random weights.
+    With `student` it reads code vectors and noise as they are, behind a start of its own scale, with a flag of data and noise
+    that is added in each block between attention and perceptron, and before both heads. A position sees itself and the scales
+    before, not the others of its scale: so does the map of noise that it learns. See `nets.token_transformer.TokenTransformer`.
+
+    The public files: `teacher=var` (`models.token_files`). There is no dropout, and no stochastic depth in training.
     """
 
     def __init__(
@@ -92,6 +47,9 @@ class VAR(TokenNet):
         vocabulary: int = 4096,
         size: int = 32,
         num_classes: int = 1000,
+        shared: int = 4,
+        student: bool = False,
+        split: int | None = None,
     ) -> None:
         super().__init__()
         width, heads = 64 * depth if width is None else width, depth if heads is None else heads
@@ -99,26 +57,65 @@ class VAR(TokenNet):
             raise ValueError(
                 f"width, heads: found {width} and {heads}, expected a multiple, and sizes of at least 1"
             )
+        if split is not None and (not student or not 0 <= split <= len(scales)):
+            raise ValueError(
+                f"split: found {split}, expected null, or of a student 0 .. {len(scales)} scales"
+            )
         self.vocabulary, self.size, self.num_classes = vocabulary, size, num_classes
         self.groups = tuple(n**2 for n in scales)
-        self.length = sum(self.groups)
-        level = torch.tensor([number for number, count in enumerate(self.groups) for _ in range(count)])
+        self.length, self.student, self.split = sum(self.groups), student, sum(self.groups[:split])
+        levels = (1, *self.groups) if student else self.groups  # the start of a student is a scale of its own
+        level = torch.tensor([number for number, count in enumerate(levels) for _ in range(count)])
         self.register_buffer("level", level, persistent=False)
         self.class_emb, self.word_embed = nn.Embedding(num_classes + 1, width), nn.Linear(size, width)
         std = math.sqrt(1 / width / 3)
         self.pos_start = nn.Parameter(torch.randn(1, 1, width) * std)
         self.pos_1LC = nn.Parameter(torch.randn(1, len(level), width) * std)
-        self.lvl_embed = nn.Embedding(len(self.groups), width)
+        self.lvl_embed = nn.Embedding(len(levels), width)
         self.blocks = nn.ModuleList([VARBlock(width, heads) for _ in range(depth)])
         self.head_nm, self.head = AdaLN(width), nn.Linear(width, vocabulary)
         self.register_buffer("codebook", torch.zeros(vocabulary, size))
-        self.quantize = Scales(scales, size)
-        self.quantize.requires_grad_(False)
+        if student:
+            self.n_d_embed = nn.Embedding(2, width)
+            nn.init.normal_(self.n_d_embed.weight, std=std)
+            self.layerwise_n_d_embed = nn.ModuleList([nn.Linear(width, width) for _ in range(depth + 1)])
+            self.final_layer_conti = TokenHead(width, size)
+        else:
+            self.quantize = Scales(scales, size, shared)
+            self.quantize.requires_grad_(False)
 
     level: Tensor
 
-    def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        return self.logits(self.quantize.inputs(x), self._class(cond))
+    def forward(self, x: Tensor, t: Tensor, cond: Cond, heads: bool = False) -> Any:
+        """As of `TokenTransformer`."""
+        first = self._class(cond)
+        if not self.student:
+            return self.logits(self.quantize.inputs(x), first)
+        known = data_groups(t, len(self.groups))[:, None]  # the start is level 0, and the scales follow
+        flags = self.n_d_embed((self.level <= known).long())
+        hidden = self._embedded(self.word_embed(x.to(first.dtype)), first) + flags
+        visible = (self.level[:, None] > self.level) | torch.eye(
+            len(self.level), dtype=torch.bool, device=x.device
+        )
+        *inside, last = self.layerwise_n_d_embed
+        for block, layer in zip(self.blocks, inside, strict=True):
+            hidden, _ = block(hidden, first, visible, None, layer(flags))
+        hidden = hidden + last(flags)
+        logits = self.head(self.head_nm(hidden, first))[:, 1:]
+        made = self.final_layer_conti(hidden, first)[:, 1:]
+        data = (self.level <= known)[:, 1:]
+        return (logits, made) if heads else student_output(x, logits, made, self.codebook, data, self.split)
+
+    def of_teacher(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Levels and positions of the teacher with new ones behind the start; no convolutions of the map."""
+        kept = {name: value for name, value in state.items() if not name.startswith("quantize.")}
+        for name, dim in (("lvl_embed.weight", 0), ("pos_1LC", 1)):
+            own, given = self.get_parameter(name).detach(), kept[name]
+            count = given.shape[dim]
+            kept[name] = torch.cat(
+                [given.narrow(dim, 0, 1), own.narrow(dim, 1, 1), given.narrow(dim, 1, count - 1)], dim
+            )
+        return kept
 
     def logits(self, inputs: Tensor, first: Tensor) -> Tensor:
         """Logits [B,L,V] of inputs [B,L - 1,C] of all scales but the first, with a mask over scales."""
@@ -139,7 +136,7 @@ class VAR(TokenNet):
     def begin(self, cond: Cond) -> Any:
         """The class, an empty map and an empty cache of keys and values."""
         first = self._class(cond)
-        f_hat = self.quantize.start(len(first), first, self.size)
+        f_hat = self.quantize.start(len(first), first)
         return VARState(first, f_hat, [None] * len(self.blocks))
 
     def advance(self, state: Any, codes: Tensor | None) -> Tensor:
@@ -154,10 +151,9 @@ class VAR(TokenNet):
         while start < codes.shape[1]:
             size = sizes.pop(0)
             k = state.scale - 1
-            state.f_hat = self.quantize.added(
-                state.f_hat, codes[:, start : start + size].to(state.f_hat.dtype), k
-            )
-            logits = self._scale(state, self.word_embed(self.quantize.next_input(state.f_hat, k)))
+            part = codes[:, start : start + size].to(state.f_hat.dtype)
+            state.f_hat = state.f_hat + self.quantize.part(part, k)
+            logits = self._scale(state, self.word_embed(self.quantize.resized(state.f_hat, k + 1)))
             start += size
         return logits
 
@@ -220,11 +216,18 @@ class VARBlock(Conditioned):
         self.attn, self.ffn = VARAttention(width, heads), FeedForward(width)
 
     def forward(
-        self, x: Tensor, cond: Tensor, visible: Tensor | None, cache: tuple[Tensor, Tensor] | None
+        self,
+        x: Tensor,
+        cond: Tensor,
+        visible: Tensor | None,
+        cache: tuple[Tensor, Tensor] | None,
+        between: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """`between` [B,n,width] is added behind the attention."""
         gate1, gate2, scale1, scale2, shift1, shift2 = self.split(cond)
         mixed, cache = self.attn(normed(x) * (1 + scale1) + shift1, visible, cache)
         x = x + mixed * gate1
+        x = x if between is None else x + between
         return x + self.ffn(normed(x) * (1 + scale2) + shift2) * gate2, cache
 
 

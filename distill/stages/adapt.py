@@ -119,8 +119,9 @@ def adapted(student: Model, changes: Mapping[str, Any]) -> Model:
         return student
     config = merged(student.net_config(), changes.get("net") or {})
     built = build_net(config, "adapt.net")
-    anew = built.anew if options.process == "prefix" and isinstance(built, TokenNet) else ()
-    state = {name: value for name, value in student.net.state_dict().items() if not name.startswith(anew)}
+    state = student.net.state_dict()
+    if options.process == "prefix" and isinstance(built, TokenNet):
+        state = built.of_teacher(state)
     try:
         missing, unexpected = built.load_state_dict(state, strict=False)
     except RuntimeError as error:

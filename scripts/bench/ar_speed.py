@@ -1,7 +1,7 @@
 """Speed of a one-step student beside its autoregressive teacher, which draws tokens with cached keys and values.
 
     python scripts/bench/ar_speed.py runs/distilled_decoding
-    python scripts/bench/ar_speed.py llamagen-b | var-d16      (random weights; no student of VAR)
+    python scripts/bench/ar_speed.py llamagen-b | var-d16      (random weights)
 
 The teacher draws by torch.multinomial, as anyone samples it, not by the flow of tokens. Latency at batch 1, throughput at
 batch 500 (8 with random weights); medians of interleaved measurements.
@@ -51,13 +51,13 @@ def seconds(calls: dict[str, Callable[[], object]], repeats: int = REPEATS) -> d
     return {name: statistics.median(times) for name, times in found.items()}
 
 
-def networks(arguments: list[str]) -> tuple[TokenNet, torch.nn.Module | None, int]:
-    """(teacher, student or None, large batch)."""
+def networks(arguments: list[str]) -> tuple[TokenNet, torch.nn.Module, int]:
+    """(teacher, student, large batch)."""
     name = arguments[0]
     if name == "llamagen-b":
         return LlamaGen().eval(), LlamaGen(student=True).eval(), 8
     if name == "var-d16":
-        return VAR(depth=16).eval(), None, 8
+        return VAR(depth=16).eval(), VAR(depth=16, student=True).eval(), 8
     net, student = (load_model(Path(name) / stage).denoiser.net for stage in ("teacher", "distill"))
     assert isinstance(net, TokenNet)
     return net, student, 500
@@ -76,18 +76,19 @@ def main(arguments: list[str]) -> None:
         raise SystemExit(__doc__)
     torch.manual_seed(0)
     teacher, student, many = networks(arguments)
-    codebook = codebook_of(student if student is not None else teacher)
+    codebook = codebook_of(student)
     print("| batch | teacher, multinomial, ms | student, ms | ratio |\n|---|---|---|---|")
     for batch in (1, many):
         cond = Cond.of_labels(torch.arange(batch) % 10)
         z, t = torch.randn(batch, sum(teacher.groups), codebook.shape[1]), torch.ones(batch)
-        calls: dict[str, Callable[[], object]] = {"teacher": lambda c=cond: drawn(teacher, codebook, c)}
-        if student is not None:
-            calls["student"] = torch.no_grad()(lambda z=z, t=t, c=cond: student(z, t, c))
-        found = seconds(calls)
-        made = found.get("student")
-        cells = ["-", "-"] if made is None else [f"{1000 * made:.2f}", f"{found['teacher'] / made:.1f}"]
-        print(f"| {batch} | {1000 * found['teacher']:.2f} | {cells[0]} | {cells[1]} |", flush=True)
+        found = seconds(
+            {
+                "teacher": lambda c=cond: drawn(teacher, codebook, c),
+                "student": torch.no_grad()(lambda z=z, t=t, c=cond: student(z, t, c)),
+            }
+        )
+        old, new = found["teacher"], found["student"]
+        print(f"| {batch} | {1000 * old:.2f} | {1000 * new:.2f} | {old / new:.1f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,11 @@ from distill.models.guidance import guide
 from distill.models.spec import SamplerSpec
 from distill.models.tokens import TokenTeacher
 from distill.nets.llamagen import LlamaGen, rotation_2d
+from distill.nets.scales import Scales
 from distill.nets.token_net import TokenNet
-from distill.nets.var import VAR, Scales
+from distill.nets.tokenizer import nearest_codes
+from distill.nets.var import VAR
+from distill.nets.vq import ScaleTokenizer, VQTokenizer
 from distill.process.prefix import Prefix
 from distill.samplers.token_filters import Filters
 
@@ -52,7 +55,7 @@ def llama(found: dict[str, Tensor], *, student: bool) -> LlamaGen:
         vocabulary=vocabulary,
         size=8,
         num_classes=state["cls_embedding.embedding_table.weight"].shape[0] - 1,
-        multiple_of=16,
+        hidden=state["layers.0.feed_forward.w1.weight"].shape[0],
         student=student,
     )
     filled(net, state, {"codebook"})
@@ -132,12 +135,17 @@ def test_the_student_of_llamagen(load):
     assert_close(made, found["two_step_0_4_split5"], **NEAR)
 
 
-def test_gradients_reach_every_parameter_of_a_student(load):
-    found = load(FAMILY, "llamagen_dd_student")
-    net = llama(found, student=True)
-    logits, tokens = net(
-        found["t4.x_in"], torch.full((2,), 1 - 4 / 9), Cond.of_labels(found["cond"]), heads=True
+@pytest.mark.parametrize("family", ["llamagen", "var"])
+def test_gradients_reach_every_parameter_of_a_student(load, family):
+    found = load(FAMILY, f"{family}_dd_student")
+    net = llama(found, student=True) if family == "llamagen" else var(found, student=True)
+    x, k, label = (
+        (found["t4.x_in"], 4, found["cond"])
+        if family == "llamagen"
+        else (found["t1.x_in"], 1, found["label"])
     )
+    t = torch.full((2,), Prefix(net.groups).time(k))
+    logits, tokens = net(x, t, Cond.of_labels(label), heads=True)
     (logits.square().mean() + tokens.square().mean()).backward()
     assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in net.parameters())
 
@@ -153,17 +161,21 @@ def test_maps_of_scales(load):
     ten = Scales(range(1, 11), 4)
     assert [list(ten.phis).index(ten.phi(k)) for k in range(10)] == found["phi_index_per_scale_10"].tolist()
     codes = [found["embedding"][found[f"idx{k}"]] for k in range(4)]
-    f_hat = quantize.start(2, found["embedding"], 4)
+    f_hat = quantize.start(2, found["embedding"])
     for k, part in enumerate(codes):
-        f_hat = quantize.added(f_hat, part, k)
+        f_hat = f_hat + quantize.part(part, k)
         assert_close(f_hat, found[f"fhat{k}"], **NEAR)
         if k < 3:
             wanted = found[f"next_input{k}"].flatten(2).transpose(1, 2)
-            assert_close(quantize.next_input(f_hat, k), wanted, **NEAR)
+            assert_close(quantize.resized(f_hat, k + 1), wanted, **NEAR)
     assert_close(quantize.inputs(torch.cat(codes, 1)), found["var_input"], **NEAR)
+    assert_close(quantize.total(torch.cat(codes, 1)), found["embed_to_fhat_last"], **NEAR)
+    vectors = quantize.vectors(found["f"], found["embedding"])
+    tokens = nearest_codes(vectors, found["embedding"]).split(quantize.groups, 1)
+    assert all(torch.equal(token, found[f"idx{k}"]) for k, token in enumerate(tokens))
 
 
-def var(found: dict[str, Tensor]) -> VAR:
+def var(found: dict[str, Tensor], *, student: bool = False) -> VAR:
     state = weights(found)
     rows, width = state["class_emb.weight"].shape
     net = VAR(
@@ -174,11 +186,29 @@ def var(found: dict[str, Tensor]) -> VAR:
         vocabulary=state["head.weight"].shape[0],
         size=state["word_embed.weight"].shape[1],
         num_classes=rows - 1,
+        student=student,
     )
     filled(net, state, {"codebook", "lvl_1L", *(n for n in net.state_dict() if n.startswith("quantize."))})
     assert torch.equal(net.level, state["lvl_1L"][0])
-    net.codebook.copy_(found["quant.embedding"])
+    net.codebook.copy_(found["codebook" if student else "quant.embedding"])
     return net
+
+
+@torch.no_grad()
+def test_the_student_of_var(load):
+    found = load(FAMILY, "var_dd_student")
+    net = var(found, student=True)
+    seen = 0
+    for k, x, (logits, tokens), samples in student_states(found, net, found["label"]):
+        t = torch.full((len(x),), Prefix(net.groups).time(k))
+        assert_close(Prefix(net.groups).add_noise(net.codebook[found["q"]], found["noise"], t), x, **NEAR)
+        assert_close(logits, found[f"t{k}.logits"], **NEAR)
+        assert_close(tokens, found[f"t{k}.tokens"], **NEAR)
+        for split in (0, 1, 2):
+            net.split = sum(net.groups[:split])
+            assert_close(samples(x), found[f"t{k}.final_seq_split{split}"], **NEAR)
+        seen += 1
+    assert seen == 3
 
 
 @torch.no_grad()
@@ -194,10 +224,7 @@ def test_var(load):
     assert_close(net(codes, t, cond.null()), found["logits_uncond"], **NEAR)
     linear = Filters(temperature=0, guidance_schedule="linear")
     made = made_by(teacher(net, linear), cond, 2.5)
-    f_hat = net.quantize.start(2, codes, codes.shape[-1])
-    for k, part in enumerate(net.codebook[made].split(list(net.groups), 1)):
-        f_hat = net.quantize.added(f_hat, part, k)
-    assert_close(f_hat, found["greedy_fhat_cfg1p5"], **NEAR)
+    assert_close(net.quantize.total(net.codebook[made]), found["greedy_fhat_cfg1p5"], **NEAR)
     # A known prefix of two scales is as if they had been made: no scale sees a later one.
     state, again = net.begin(cond), net.begin(cond)
     net.advance(state, None)
@@ -214,8 +241,22 @@ def test_var(load):
         (lambda: LlamaGen(student=True), 98.3),
         (lambda: LlamaGen(width=1024, depth=24, heads=16, student=True), 326),
         (lambda: VAR(depth=16), 310),
+        (lambda: VAR(depth=16, student=True), 327),
+        (lambda: VAR(depth=20, student=True), 635),
+        (lambda: VQTokenizer(), 72),
+        (lambda: ScaleTokenizer(), 109),
     ],
-    ids=["LlamaGen-B", "LlamaGen-L", "LlamaGen-B-DD", "LlamaGen-L-DD", "VAR-d16"],
+    ids=[
+        "LlamaGen-B",
+        "LlamaGen-L",
+        "LlamaGen-B-DD",
+        "LlamaGen-L-DD",
+        "VAR-d16",
+        "VAR-d16-DD",
+        "VAR-d20-DD",
+        "VQ-16",
+        "VAE",
+    ],
 )
 def test_sizes_of_the_public_models(make, millions):
     with torch.device("meta"):

@@ -43,6 +43,7 @@ from distill.nets.mlp import MLP
 from distill.nets.token_net import StudentAndTeacher, TokenTable
 from distill.nets.token_transformer import TokenTransformer, student_output
 from distill.nets.tokenizer import ConvTokenizer
+from distill.nets.var import VAR
 from distill.process.flow import Flow
 from distill.process.prefix import Prefix
 from distill.process.times import uniform_grid
@@ -229,7 +230,7 @@ def test_llamagen_is_trained_on_tokens_and_starts_a_student(tmp_path: Path):
     """The codebook of the net is that of the tokens: else all inputs of the teacher are token 0."""
     torch.manual_seed(0)
     sizes = {"width": 16, "depth": 1, "heads": 2, "grid": 2, "vocabulary": V, "size": C, "num_classes": 10}
-    given = TokenTeacher(LlamaGen(multiple_of=8, **sizes), (L, C), decoder=decoder())
+    given = TokenTeacher(LlamaGen(hidden=24, **sizes), (L, C), decoder=decoder())
     assert torch.equal(given.net.codebook, codebook_of(given.decoder))
     method = Autoregressive(given, null_prob=0.0)
     method.prepare({"student": Optim(partial(torch.optim.AdamW, lr=1e-2), Constant())}, seed=0)
@@ -244,6 +245,38 @@ def test_llamagen_is_trained_on_tokens_and_starts_a_student(tmp_path: Path):
         source.fetch(rows, rows), Step(0, Draws(0, "x", 0, rows))
     )
     assert loss.total.isfinite()
+
+
+def test_a_student_of_scales_starts_from_its_teacher():
+    """Its start is a level of its own: the one behind it is new, and all others are the teacher's."""
+    sizes = {
+        "depth": 1,
+        "width": 16,
+        "heads": 2,
+        "scales": (1, 2),
+        "vocabulary": V,
+        "size": C,
+        "num_classes": 10,
+    }
+    torch.manual_seed(0)
+    given = TokenTeacher(VAR(**sizes), (5, C), decoder=codes())
+    made = adapted(given, {"process": "prefix", "net": {"student": True, "split": 1}})
+    own, theirs = made.net.state_dict(), given.net.state_dict()
+    shifted = {"lvl_embed.weight": 0, "pos_1LC": 1}
+    for name, value in theirs.items():
+        if name in shifted:
+            rows = own[name].movedim(shifted[name], 0)
+            assert torch.equal(rows[[0, *range(2, len(rows))]], value.movedim(shifted[name], 0))
+        elif not name.startswith("quantize."):
+            assert torch.equal(own[name], value), name
+    assert made.net.split == 1
+    x = torch.randn(2, 5, C, generator=torch.Generator().manual_seed(1))
+    whole, cond = made.net(x, torch.ones(2), classes_of(2), heads=True)[0], classes_of(2)
+    for position in range(5):  # itself and the scales before, which is the first token
+        changed = x.clone()
+        changed[:, position] += 1
+        moved = (made.net(changed, torch.ones(2), cond, heads=True)[0] != whole).any(-1).any(0)
+        assert moved.tolist() == [position == i or (position == 0 and i > 0) for i in range(5)]
 
 
 def test_the_teacher_makes_some_groups():
