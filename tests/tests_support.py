@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import fcntl
-import importlib.util
 import io
 import json
 import os
@@ -20,7 +19,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 from unittest import mock
 
 import torch
@@ -311,14 +309,3 @@ def kill_when(folder: Path, options: Sequence[str], there: Callable[[], bool], t
     """Start `distill.train` and SIGKILL it as soon as `there` says so; its processes die with it."""
     ended = signal_when(folder, signal.SIGKILL, options, there, timeout)
     assert ended.returncode == -signal.SIGKILL
-
-
-def load_script(name: str) -> ModuleType:
-    """`scripts/<name>.py` as a module, the same one each time."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return sys.modules[name]

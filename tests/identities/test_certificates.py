@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import certificates
 import pytest
-from tests_support import load_script
-
-certificates = load_script("certificates")
 
 
 @pytest.mark.slow

@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
+import exact_bench
 import pytest
 import torch
-from tests_support import load_script
 from torch import Tensor
 
 from distill.data.cond import Cond
@@ -25,7 +25,6 @@ from distill.models.denoiser import Denoiser
 from distill.nets.mlp import MLP
 from distill.process.vp import VPCosine
 
-certificates = load_script("certificates")
 RING = {"count": 8, "radius": 1.5}
 NOISES = 2000
 
@@ -82,7 +81,7 @@ def halvings(seed: int) -> tuple[float, dict[int, Round]]:
     """(energy of the teacher in 64 steps, rounds by N): a v-net of 3 x 64, 3000 steps of denoising, 6 rounds of 1500."""
     torch.manual_seed(seed)
     data, energy = Points(ring=RING, count=65536, seed=seed), Energy()
-    train = partial(certificates.fit, source=data, batch=256, seed=seed)
+    train = partial(exact_bench.fit, source=data, batch=256, seed=seed)
     adam = partial(torch.optim.Adam, fused=True)
     net = Denoiser(MLP(width=64), VPCosine(), "v", (2,))
     teacher = train(
@@ -95,7 +94,7 @@ def halvings(seed: int) -> tuple[float, dict[int, Round]]:
     rounds, steps = {}, 64
     while steps > 1:
         steps //= 2
-        method = Progressive(certificates.trainable(teacher), teacher, steps=steps)
+        method = Progressive(exact_bench.trainable(teacher), teacher, steps=steps)
         undistilled = squared(samples(teacher, steps), final)
         optim = Optim(partial(adam, lr=1e-3), Linear(total=1500), ema=None)
         teacher = train(method, steps=1500, optim=optim)

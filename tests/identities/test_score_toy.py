@@ -29,13 +29,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import certificates
+import exact_bench
 import pytest
 import torch
-from tests_support import load_script
 from torch import Tensor
 
 from distill.data.batch import Batch
 from distill.data.cond import Cond
+from distill.data.points import ring_means
 from distill.engine.module import DistillModule
 from distill.engine.schedule import Constant, Linear
 from distill.engine.update import Loss, Optim, Step, Update
@@ -57,9 +59,8 @@ from distill.process.edm import EDM
 
 pytestmark = pytest.mark.slow
 
-certificates = load_script("certificates")
-RING, COUNT, BATCH, STEPS = certificates.NARROW, 4000, 256, 1000
-MEANS = torch.tensor(certificates.ring_means(8, RING.radius))
+RING, COUNT, BATCH, STEPS = exact_bench.NARROW, 4000, 256, 1000
+MEANS = torch.tensor(ring_means(8, RING.radius))
 LOGNORMAL = {"name": "lognormal", "mean": -1.2, "std": 1.2}
 
 
@@ -124,11 +125,11 @@ class Toy:
         method = Denoising(Denoiser(net, EDM(), "x0", (2,)), null_prob=0.0, times="lognormal", weight="edm")
         adam = partial(torch.optim.Adam, lr=1e-3, fused=True)
         optim = Optim(adam, Linear(total=3000, final=0.01), ema=0.995)
-        self.teacher = certificates.fit(method, self.points, steps=3000, batch=512, optim=optim, seed=seed)
+        self.teacher = exact_bench.fit(method, self.points, steps=3000, batch=512, optim=optim, seed=seed)
 
     def copy(self) -> Denoiser:
         """The teacher once more, to train or to ask."""
-        return certificates.trainable(self.teacher)
+        return exact_bench.trainable(self.teacher)
 
     def measure(self, x: Tensor) -> Found:
         return Found(
@@ -150,7 +151,7 @@ class Toy:
         momentum, a constant 2e-4, an average that forgets half in 128,000 images."""
         adam = partial(torch.optim.Adam, lr=2e-4, betas=(0.0, 0.999), fused=True)
         optim, watch = Optim(adam, Constant(), clip=None, ema_halflife=128_000.0), Watch(self.of, at)
-        certificates.fit(
+        exact_bench.fit(
             method,
             self.points,
             steps=steps,

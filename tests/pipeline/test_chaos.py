@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
-from types import ModuleType
 
+import chaos
 import pytest
 import safetensors.torch
-from tests_support import ROOT, command_line, copied_run
+from tests_support import command_line, copied_run
 
 
 @pytest.fixture(scope="module")
-def chaos() -> Iterator[ModuleType]:
-    """The script as a module."""
-    sys.path.insert(0, str(ROOT / "scripts"))
-    yield importlib.import_module("chaos")
-    sys.path.remove(str(ROOT / "scripts"))
-
-
-@pytest.fixture(scope="module")
-def told(chaos, tmp_path_factory) -> str:
+def told(tmp_path_factory) -> str:
     """What the script says of a few disturbances of each kind."""
     folder = tmp_path_factory.mktemp("chaos")
     counts = ["--kills", "1", "--operations", "6", "--corruptions", "3"]
@@ -58,7 +48,7 @@ def test_corrupted_files(told):
     assert "WRONG" not in told
 
 
-def test_operations_are_named_by_the_kind_of_file(chaos, tmp_path):
+def test_operations_are_named_by_the_kind_of_file(tmp_path):
     kind_of, root = sys.modules["disturb"].kind_of, str(tmp_path)
     for path, kind in {
         "teacher/checkpoints/.last.ckpt.part": "*/checkpoints/.last.ckpt.part",
@@ -70,7 +60,7 @@ def test_operations_are_named_by_the_kind_of_file(chaos, tmp_path):
 
 
 @pytest.mark.parametrize("when", ["before", "half", "after"])
-def test_a_process_dies_at_the_operation(chaos, tmp_path, when):
+def test_a_process_dies_at_the_operation(tmp_path, when):
     path, mark = tmp_path / "run/x", tmp_path / "mark"
     path.parent.mkdir()
     spec = {"root": str(path.parent), "stages": [], "what": "fsync", "kind": "x", "when": when, "number": 2}
@@ -88,7 +78,7 @@ def test_a_process_dies_at_the_operation(chaos, tmp_path, when):
     assert path.read_text() == ("two of te" if when == "half" else "two of ten letters")
 
 
-def test_another_end_is_seen(chaos, shared, tmp_path):
+def test_another_end_is_seen(shared, tmp_path):
     """A weight, a number of the evaluation, a temporary file."""
     whole = shared("toy_instaflow")
     copied_run(whole, tmp_path)

@@ -5,30 +5,23 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 
+import gpu_check
+import gpu_training
 import pytest
+import scaling_table
 import torch
-from tests_support import ROOT, load_script
 
 
-@pytest.fixture
-def gpu_check(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    return load_script("gpu_check")
-
-
-def started(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+def started(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", *arguments])
-    code: int = module.main()
+    code: int = gpu_check.main()
     return code
 
 
 @pytest.mark.slow
-def test_every_check_passes_on_a_cpu(
-    gpu_check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert started(gpu_check, monkeypatch, "--device", "cpu", "--tiny", "--out", str(tmp_path)) == 0
+def test_every_check_passes_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert started(monkeypatch, "--device", "cpu", "--tiny", "--out", str(tmp_path)) == 0
     report, table = sorted(tmp_path.iterdir())
     found = json.loads(report.read_text())
     outcomes = {row["check"]: row["outcome"] for row in found["checks"]}
@@ -45,48 +38,43 @@ def test_every_check_passes_on_a_cpu(
 
 
 @pytest.mark.gpu
-def test_every_check_passes_on_this_gpu(
-    gpu_check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert started(gpu_check, monkeypatch, "--out", str(tmp_path)) == 0
+def test_every_check_passes_on_this_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert started(monkeypatch, "--out", str(tmp_path)) == 0
 
 
-def test_a_failed_check_is_told(
-    gpu_check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_check_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check, "flagged_step", lambda optimizer, bad: optimizer.step())
     options = ("--device", "cpu", "--tiny", "--only", "fused", "--out", str(tmp_path))
-    assert started(gpu_check, monkeypatch, *options) == 1
+    assert started(monkeypatch, *options) == 1
     report = json.loads(next(tmp_path.glob("*.json")).read_text())
     assert report["checks"][0]["outcome"] == "failed"
     assert "a flagged step changed weights" in report["checks"][0]["why"]
 
 
 def test_without_a_gpu_it_says_so(
-    gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
-        started(gpu_check, monkeypatch)
+        started(monkeypatch)
     assert "found no CUDA device; expected one, or --device cpu --tiny" in capsys.readouterr().err
 
 
-def test_operations_of_a_step(gpu_check: ModuleType) -> None:
+def test_operations_of_a_step() -> None:
     """DiT's paper counts 118.6 billion products of a forward at 256 pixels; a product and its sum are two operations, and a
     backward takes two forwards."""
-    assert load_script("gpu_training").flops("dit_xl2") == pytest.approx(6 * 118.6e9 * 16, rel=0.01)
+    assert gpu_training.flops("dit_xl2") == pytest.approx(6 * 118.6e9 * 16, rel=0.01)
 
 
-def test_bytes_a_process(gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of whole students: weights, gradients, two moments, and the average, in float32."""
-    tables = load_script("scaling_table")
     parameters = sum(p.numel() for p in gpu_check.shaped("tiny", torch.device("meta"))[0].parameters())
     reflow, sid = (
-        sum(tables.memory("tiny", name, lora=False).total().values()) for name in ("reflow", "SiD")
+        sum(scaling_table.memory("tiny", name, lora=False).total().values()) for name in ("reflow", "SiD")
     )
     assert reflow == pytest.approx(20 * parameters, rel=0.01)
     # The teacher and the fake score, with its moments; gradients exist of one network at a time.
     assert sid - reflow == pytest.approx(16 * parameters, rel=0.01)
-    eight = sum(tables.memory("tiny", "SiD", lora=False).total(8).values())
+    eight = sum(scaling_table.memory("tiny", "SiD", lora=False).total(8).values())
     assert sid / 8 <= eight < sid / 4, "tiny tensors are padded"
-    assert sum(tables.memory("tiny", "SiD", lora=True).total().values()) < 0.5 * sid
+    assert sum(scaling_table.memory("tiny", "SiD", lora=True).total().values()) < 0.5 * sid

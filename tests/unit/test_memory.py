@@ -6,13 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import memory_table
 import pytest
 import torch
 import yaml
 from hydra.utils import instantiate
 from method_support import mlp, optim, trained
 from test_adapters import loaded
-from tests_support import ROOT, call_verb, load_script
+from tests_support import ROOT, call_verb
 from torch import Tensor, nn
 
 from distill.engine.memory import Memory, Row, Size, optimizer_state, predicted
@@ -139,9 +140,7 @@ def test_each_process_has_its_shards() -> None:
 @pytest.fixture(scope="module")
 def shape(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any]:
     """A teacher with the shape of a real one, on the meta device; `request.param`: its name."""
-    folder = load_script("memory_table").sketched_teacher(
-        tmp_path_factory.mktemp(request.param), request.param
-    )
+    folder = memory_table.sketched_teacher(tmp_path_factory.mktemp(request.param), request.param)
     prompts = Encode(str(folder), {"path": str(folder / "prompts.txt")}).dry_run({})
     made = Pretrained(str(folder), prompts="prompts", dtype="bfloat16").dry_run({"prompts": prompts})
     assert made.memory is not None
@@ -177,7 +176,7 @@ CASES = [
 @pytest.mark.parametrize(("shape", "name", "student"), CASES, indirect=["shape"])
 def test_real_shapes(shape: tuple[str, Any], name: str, student: str) -> None:
     shape_name, teacher = shape
-    targets = load_script("memory_table").LCM_TARGETS
+    targets = memory_table.LCM_TARGETS
     lora = {"LoRA 64": {"rank": 64, "targets": targets}, "LoRA 16": {"rank": 16}}.get(student)
     models = copied({"init": teacher, "teacher": teacher}, adapters=lora is not None)
     changes = ({"lora": lora} if lora else {}) | ({"process": "flow"} if name == "reflow" else {})
@@ -210,7 +209,7 @@ def test_real_shapes(shape: tuple[str, Any], name: str, student: str) -> None:
 
 def test_the_plan_of_a_real_shape(tmp_path: Path) -> None:
     """Of a folder that holds no weights to load."""
-    folder = load_script("memory_table").sketched_teacher(tmp_path / "teacher", "sd15")
+    folder = memory_table.sketched_teacher(tmp_path / "teacher", "sd15")
     options = ("recipe=sid", "teacher=sd", f"teacher.path={folder}", "teacher.dtype=bfloat16", "eval=prompts")
     data = ("data=prompts", f"data.path={folder / 'prompts.txt'}", "stages.distill.monitor=null")
     shard = ("trainer.devices=2", "trainer.shard=world", "stages.distill.optim.student.ema=null")
