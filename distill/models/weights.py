@@ -38,13 +38,30 @@ def read_header(path: Path) -> Header:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a weights file on the CPU. Raises ValueError naming the one that is not finite."""
     weights = safetensors.torch.load_file(path, device="cpu")
+    check_finite(weights, path)
+    return weights
+
+
+def header_of(weights: Mapping[str, Tensor], path: Path) -> Header:
+    """What the header of a weights file of these tensors would say. Raises ValueError naming `path` and the tensor of another
+    type."""
+    types = {dtype: name for name, dtype in FLOATS.items()}
+    found = {}
+    for name, tensor in weights.items():
+        if (kind := str(tensor.dtype).removeprefix("torch.")) not in types:
+            raise ValueError(f"{path}: {name}: found the type {kind}, expected one of {list(types)}")
+        found[name] = (tuple(tensor.shape), types[kind])
+    return found
+
+
+def check_finite(weights: Mapping[str, Tensor], path: Path) -> None:
+    """Raise ValueError naming the tensor of a file that is not finite."""
     for name, tensor in weights.items():
         if not bool(tensor.isfinite().all()):
             count = int((~tensor.isfinite()).sum())
             raise ValueError(
                 f"{path}: {name}: found {count} of {tensor.numel()} numbers that are not finite, expected finite weights"
             )
-    return weights
 
 
 def check_tensors(tensors: Mapping[str, Tensor], stored: Header, path: Path, description: str) -> None:

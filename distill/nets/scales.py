@@ -33,12 +33,10 @@ class Scales(nn.Module):
 
     def phi(self, k: int) -> nn.Module:
         """The convolution of scale k: the one whose tick is nearest to k / (K - 1)."""
-        low = 1 / 3 / self.shared
-        ticks = (
-            torch.linspace(low, 1 - low, self.shared, dtype=torch.float64)
-            if self.shared > 1
-            else torch.tensor([0.5])
-        )
+        low = (
+            1 / 3 / self.shared if self.shared == 4 else 1 / 2 / self.shared
+        )  # as the public weights were trained
+        ticks = torch.linspace(low, 1 - low, self.shared, dtype=torch.float64, device="cpu")
         place = k / max(len(self.scales) - 1, 1)
         return self.phis[int((ticks - place).abs().argmin())]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -118,7 +119,9 @@ def adapted(student: Model, changes: Mapping[str, Any]) -> Model:
     if options.lora is not None:
         return student
     config = merged(student.net_config(), changes.get("net") or {})
-    built = build_net(config, "adapt.net")
+    sketched = next(student.net.parameters()).is_meta  # in a dry run
+    with torch.device("meta") if sketched else nullcontext():
+        built = build_net(config, "adapt.net")
     state = student.net.state_dict()
     if options.process == "prefix" and isinstance(built, TokenNet):
         state = built.of_teacher(state)

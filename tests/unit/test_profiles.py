@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import teacher_support
+import token_files_support
 import yaml
 from hydra import compose, initialize_config_dir
 from tests_support import ROOT, call_verb
@@ -96,12 +97,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("teachers")
     teacher_support.sd(place / "sd15", prediction="epsilon")
     teacher_support.sdxl(place / "sdxl")
+    token_files_support.llamagen(place / "l")
+    token_files_support.var(place / "d16")
+    token_files_support.llamagen(place / "student", student=True)
     (place / "prompts.txt").write_text("a dog\n")
     return place
 
 
-def test_there_are_five_presets() -> None:
-    assert len(PRESETS) == 5
+def test_there_are_eight_presets() -> None:
+    assert len(PRESETS) == 8
     for name in PRESETS:
         assert (RECIPES / f"{name}.yaml").read_text().startswith("# Not run here. "), name
 
@@ -110,19 +114,24 @@ def test_there_are_five_presets() -> None:
 def test_a_preset_composes_and_plans(folders: Path, name: str) -> None:
     shape = name.rpartition("_")[2]
     small = ["+stages.distill.method.gan.groups=8"] if name == "paper/dmd2_sdxl" else []  # 16 channels
-    given = [
-        f"recipe={name}",
-        f"teacher.path={folders / shape}",
-        f"data.path={folders / 'prompts.txt'}",
-        *small,
-    ]
+    given = [f"recipe={name}", *small]
+    if name.startswith("paper/dd_"):
+        given += token_files_support.options(name, folders / shape)
+    else:
+        given += [f"teacher.path={folders / shape}", f"data.path={folders / 'prompts.txt'}"]
     made = dry_run(build_stages(expanded(*given)))
-    memory = made["distill"].memory
+    memory = made["student" if name == "paper/dd_student" else "distill"].memory
     assert memory is not None
     assert sum(memory.total().values()) > 0
-    model = made["export"].model or made["distill"].model
+    model = made["export"].model or made["student" if name == "paper/dd_student" else "distill"].model
     assert model is not None
-    wanted = {"paper/dmd2_sdxl": [999, 749, 499, 249, 0], "paper/sid_lsg_sd15": [625, 0]}
+    wanted = {
+        "paper/dmd2_sdxl": [999, 749, 499, 249, 0],
+        "paper/sid_lsg_sd15": [625, 0],
+        "paper/dd_llamagen_l": [1, 1 - 2 / 16, 0],
+        "paper/dd_var_d16": [1, 1 - 2 / 3, 0],
+        "paper/dd_student": [1, 1 - 2 / 16, 0],
+    }
     if name in wanted:
         steps = len(wanted[name]) - 1
         assert model.spec.times[steps] == pytest.approx(wanted[name], abs=1e-6)
