@@ -35,7 +35,7 @@ class Shaped(nn.Module):
         }
         added = {name: given.pop(name) for name in ("text_embeds", "time_ids") if name in given}
         more = {"added_cond_kwargs": added} if added else {}
-        out: Tensor = self.net(x, timestep=1000 * t, **given, **more).sample
+        out: Tensor = self.net(x.to(self.net.dtype), timestep=1000 * t, **given, **more).sample
         return out[:, : x.shape[1]].float()
 
 

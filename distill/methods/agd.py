@@ -45,6 +45,7 @@ class AGD(DistillModule):
         sample_scale: guidance scale to sample with by default; None: the middle.
     """
 
+    PAIRS_OF = "teacher"
     reads = ("path", "times", "guidance")
 
     def __init__(

@@ -8,8 +8,9 @@ What the loss should look like: it falls by half within some hundred steps and g
 beside `diagnostics/hf_teacher`, the share of high frequencies: an untrained student's is above the teacher's where the net
 amplifies its noise, and below it where its images are blurred.
 
-Deviations: no code is published, and the formulas are ours (docs/adapters.md). The perceptual distance is that of a feature
-extractor of this package, between normalised features, beside a squared error of pixels; the authors' network is not known.
+Deviations: no code is published, and the formulas are ours (docs/adapters.md). The perceptual distance is LPIPS or DISTS where
+`features` is one of them, or that between normalised features of another extractor of this package, beside a squared error of
+pixels; the authors' network is not known.
 The adapters are the option `student=lora` of the stage, so that all weights can be trained too. The noise level of the start
 can be chosen.
 """
@@ -44,6 +45,7 @@ from distill.methods.losses.frequency import (
 )
 from distill.models.adapters import adapter_of
 from distill.models.denoiser import Denoiser
+from distill.models.features import PerceptualDistance
 from distill.models.result import Result
 from distill.typed import filled, settle
 
@@ -86,6 +88,7 @@ class HiPA(DistillModule):
         high_frequency: see `HighFrequency`.
     """
 
+    PAIRS_OF = "init"
     reads = ("x0", "z")
 
     def __init__(
@@ -177,12 +180,15 @@ class HiPA(DistillModule):
             "edges": (high.edges, lambda: edge_distance(made, wanted, luminance=high.luminance)),
         }
         if self.features is not None:
-            features = self.features
-            found["perceptual"] = (
-                self.perceptual,
-                lambda: feature_distance(features(made), features(wanted)),
-            )
+            found["perceptual"] = (self.perceptual, lambda: self.perceived(made, wanted))
         return {name: (weight, distance()) for name, (weight, distance) in found.items() if weight > 0}
+
+    def perceived(self, made: Tensor, wanted: Tensor) -> Tensor:
+        """[B]: the extractor's own distance between images, LPIPS or DISTS, or that of its features."""
+        assert self.features is not None
+        if isinstance(self.features, PerceptualDistance):
+            return self.features.distance(made, wanted)
+        return feature_distance(self.features(made), self.features(wanted))
 
     def loss(self, batch: Batch, step: Step) -> Loss:
         """mse |y' - y|^2 + perceptual d_f(y', y) + fourier |H(y') - H(y)| + edges |E(y') - E(y)| of decoded images (means)."""

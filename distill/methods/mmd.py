@@ -99,6 +99,7 @@ class MMD(DistillModule):
             features = self.keep_frozen("features", features)
         if precision not in PRECISIONS:
             raise ValueError(f"precision: found {precision!r}, expected one of {list(PRECISIONS)}")
+        self.feature_space = features
         self.space = FeatureSpace(student.decoder, features, clamp, PRECISIONS[precision])
         classes = student.conditions.num_classes > 0 if classes is None else classes
         check_real(student, real, bank, classes)

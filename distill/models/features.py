@@ -10,7 +10,7 @@ import hashlib
 import json
 from importlib import resources
 from importlib.resources.abc import Traversable
-from typing import Protocol, cast
+from typing import Protocol, cast, runtime_checkable
 
 import safetensors.torch
 import torch
@@ -52,6 +52,15 @@ class FeatureExtractor(Protocol):
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Features [B, D] and logits [B, classes] of the data's classes, or None where the network does not know
         them: logits of other classes must not be compared with the data's labels."""
+        ...
+
+
+@runtime_checkable
+class PerceptualDistance(Protocol):
+    """An extractor that compares two images itself, layer by layer: LPIPS, DISTS."""
+
+    def distance(self, pred: Tensor, target: Tensor) -> Tensor:
+        """[B] between images [B, C, H, W] in [-1, 1], 0 for equal ones."""
         ...
 
 

@@ -103,6 +103,16 @@ def options_of(config: Mapping[str, Any] | None) -> Options | None:
     )
 
 
+def warn_of_judge(trained_in: Any, judge: Any) -> None:
+    """Warn of a monitor that measures in the features that the loss compares distributions in."""
+    if trained_in is not None and trained_in.sha256 == judge.sha256:
+        warnings.warn(
+            f"monitor.features: found {judge.name}, in whose features the loss compares samples and data: its numbers improve "
+            "also where samples do not; expected another extractor, such as +features@monitor.features=random_conv",
+            stacklevel=2,
+        )
+
+
 class Monitor:
     """Evaluates the student of a running method; called by every process after the same steps.
 

@@ -45,7 +45,7 @@ from distill.stages.made import (
     of_pairs,
     try_build,
 )
-from distill.stages.monitor import Monitor, options_of
+from distill.stages.monitor import Monitor, options_of, warn_of_judge
 from distill.stages.nodes import (
     check_path,
     check_recorded,
@@ -55,6 +55,7 @@ from distill.stages.nodes import (
     write_manifest,
 )
 from distill.stages.optim import build_optim, check_optim
+from distill.stages.same_model import check_decoder, check_fingerprint, check_pairs_of
 from distill.stages.targets import check_method, resolve
 from distill.stages.threads import PeakMemory, use_threads
 from distill.stages.tokenize import Tokenize
@@ -144,6 +145,12 @@ class Train(ModelStage):
         """Whether the student is an adapter."""
         return (self.adapt or {}).get("lora") is not None
 
+    @property
+    def _pairs_of(self) -> str | None:
+        """The role of the model whose samples pairs must be."""
+        found: str | None = getattr(resolve(self.method, "method"), "PAIRS_OF", None)
+        return found
+
     def inputs(self) -> dict[str, str]:
         """The references, and the further networks by their role."""
         return super().inputs() | dict(self.networks or {})
@@ -162,6 +169,7 @@ class Train(ModelStage):
             if name is not None and not isinstance(stages[name], ModelStage):
                 raise ValueError(f"{role}: {name!r} makes no model; expected a stage with a model")
         check_method(self.method, self._takes, {*ROLES, "nodes", *further})
+        check_pairs_of(self._pairs_of, self, stages)
         if self.nodes is not None and "nodes" not in self._takes:
             raise ValueError(
                 f"nodes: found {self.nodes!r}, but the method {self.method['_target_']} takes none"
@@ -200,6 +208,7 @@ class Train(ModelStage):
                 f"nodes: {self.nodes!r} stores no nodes; expected a stage with the method `degrade`"
             )
         start = self._start(models, 0, source, try_build)
+        check_decoder(start.denoiser, source, trained=False)
         method = self._method(start.denoiser, models, ())
         check_reads(method, self.method, source, self.data, before)
         method.prepare(build_optim(self.optim, self.steps), seed=0, stream=self.stream)
@@ -210,9 +219,10 @@ class Train(ModelStage):
         if (monitor := self._monitor) is not None and monitor.metric is not None:
             labels = generator.conditions.ask(count=monitor.count).get("label")
             try:
-                monitor.meter().trial(generator.shape, labels)
+                (meter := monitor.meter()).trial(generator.shape, labels)
             except ValueError as error:
                 raise ValueError(f"monitor.{error}") from error
+            warn_of_judge(method.feature_space, meter.features)
         model, nodes = Generator(generator.denoiser, spec), tuple(method.snapshots())
         return Made(model=model, nodes=nodes, trained=True, memory=predicted(method))
 
@@ -253,6 +263,8 @@ class Train(ModelStage):
         models = load_models(folders, adapters=self._adapts)
         start = self._start(models, context.seed, source)
         student = start.denoiser
+        check_fingerprint(self._pairs_of, source, folders)
+        check_decoder(student, source, trained=True)
         threads = use_threads(context, sum(p.numel() for p in student.parameters()))
         nodes: Sequence[Path] = ()
         if self.nodes is not None:

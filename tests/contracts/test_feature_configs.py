@@ -25,6 +25,8 @@ CONFIGS = sorted((ROOT / "configs" / "features").glob("*.yaml"))
 EXPECTED: dict[str, tuple[int, int, tuple[int, ...], str | None, str | None, str]] = {
     "clip": (768, 10_000, (3, 8, 8), "features", "transformers", "model.safetensors"),
     "digits64": (64, 2000, (1, 8, 8), None, None, "digits64.safetensors"),
+    "dists": (1475, 5000, (3, 32, 32), None, None, "vgg16-397923af.pth"),
+    "lpips": (1472, 5000, (3, 32, 32), None, None, "vgg16-397923af.pth"),
     "dino": (1024, 10_000, (3, 8, 8), "features", "transformers", "model.safetensors"),
     "efficientnet_lite0": (
         1280,
@@ -39,7 +41,7 @@ EXPECTED: dict[str, tuple[int, int, tuple[int, ...], str | None, str | None, str
 }
 
 
-NEED_A_PATH = ("clip", "dino", "inception")  # the weights are the user's
+NEED_A_PATH = ("clip", "dino", "dists", "inception", "lpips")  # the weights are the user's
 
 
 def build(name: str, **options: Any) -> Any:
@@ -53,7 +55,7 @@ def build(name: str, **options: Any) -> Any:
 
 def test_counts() -> None:
     """What this file covers; a new extractor raises the number here and gets a line above."""
-    assert len(CONFIGS) == 6
+    assert len(CONFIGS) == 8
     assert [path.stem for path in CONFIGS] == sorted(EXPECTED)
 
 
@@ -64,7 +66,7 @@ def test_builds_or_names_the_extra_and_the_file(name: str) -> None:
         with pytest.raises((ImportError, FileNotFoundError), match=f"^features {name}: ") as told:
             build(name)
         text = str(told.value)
-        assert f"'distill[{extra}]'" in text
+        assert extra is None or f"'distill[{extra}]'" in text
         assert file in text
         assert "\n" not in text
         return
@@ -114,7 +116,7 @@ def test_a_folder_without_weights_is_named(name: str, tmp_path: Path) -> None:
         build(name)
     with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path))) as told:
         build(name, path=str(tmp_path))
-    assert f"'distill[{extra}]'" in str(told.value)
+    assert extra is None or f"'distill[{extra}]'" in str(told.value)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match=re.escape(file)):
         build(name, path=str(tmp_path))
@@ -150,8 +152,9 @@ def test_features_are_a_group_of_the_command_line(train: Any, tmp_path: Path) ->
         found,
     )
     assert "features: found 'resnet'" in train("features=resnet")
-    assert "; expected clip, digits64, dino, efficientnet_lite0, inception, random_conv" in train(
-        "features=resnet"
+    assert (
+        "; expected clip, digits64, dino, dists, efficientnet_lite0, inception, lpips, random_conv"
+        in train("features=resnet")
     )
     assert "did you mean features.size?" in train("features=dino", "features.sise=3")
     told = train("eval.meter.features.path=x")

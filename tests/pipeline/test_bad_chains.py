@@ -54,6 +54,14 @@ CASES = [
         "stages.distill.adapt.kind: found 'noise', expected one of",
     ),
     ("lcm", ["stages.distill.teacher=distill"], "circular reference"),
+    *(
+        (
+            recipe,
+            ["+stages.other=${stages.teacher}", "stages.pairs.teacher=other"],
+            f"stages.distill.data: the pairs of 'pairs' are samples of 'other', but {role} is 'teacher'; expected pairs",
+        )
+        for recipe, role in (("hipa", "init"), ("agd", "teacher"))
+    ),
 ]
 
 

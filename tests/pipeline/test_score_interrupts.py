@@ -81,23 +81,36 @@ DEATHS: dict[str, list[tuple[Any, ...]]] = {
 }
 
 
+# Methods that train adapters or a sampler, from pairs, guided trajectories and a bank of features.
+FURTHER = {"hipa": (), "agd": (), "mmd": ("~stages.second",)}
+
+
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory) -> tuple[Path, dict[str, list[Any]]]:
     """A folder with RECIPE-whole and RECIPE-parts, and how the starts ended: [(files of the nodes, steps that were saved)]."""
     folder = tmp_path_factory.mktemp("score")
     ends: dict[str, list[Any]] = {}
     for name, options in RECIPES.items():
-        for place, death in [("whole", None), *(("parts", death) for death in DEATHS[name]), ("parts", None)]:
-            run = folder / f"{name}-{place}"
-            run.mkdir(exist_ok=True)
-            before = "" if death is None else f"{DYING}\n{death[0]}(*{death[1:]!r})"
-            ended = run_verb(run, "train", *options, check=False, before=before)
-            assert ended.returncode == (-signal.SIGKILL if death else 0), (
-                f"{run}, {death}: {ended.stderr[-2000:]}"
-            )
-            ends.setdefault(run.name, []).append(left_in(run / "runs/run"))
+        ends |= killed(folder, name, options, DEATHS[name])
     ends["disback-parts"].pop()  # of the end there are the files
     return folder, ends
+
+
+def killed(
+    folder: Path, name: str, options: tuple[str, ...], deaths: list[tuple[Any, ...]]
+) -> dict[str, list[Any]]:
+    """Run NAME-whole and, through its deaths, NAME-parts in the folder; how the starts of both ended."""
+    ends: dict[str, list[Any]] = {}
+    for place, death in [("whole", None), *(("parts", death) for death in deaths), ("parts", None)]:
+        run = folder / f"{name}-{place}"
+        run.mkdir(exist_ok=True)
+        before = "" if death is None else f"{DYING}\n{death[0]}(*{death[1:]!r})"
+        ended = run_verb(run, "train", *options, check=False, before=before)
+        assert ended.returncode == (-signal.SIGKILL if death else 0), (
+            f"{run}, {death}: {ended.stderr[-2000:]}"
+        )
+        ends.setdefault(run.name, []).append(left_in(run / "runs/run"))
+    return ends
 
 
 def left_in(run: Path) -> tuple[list[str], int]:
@@ -138,16 +151,34 @@ def test_models_are_bit_equal(ended, name):
 
 @pytest.mark.parametrize("name", list(RECIPES))
 def test_so_are_fake_score_head_average_and_optimizers(ended, name):
+    networks = same_checkpoints(ended[0], name)
+    assert set(networks) == {"student", "fake"} | ({"head"} if name == "dmd" else set())
+
+
+def same_checkpoints(folder: Path, name: str) -> dict[str, Any]:
+    """The networks of the last checkpoints of both runs, whose tensors are the same bit for bit."""
     whole, parts = (
-        torch.load(ended[0] / f"{name}-{kind}/runs/run/distill/checkpoints/last.ckpt", weights_only=True)
+        torch.load(folder / f"{name}-{kind}/runs/run/distill/checkpoints/last.ckpt", weights_only=True)
         for kind in ("whole", "parts")
     )
-    assert set(whole["networks"]) == {"student", "fake"} | ({"head"} if name == "dmd" else set())
     one, other = (dict(tensors({k: s[k] for k in ("networks", "ema", "optimizers")})) for s in (whole, parts))
-    assert len(one) > 4 * len(whole["networks"]["student"])
+    assert len(one) >= 4 * len(whole["networks"]["student"])
     assert set(one) == set(other)
     for key, value in one.items():
         assert torch.equal(value, other[key]), key
+    return whole["networks"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(FURTHER))
+def test_so_are_adapters_and_trained_samplers(name, tmp_path):
+    ends = killed(tmp_path, name, (f"recipe={name}", *SMOKE, *FURTHER[name]), [("at_step", "distill", 5)])
+    assert [steps for _, steps in ends[f"{name}-parts"]] == [3, 8]
+    assert same_files(tmp_path, name, "*/model.safetensors") == [
+        f"{stage}/model.safetensors" for stage in ("distill", "teacher")
+    ]
+    (student,) = same_checkpoints(tmp_path, name).values()
+    assert all(".lora_" in key or "terms." in key for key in student) == (name != "mmd")
 
 
 @pytest.mark.parametrize("name", list(RECIPES))

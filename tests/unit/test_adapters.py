@@ -211,6 +211,10 @@ NET = UNet(width=8, embedding=16, groups=4)
             {"targets": ["norm1"]},
             "adapt.lora.targets: found 'norm1', which names .*norm1, a GroupNorm; expected linear",
         ),
+        (
+            {"rank": 17, "targets": ["conv1"]},
+            r"adapt.lora.rank: found 17, more than .* of every layer, such as 8 of .*conv1; expected at most 16",
+        ),
         ({"rnak": 2}, "adapt.lora.rnak: no such key, did you mean adapt.lora.rank?"),
     ],
 )
@@ -218,6 +222,14 @@ def test_wrong_adapters_are_refused(options, words):
     model = Denoiser(NET, Flow(), "velocity", (1, 8, 8))
     with pytest.raises(ValueError, match=words):
         adapted(model, {"lora": options})
+
+
+def test_a_rank_above_that_of_most_layers_is_warned_of():
+    model = Denoiser(NET, Flow(), "velocity", (1, 8, 8))
+    with pytest.warns(
+        UserWarning, match=r"adapt.lora.rank: found 12, more than .* of 2 of 3 layers, such as 8 of"
+    ):
+        adapted(model, {"lora": {"rank": 12, "targets": ["embed.0", "shrink.0", "stem"]}})
 
 
 def test_other_adapters_and_other_changes_are_refused():

@@ -56,9 +56,10 @@ def resized(images: Tensor, size: int) -> Tensor:
 
 
 class ImageExtractor(nn.Module):
-    """Images of any size through a frozen network of a fixed input size: subclasses write `embed`.
+    """Images of any size through a frozen network, most often of a fixed input size: subclasses write `embed`.
 
-    `mean` and `std` are those of RGB in [0, 1]. The network computes in float32, whatever autocast says, and stays in
+    `size` is 0 where images keep their own size; such subclasses write `forward`. `mean` and `std` are those of RGB in
+    [0, 1]. The network computes in float32, whatever autocast says, and stays in
     eval mode when a parent module is trained. Gradients flow to the images.
     """
 
@@ -88,7 +89,8 @@ class ImageExtractor(nn.Module):
         mean, std = (
             ", ".join(f"{v:.4g}" for v in values.flatten().tolist()) for values in (self.mean, self.std)
         )
-        return f"8-bit RGB, bicubic antialiased to {self.size}x{self.size}, mean ({mean}), std ({std})"
+        size = f"bicubic antialiased to {self.size}x{self.size}" if self.size else "at its own size"
+        return f"8-bit RGB, {size}, mean ({mean}), std ({std})"
 
     def embed(self, inputs: Tensor) -> Tensor:
         """Normalised inputs [B, 3, size, size] to features [B, D]."""
