@@ -377,27 +377,36 @@ def test_adapters_on_prompts_are_the_same_on_two_processes(sd: Path, tmp_path: P
     assert all((one[name] - two[name]).abs().max() < 5e-5 for name in one)
 
 
-def test_hipa_on_prompts_makes_the_same_images_in_plain_diffusers(sd: Path, tmp_path: Path) -> None:
-    """Its LoRA, loaded by a stock pipeline with a stock scheduler."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
+@pytest.mark.parametrize("recipe", ["hipa", pytest.param("lcm_lora", marks=pytest.mark.slow)])
+def test_adapters_of_one_step_make_the_same_images_in_plain_diffusers(
+    sd: Path, tmp_path: Path, recipe: str
+) -> None:
+    """Their LoRA, loaded by a stock pipeline with a stock scheduler."""
+    from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline
 
-    more = ("stages.distill.method.features=null", "student.lora.rank=2", "stages.export.format=lora")
-    run_verb(tmp_path, "train", *options(sd, "name=run", "stages.distill.steps=3", *more, recipe="hipa"))
+    more = ("student.lora.rank=2", "stages.export.format=lora", "stages.distill.steps=3")
+    more += ("stages.distill.method.features=null",) if recipe == "hipa" else ()
+    run_verb(tmp_path, "train", *options(sd, "name=run", *more, recipe=recipe))
     run = tmp_path / "runs" / "run"
     student = load_model(run / "distill")
-    assert student.denoiser.coupling == "endpoint"
+    assert student.denoiser.coupling == ("endpoint" if recipe == "hipa" else "independent")
     own = trained_parameters(student.denoiser.net)
     assert len(own) == 2 * 4 * 8, "A and B of four projections of eight attentions"
     assert all(bool(p.any()) for p in own.values())
     pipe = StableDiffusionPipeline.from_pretrained(sd / "sd", safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    config = pipe.scheduler.config
+    pipe.scheduler = (
+        DDIMScheduler.from_config(config, timestep_spacing="trailing")
+        if recipe == "hipa"
+        else LCMScheduler.from_config(config)
+    )
     z, _ = student.noises(0, "sample", torch.tensor([0]))
     call = {"prompt": "a dog", "num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "pt"}
     plain = pipe(latents=z, **call).images
     pipe.load_lora_weights(str(run / "export"), weight_name="pytorch_lora_weights.safetensors")
     made = pipe(latents=z, **call).images
-    ours = (student.sample(1, prompt="a dog") + 1) / 2
+    ours = (student.sample(1, prompt="a dog", steps=1) + 1) / 2
     torch.testing.assert_close(made, ours, rtol=0, atol=1e-4)
     assert (made - plain).abs().max() > 1e-3
 

@@ -116,7 +116,7 @@ class Stages(nn.Module):
                     weights.named(f"features.{number}.{part}", d) for part, d in (("weight", 4), ("bias", 1))
                 )
                 stride, padding = (1, weight.shape[-1] // 2) if number else layout.first
-                conv = nn.Conv2d(*weight.shape[1::-1], weight.shape[-1], stride, padding)
+                conv = nn.Conv2d(weight.shape[1], weight.shape[0], weight.shape[-1], stride, padding)
                 conv.load_state_dict({"weight": weight, "bias": bias})
                 self.convs[str(number)] = conv
             self.widths.append(len(weight))
