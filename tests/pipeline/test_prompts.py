@@ -389,7 +389,7 @@ def test_adapters_of_one_step_make_the_same_images_in_plain_diffusers(
     run_verb(tmp_path, "train", *options(sd, "name=run", *more, recipe=recipe))
     run = tmp_path / "runs" / "run"
     student = load_model(run / "distill")
-    assert student.denoiser.coupling == ("endpoint" if recipe == "hipa" else "independent")
+    assert student.denoiser.coupling == ("endpoint" if recipe == "hipa" else "few_step")
     own = trained_parameters(student.denoiser.net)
     assert len(own) == 2 * 4 * 8, "A and B of four projections of eight attentions"
     assert all(bool(p.any()) for p in own.values())
