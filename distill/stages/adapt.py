@@ -158,7 +158,7 @@ def with_adapter(model: Model, lora: Lora) -> Model:
             options["guidance"] = guidance_terms(model, lora.guidance)
         if found is None:
             net = Adapted(model.net, **options)
-            check_rank(net)
+            warn_of_rank(net)
             if file is not None:
                 file.fill(net)
             return model.with_(net=net, conditions=model.conditions)
@@ -172,24 +172,15 @@ def with_adapter(model: Model, lora: Lora) -> Model:
     )
 
 
-def check_rank(net: Adapted) -> None:
-    """Refuse a rank above the inputs or outputs of every adapted layer, and warn of one above those of most: a term of the
-    lower of both numbers can be any matrix.
-
-    Raises:
-        ValueError: names `rank`.
-    """
+def warn_of_rank(net: Adapted) -> None:
+    """Warn of a rank above the inputs or outputs of most adapted layers: a term of the lower of both numbers can be any matrix
+    there, so the rest of the rank is memory alone."""
     widths = {path: min(layer.weight.flatten(1).shape) for path, layer in net.layers().items()}
     above = [path for path, width in widths.items() if net.rank > width]
-    if above and len(above) == len(widths):
-        raise ValueError(
-            f"rank: found {net.rank}, more than the inputs or outputs of every layer, such as {widths[above[0]]} of "
-            f"{above[0]}; expected at most {max(widths.values())}"
-        )
     if 2 * len(above) > len(widths):
         warnings.warn(
             f"adapt.lora.rank: found {net.rank}, more than the inputs or outputs of {len(above)} of {len(widths)} layers, "
-            f"such as {widths[above[0]]} of {above[0]}, where a term of that rank can be any matrix",
+            f"such as {widths[above[0]]} of {above[0]}; expected at most {max(widths.values())}",
             stacklevel=4,
         )
 
