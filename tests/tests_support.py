@@ -121,6 +121,13 @@ for line in sys.stdin:
 """
 # For `before`: the processes of a run are started as by a user.
 STARTED_ANEW = "import distill.launch, subprocess; distill.launch.subprocess = subprocess"
+# The package of another folder, in a fork that has imported that of the checkout.
+PACKAGE_OF = """
+import sys
+for name in [n for n in sys.modules if n.partition(".")[0] == "distill"]:
+    del sys.modules[name]
+sys.path[:] = [{!r}, *(p for p in sys.path if p not in ("", {!r}))]
+"""
 _server: list[subprocess.Popen[str]] = []
 cpu_of_forks = [0.0]  # seconds; this process is not their parent, so that its own times leave them out
 
@@ -186,6 +193,11 @@ def run_verb(
     if check:
         assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return result
+
+
+def package_of(folder: Path) -> str:
+    """`before` of a verb that runs with the package in `folder`, and with nothing of the checkout."""
+    return PACKAGE_OF.format(str(folder), str(ROOT))
 
 
 def fork(function: Callable[..., object], *arguments: object) -> int:

@@ -95,6 +95,24 @@ def test_dependencies_point_down():
     assert seen == {*BELOW, *VERBS, "__init__"}, "a new room needs its place in this table"
 
 
+def test_no_module_imports_libraries_of_large_models_when_it_is_imported():
+    """They take seconds, which recipes without such models must not pay: functions import them, or `import_module` does."""
+    large = {"diffusers", "transformers", "peft", "webdataset", "wandb"}
+    inner = 0
+    for path in FILES:
+        tree = ast.parse(path.read_text())
+        functions = [
+            node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        ]
+        typing = [n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+        lines = {line for n in (*functions, *typing) for line in range(n.lineno, (n.end_lineno or 0) + 1)}
+        for module, line in imports(path):
+            if module.partition(".")[0] in large:
+                inner += 1
+                assert line in lines, f"{path}:{line}: import {module} in the function that needs it"
+    assert inner >= 3, "else this test sees nothing"
+
+
 def test_methods_do_not_import_each_other():
     methods = [path for path in FILES if path.parent.name == "methods" and path.name != "__init__.py"]
     assert len(methods) >= 3

@@ -250,10 +250,10 @@ def test_an_offline_run_stays_where_it_is_when_the_stage_goes_on_online(
     calls = fake_wandb(monkeypatch)
     monkeypatch.setattr(Noting, "fail_at", 4)
     with pytest.raises(ValueError, match="a user's error"):
-        start(tmp_path, loggers=[WANDB], callbacks=OWN)
+        start(tmp_path, {"checkpoint_every": 2}, loggers=[WANDB], callbacks=OWN)
     monkeypatch.setattr(Noting, "fail_at", 99)
     monkeypatch.setenv("WANDB_API_KEY", "k")
     monkeypatch.delenv("WANDB_MODE")
-    stage = start(tmp_path, loggers=[WANDB], callbacks=OWN)
+    stage = start(tmp_path, {"checkpoint_every": 2}, loggers=[WANDB], callbacks=OWN)
     assert [p.name.partition("-run")[0] for p in (stage / "logs/wandb").iterdir()] == ["offline"]
     assert [call[1] for call in calls if call[0] == "log"] == [1, 2, 3, 4, 3, 4, 5]

@@ -7,12 +7,10 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 from PIL import Image
-from tests_support import ROOT, call_verb, environment, run_verb
+from tests_support import ROOT, SMALL, call_verb, package_of, run_verb
 
 README = (ROOT / "README.md").read_text()
 ARCHITECTURE = (ROOT / "docs/architecture.md").read_text()
@@ -63,19 +61,10 @@ def test_the_examples_of_new_parts_run(tmp_path: Path):
         shutil.copytree(ROOT / part, project / part)
     for name, text in blocks:
         (project / name).write_text(text)
-    command = [sys.executable, "-m", "distill.train", "recipe=regression", "profile=smoke"]
+    command = ["recipe=regression", "profile=smoke", *SMALL]
     command.append("+stages.pairs={_target_: distill.stages.generate.Generate, teacher: teacher, count: 20}")
     command.append("+stages.montage={_target_: distill.stages.montage.Montage, pairs: pairs}")
-    result = subprocess.run(
-        command,
-        cwd=tmp_path,
-        env=environment() | {"PYTHONPATH": str(project)},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_verb(tmp_path, "train", *command, before=package_of(project))
     assert (tmp_path / "runs/regression-smoke/export/model.safetensors").is_file()
     told = json.loads((tmp_path / "runs/regression-smoke/export/model.json").read_text())
     assert (told["guidable"], told["coupling"], told["boundary"]) == (False, "independent", None)

@@ -14,6 +14,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from PIL import Image
+from tests_support import SMALL
 
 from distill.data.cond import Cond
 from distill.models.native import load_model
@@ -182,6 +183,7 @@ def test_guided_students_are_compared_with_the_guided_teacher(tmp_path):
         "profile=smoke",
         "stages.pairs.guidance_scale=2",
         "+eval.models.teacher.guidance_scale=2",
+        *SMALL,
     )
     plain = composed(
         *overrides, f"runs_dir={tmp_path}", "eval.seed=5", "eval.models.teacher.steps=[50,2]", "eval.gates=[]"

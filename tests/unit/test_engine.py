@@ -207,6 +207,7 @@ class Flaky(Two):
         return Loss(super().fake_loss(batch, step).total * (math.nan if bad else 1.0))
 
 
+@pytest.mark.slow
 def test_too_many_nonfinite_steps_of_a_thousand_end_the_run(tmp_path):
     def flaky():
         torch.manual_seed(0)

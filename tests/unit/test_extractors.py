@@ -164,6 +164,7 @@ class TestEfficientNet:
         assert torch.equal(features, network(x))
         assert network.classify(features).shape == (2, 1000)
 
+    @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore:generated features. 6 samples in 1280 dimensions")
     def test_measures_digits(self, network: efficientnet.EfficientNetLite0) -> None:
         """8x8 grey images through a 224-pixel network: real digits lie nearer to real ones than noise does."""

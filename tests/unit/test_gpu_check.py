@@ -60,6 +60,7 @@ def test_without_a_gpu_it_says_so(
     assert "found no CUDA device; expected one, or --device cpu --tiny" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_operations_of_a_step() -> None:
     """DiT's paper counts 118.6 billion products of a forward at 256 pixels; a product and its sum are two operations, and a
     backward takes two forwards."""

@@ -169,7 +169,10 @@ REFLOW, SID = "reflow", "sid"
 CASES = [
     *(("sd15", name, student) for name in (REFLOW, SID) for student in ("full", "LoRA 64", "LoRA 16")),
     # Half of the cases of the larger shape, which takes seconds: each method and each student once.
-    *(("sdxl", SID, "full"), ("sdxl", REFLOW, "LoRA 64"), ("sdxl", SID, "LoRA 16")),
+    *(
+        pytest.param("sdxl", *case, marks=pytest.mark.slow)
+        for case in ((SID, "full"), (REFLOW, "LoRA 64"), (SID, "LoRA 16"))
+    ),
 ]
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_engine import Points, fit, make, weights
-from tests_support import ROOT, environment
+from tests_support import forked
 
 from distill import interrupt
 from distill.engine import checkpoint
@@ -157,30 +155,7 @@ def test_a_thread_under_a_watch_stops_with_a_checkpoint(tmp_path: Path) -> None:
     assert saved(tmp_path) == 4
 
 
-SCRIPT = """
-import os, signal, sys
-sys.path[:0] = [{tests!r}, {root!r}]
-from pathlib import Path
-from test_engine import Points, make
-from distill.engine.fit import Fit, train
-
-def on_progress(step, text):
-    if step == 4 and not text:
-        os.kill(os.getpid(), signal.SIGTERM)
-
-train(make(), Points(), Fit(12, 8), folder=Path(sys.argv[1]), on_progress=on_progress)
-"""
-
-
 def test_sigterm_ends_the_program_as_it_would_have_with_a_checkpoint(tmp_path: Path) -> None:
-    script = SCRIPT.format(tests=str(ROOT / "tests" / "unit"), root=str(ROOT))
-    result = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert result.returncode == -signal.SIGTERM, result.stderr[-2000:]
+    ended = forked(stopping, tmp_path, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert ended == -signal.SIGTERM
     assert saved(tmp_path) == 4
