@@ -18,7 +18,7 @@ from tests_support import command_line, copied_run
 def told(tmp_path_factory) -> str:
     """What the script says of a few disturbances of each kind."""
     folder = tmp_path_factory.mktemp("chaos")
-    counts = ["--kills", "1", "--operations", "6", "--corruptions", "3"]
+    counts = ["--kills", "1", "--operations", "3", "--corruptions", "2"]
     command = ["chaos", *counts, "--recipe", "toy_instaflow", "profile=smoke", "trainer.checkpoint_every=2"]
     out = folder / "said.txt"
     with out.open("w") as file, pytest.MonkeyPatch.context() as patch, command_line(folder, *command):
@@ -38,13 +38,13 @@ def test_kills_at_file_operations(told):
     tried, survived = map(
         int, re.findall(r"^kills at file operations: (\d+) tried, (\d+) survived", told, flags=re.M)[0]
     )
-    assert tried == survived >= 5
-    assert len(set(re.findall(r"^(?:before|half|after) (\w+) ", told, flags=re.M))) >= 3
+    assert tried == survived >= 2
+    assert len(set(re.findall(r"^(?:before|half|after) (\w+) ", told, flags=re.M))) >= 2
 
 
 def test_corrupted_files(told):
     """Refused by name, or made again with the same bits."""
-    assert "corruptions: 3 tried, 3 survived" in told
+    assert "corruptions: 2 tried, 2 survived" in told
     assert "WRONG" not in told
 
 

@@ -166,17 +166,16 @@ def counted(net: nn.Module, rank: int, targets: list[str]) -> tuple[int, int]:
 
 
 REFLOW, SID = "reflow", "sid"
-CASES = [
-    *(("sd15", name, student) for name in (REFLOW, SID) for student in ("full", "LoRA 64", "LoRA 16")),
-    # Half of the cases of the larger shape, which takes seconds: each method and each student once.
-    *(
-        pytest.param("sdxl", *case, marks=pytest.mark.slow)
-        for case in ((SID, "full"), (REFLOW, "LoRA 64"), (SID, "LoRA 16"))
-    ),
-]
+CASES = [("sd15", name, student) for name in (REFLOW, SID) for student in ("full", "LoRA 64", "LoRA 16")]
+# Half of the cases of the larger shape: each method and each student once.
+LARGER = [("sdxl", SID, "full"), ("sdxl", REFLOW, "LoRA 64"), ("sdxl", SID, "LoRA 16")]
 
 
-@pytest.mark.parametrize(("shape", "name", "student"), CASES, indirect=["shape"])
+@pytest.mark.parametrize(
+    ("shape", "name", "student"),
+    [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in LARGER)],
+    indirect=["shape"],
+)
 def test_real_shapes(shape: tuple[str, Any], name: str, student: str) -> None:
     shape_name, teacher = shape
     targets = memory_table.LCM_TARGETS
