@@ -20,20 +20,18 @@ import json
 import os
 import random
 import re
-import runpy
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import disturb
+import forks
 import safetensors.torch
 import torch
 
@@ -43,6 +41,8 @@ from distill.files import TEMPORARY_SUFFIX
 from distill.stages.artifact import read_artifact, verify_files
 
 TIMED = {"images_per_second", "train_seconds", "peak_memory_bytes"}
+# What the process of a run does first.
+DISTURBED = "import disturb; disturb.from_environment()"
 PATIENCE = 600.0  # seconds; a start that takes longer is killed
 RUN = Path("runs/run")
 
@@ -52,15 +52,11 @@ class Failed(Exception):
 
 
 class Starts:
-    """Starts a command: in a fork, which needs no imports, or in a new process if the run has several processes."""
+    """Starts a command, and the processes of its run, in forks, which need no imports."""
 
-    def __init__(self, verb: str, arguments: Sequence[str], scratch: Path) -> None:
-        self.verb, self.arguments, self.scratch = verb, list(arguments), scratch
+    def __init__(self, verb: str, arguments: Sequence[str]) -> None:
+        self.verb, self.arguments = verb, list(arguments)
         self.several = any(a.startswith("trainer.devices=") and a != "trainer.devices=1" for a in arguments)
-        (scratch / "site").mkdir()
-        place = str(Path(__file__).resolve().parent)
-        hook = f"import sys\nsys.path.insert(0, {place!r})\nimport disturb\ndisturb.from_environment()\n"
-        (scratch / "site" / "sitecustomize.py").write_text(hook)
 
     def run(
         self,
@@ -72,25 +68,17 @@ class Starts:
     ) -> tuple[int, str]:
         """Run the command in `folder`; returns (exit code, output).
 
-        `disturb.install(spec)` is called first; after `after` seconds the process group gets the signal `number`."""
+        `disturb.install(spec)` is called first, in the process of rank 0; after `after` seconds the process group gets the
+        signal `number`."""
         log = folder / "log.txt"
         log.write_text("")
-        if self.several:
-            path = os.pathsep.join([str(self.scratch / "site"), os.environ.get("PYTHONPATH", "")])
-            added = {"DISTURB": json.dumps(spec), "PYTHONPATH": path} if spec else {}
-            with log.open("wb") as handle:
-                pid = subprocess.Popen(
-                    [sys.executable, "-m", self.verb, *self.arguments],
-                    **{"cwd": folder, "env": {**os.environ, **added}, "stdin": subprocess.DEVNULL},
-                    **{"stdout": handle, "stderr": handle, "start_new_session": True},
-                ).pid
-        elif not (pid := os.fork()):
+        pid = os.fork()
+        if not pid:
             self._forked(folder, log, spec)
         return self._wait(pid, after, number), log.read_text(errors="replace")
 
     def _forked(self, folder: Path, log: Path, spec: dict[str, Any] | None) -> None:
         """Run the command in this process and exit."""
-        code = 1
         try:
             os.setsid()
             os.chdir(folder)
@@ -99,22 +87,12 @@ class Starts:
                     os.open(log if number else os.devnull, flags | (os.O_APPEND if number else 0)), number
                 )
             sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
-            sys.argv = [self.verb, *self.arguments]
-            sys.modules.pop(self.verb, None)
-            if spec:
-                disturb.install(spec)
-            runpy.run_module(self.verb, run_name="__main__", alter_sys=True)
-            code = 0
-        except SystemExit as ended:
-            code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-            if isinstance(ended.code, str):
-                print(ended.code, file=sys.stderr)
+            os.environ["DISTURB"] = json.dumps(spec)
+            forks.fork_processes()
+            forks.Process.before = DISTURBED
         except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+            os._exit(1)
+        forks.run(self.verb, self.arguments, "" if self.several else DISTURBED)
 
     @staticmethod
     def _wait(pid: int, after: float, number: int) -> int:
@@ -342,9 +320,7 @@ def stages_of(starts: Starts, scratch: Path) -> list[str]:
     """Return the names of the run's stages, from its plan."""
     place = scratch / "plan"
     place.mkdir()
-    code, output = Starts(starts.verb, [*starts.arguments, "plan=true", "trainer.devices=1"], place).run(
-        place
-    )
+    code, output = Starts(starts.verb, [*starts.arguments, "plan=true", "trainer.devices=1"]).run(place)
     if code != 0:
         raise Failed(f"the plan failed: {last_line(output)}")
     return re.findall(r"^ +\d+\. (\S+)", output, flags=re.MULTILINE)
@@ -353,7 +329,7 @@ def stages_of(starts: Starts, scratch: Path) -> list[str]:
 def disturb_all(options: argparse.Namespace, scratch: Path) -> None:
     """Make the undisturbed run, then the tests that `options` select."""
     overrides = options.overrides or ["profile=smoke", "profile.steps=60", "trainer.checkpoint_every=5"]
-    starts = Starts(options.verb, [f"recipe={options.recipe}", "name=run", *overrides], scratch)
+    starts = Starts(options.verb, [f"recipe={options.recipe}", "name=run", *overrides])
     whole, parts, killed = scratch / "whole", scratch / "parts", scratch / "killed"
     for folder in (whole, parts, killed):
         folder.mkdir()

@@ -1,5 +1,5 @@
-"""Kills its own process at a given file operation in a folder. `scripts/chaos.py` calls `install` in a fork, or through a
-`sitecustomize.py` in new processes; the package is not changed.
+"""Kills its own process at a given file operation in a folder. `scripts/chaos.py` calls `from_environment` in forks; the
+package is not changed.
 
 An operation is (function, kind of file), such as `replace */model.safetensors`. `*` is the folder of a stage, `#` a number.
 """
@@ -97,7 +97,7 @@ def install(spec: dict[str, Any]) -> None:
 
 
 def from_environment() -> None:
-    """For `sitecustomize.py`: call `install` with the environment variable DISTURB in the process of rank 0."""
-    spec = os.environ.get("DISTURB")
-    if spec and os.environ.get("RANK") == "0":
-        install(json.loads(spec))
+    """Call `install` with the environment variable DISTURB, where it holds a description, in the process of rank 0."""
+    spec = json.loads(os.environ.get("DISTURB", "null"))
+    if spec and os.environ.get("RANK", "0") == "0":
+        install(spec)

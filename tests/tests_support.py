@@ -43,62 +43,20 @@ def environment() -> dict[str, str]:
 # Runs `python -m distill.<verb>` in forks of a process that has imported everything, since that takes longer than most runs of
 # the tests. One line of JSON a call; answers with the number of the fork, then with its exit code and its seconds of CPU.
 SERVER = """
-import gc, importlib, json, os, pkgutil, runpy, sys, traceback
-import distill.compare, distill.evaluate, distill.launch, distill.sample, distill.train
+import gc, importlib, json, os, pkgutil, sys
+import distill.compare, distill.evaluate, distill.sample, distill.train
 import distill.data, distill.evaluation.meters, distill.evaluation.metrics, distill.exporters, distill.methods, distill.nets
 import distill.stages, scipy.linalg, sklearn.datasets, torch.distributed.fsdp, torch.distributed.tensor
-from hydra.core.global_hydra import GlobalHydra
 
 for part in ("data", "evaluation.meters", "evaluation.metrics", "exporters", "methods", "nets", "stages"):
     package = sys.modules[f"distill.{part}"]
     for found in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
         importlib.import_module(found.name)
+sys.path.append(os.path.join(os.environ["PYTHONPATH"], "scripts"))
+import forks
+del sys.path[-1]
 
-def run(module, arguments, before):
-    code = 0
-    try:
-        sys.argv = [module, *arguments]
-        sys.modules.pop(module, None)
-        exec(before, {})
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
-    except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-        if isinstance(ended.code, str):
-            print(ended.code, file=sys.stderr)
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # taking the interpreter apart takes longer than many a run
-
-class Forked:  # what distill.launch uses of subprocess.Popen, for `python -m module arguments`
-    def __init__(self, command, env, process_group, preexec_fn):
-        self.returncode, self.pid = None, os.fork()
-        if self.pid == 0:
-            os.setpgid(0, process_group)
-            preexec_fn()
-            GlobalHydra.instance().clear()
-            os.environ.clear()
-            os.environ.update(env)
-            run(command[2], command[3:], "")
-
-    def poll(self):
-        if self.returncode is None:
-            ended, status = os.waitpid(self.pid, os.WNOHANG)
-            self.returncode = os.waitstatus_to_exitcode(status) if ended else None
-        return self.returncode
-
-    def send_signal(self, number):
-        os.kill(self.pid, number)
-
-    def kill(self):
-        os.kill(self.pid, 9)
-
-class Popen:
-    Popen = Forked
-
-distill.launch.subprocess = Popen
+forks.fork_processes()
 gc.collect()
 gc.freeze()  # else the forks' collector would copy all pages
 for line in sys.stdin:
@@ -114,7 +72,7 @@ for line in sys.stdin:
                 os.dup2(os.open(name, os.O_WRONLY if number else os.O_RDONLY), number)
         except BaseException:
             os._exit(1)
-        run(call["module"], call["arguments"], call["before"])
+        forks.run(call["module"], call["arguments"], call["before"])
     print(pid, flush=True)
     _, status, used = os.wait4(pid, 0)
     print(os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime, flush=True)
