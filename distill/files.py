@@ -123,6 +123,14 @@ def write_atomic(path: Path, write: Callable[[Path], object], size: int | None =
     sync(path.parent)
 
 
+def move(source: Path, target: Path) -> None:
+    """Rename a folder, whose files are flushed to disk already."""
+    _check_guards()
+    with writing(target):
+        source.rename(target)
+    sync(target.parent)
+
+
 def sync(folder: Path) -> None:
     """Flush renames and deletions in a folder to disk."""
     handle = os.open(folder, os.O_RDONLY)

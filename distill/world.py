@@ -13,7 +13,7 @@ import socket
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ from torch import Tensor
 
 Value = TypeVar("Value")
 # Errors that are made from a message alone, unlike some of their subclasses; the first that fits.
-PLAIN: tuple[type[Exception], ...] = (FileNotFoundError, OSError, ValueError)
+PLAIN: tuple[type[Exception], ...] = (FileNotFoundError, OSError, ValueError, FloatingPointError)
 
 # For flags and objects: other ranks wait while one evaluates or writes to a slow disk.
 TIMEOUT = timedelta(hours=2)
@@ -89,20 +89,21 @@ class World:
         different machines."""
         if self.size == 1:
             return decide()
-        value: Any = None
-        error: Exception | None = None
-        if self.main:
-            try:
-                value = decide()
-            except Exception as found:  # of any kind, or the others would wait for an answer
-                error = found
-        plain = error and next((kind for kind in PLAIN if isinstance(error, kind)), RuntimeError)
-        value, plain, text = self.broadcast((value, plain, str(error)))
-        if error is not None:
-            raise error
-        if plain is not None:
-            raise plain(text)
-        return value
+        value, error = _tried(decide) if self.main else (None, None)
+        value, plain, text = self.broadcast((value, _plain(error), str(error)))
+        _raise([(plain, text)], error)
+        return cast(Value, value)
+
+    def together(self, do: Callable[[], Value]) -> list[Value]:
+        """What `do` returns on each rank, in their order, on each of them. The error of one rank is raised on all of them, as
+        by `decided`."""
+        if self.size == 1:
+            return [do()]
+        value, error = _tried(do)
+        answers: list[Any] = [None] * self.size
+        dist.all_gather_object(answers, (value, _plain(error), str(error)), group=self.control)
+        _raise([answer[1:] for answer in answers], error)
+        return [answer[0] for answer in answers]
 
     def gather(self, value: Any) -> list[Any] | None:
         """The values of all ranks in their order, on the main process; None elsewhere."""
@@ -147,6 +148,26 @@ class World:
             return None
         merged = {number: rows for part in gathered for number, rows in part.items()}
         return torch.cat([merged[number] for number in sorted(merged)])
+
+
+def _tried(do: Callable[[], Value]) -> tuple[Value | None, Exception | None]:
+    try:
+        return do(), None
+    except Exception as error:  # of any kind, or the others would wait for an answer
+        return None, error
+
+
+def _plain(error: Exception | None) -> type[Exception] | None:
+    return error and next((kind for kind in PLAIN if isinstance(error, kind)), RuntimeError)
+
+
+def _raise(told: Sequence[tuple[type[Exception] | None, str]], own: Exception | None) -> None:
+    """Raise this rank's error, or the first of the others'."""
+    if own is not None:
+        raise own
+    for plain, text in told:
+        if plain is not None:
+            raise plain(text)
 
 
 class _Rows(torch.autograd.Function):

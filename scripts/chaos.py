@@ -212,7 +212,7 @@ def operation_kills(
             kills[what] += 1
             print(f"{when} {what} {kind}: exit {code}")
             if (
-                kind in ("*/artifact.json", "*/checkpoints/last.ckpt", "*/pairs-#.safetensors")
+                kind in ("*/artifact.json", "*/checkpoints/step_#", "*/pairs-#.safetensors")
                 and kind not in states
             ):
                 states[kind] = folder.with_name(f"state{number}")

@@ -9,6 +9,7 @@ measured is what is saved.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +22,9 @@ from distill.engine import checkpoint
 from distill.engine.module import DistillModule
 from distill.engine.networks import modes_kept
 from distill.engine.nonfinite import WINDOW
+from distill.engine.progress import Progress
 from distill.engine.record import Record
+from distill.engine.stored import Stored
 from distill.interrupt import Interrupted, reinstall, requested
 
 STOP = 256  # `trainer.should_stop` among the numbers of signals, which are smaller
@@ -140,45 +143,47 @@ class CheckpointCallback(Checkpoint):
     A `Checkpoint` of Lightning's, so that no callback of the user's runs after it.
 
     Args:
-        path, record: where checkpoints are saved, and what they record; None: a trial saves none.
+        folder, record: where checkpoints are saved, and what they record; None: a trial saves none.
         callbacks: the user's, whose state is saved with them.
         resumed: the checkpoint that training goes on from.
-        every: student steps between checkpoints. steps: length of training.
+        every: student steps between checkpoints. keep: how many of them. steps: length of training.
         log_every: student steps between reads of the device's counters; on a CPU, where they cost nothing, each step.
         max_nonfinite, max_nonfinite_share: see `engine.fit.Fit`.
     """
 
     def __init__(
         self,
-        path: Path,
+        folder: Path,
         record: Record | None,
         callbacks: Sequence[Callback],
-        resumed: dict[str, Any] | None,
+        resumed: Stored | None,
         *,
         every: int,
+        keep: int,
         steps: int,
         log_every: int,
         max_nonfinite: int,
         max_nonfinite_share: float,
     ) -> None:
-        self.path, self.record, self.callbacks, self.resumed = path, record, callbacks, resumed
-        self.every, self.steps, self.log_every = every, steps, log_every
+        self.folder, self.record, self.callbacks, self.resumed = folder, record, callbacks, resumed
+        self.every, self.keep, self.steps, self.log_every = every, keep, steps, log_every
         self.max_nonfinite, self.max_nonfinite_share = max_nonfinite, max_nonfinite_share
         self.seen = 0
-        self.saved: int | None = None  # the step of the checkpoint on disk
+        self.last = None if resumed is None else resumed.path  # the last checkpoint
+        self.saved: Progress | None = None  # what it is a checkpoint of
         self.asked: Callable[[], int] | None = None  # what the processes answer to the last iteration
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         """Restore the callbacks' states, after their `setup` and before `on_fit_start`."""
         if self.resumed is not None:
-            checkpoint.restore_callbacks(self.resumed, self.callbacks, where=self.path)
+            checkpoint.restore_callbacks(self.resumed, self.callbacks)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Optimizers exist now: restore them, before `on_train_start`."""
         self.seen = pl_module.progress.step
         if self.resumed is not None:
-            checkpoint.restore_optimizers(self.resumed, pl_module, where=self.path)
-            self.resumed, self.saved = None, self.seen
+            checkpoint.restore_optimizers(self.resumed, pl_module)
+            self.resumed, self.saved = None, replace(pl_module.progress)
         self._agree(trainer, pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -229,17 +234,22 @@ class CheckpointCallback(Checkpoint):
             self.asked = None
 
     def save(self, module: DistillModule) -> None:
-        """Save a checkpoint now, unless this is a trial. Collective."""
-        if self.record is not None:
-            checkpoint.save(self.path, module, self.record.to_dict(), self.callbacks)
-            self.saved = module.progress.step
+        """Save a checkpoint now, unless there is one of this iteration, or this is a trial. Collective."""
+        if self.record is None or (self.saved and self.saved.iteration == module.progress.iteration):
+            return
+        self.last = checkpoint.save(
+            self.folder, module, self.record.to_dict(), self.callbacks, keep=self.keep
+        )
+        self.saved = replace(module.progress)
 
     def _stop_if_nonfinite(self, module: DistillModule) -> None:
         """Stop after `max_nonfinite` skipped steps in a row, or too many of a thousand; the same on every process."""
         for name, (total, streak, recent) in module.nonfinite.to_dict().items():
             often = recent > self.max_nonfinite_share * WINDOW
             if streak >= self.max_nonfinite or often:
-                last = "none was saved yet" if self.saved is None else f"{self.path} at step {self.saved}"
+                last = (
+                    "none was saved yet" if self.saved is None else f"{self.last} at step {self.saved.step}"
+                )
                 count = f"{recent} of at most {WINDOW} steps" if often else f"{streak} steps in a row"
                 place = f"; {where}" if (where := module.nonfinite_place()) else ""
                 raise FloatingPointError(

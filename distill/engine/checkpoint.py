@@ -1,16 +1,15 @@
-"""Training checkpoints: one file with everything that training needs and nothing that is frozen.
+"""Training checkpoints: everything that training needs and nothing that is frozen.
 
-Tensors are whole and named, so a checkpoint of two processes continues on one and the reverse. `torch.load` runs with
-`weights_only=True`: tensors and plain containers, no code. The file holds a sha256 of its content, so that an edited file, or
-one made from two checkpoints, is refused.
+Tensors are named, and each process saves and reads the rows that it has, so a checkpoint of two processes continues on one and
+the reverse. `engine.stored` says how they lie on disk. `torch.load` runs with `weights_only=True`: tensors and plain
+containers, no code.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,36 +17,54 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from distill.engine.made import feed
+from distill.engine import former, stored
 from distill.engine.module import DistillModule
-from distill.engine.parallel import full_values, load_optimizer_state, optimizer_state
+from distill.engine.parallel import part_to_save
 from distill.engine.progress import Progress
-from distill.files import write_atomic
+from distill.engine.stored import PARTS, Folder, Key, Piece, Refused, Stored, not_finite
+from distill.files import await_file, remove, stamp
 from distill.typed import parse
+from distill.world import World
 
-SCHEMA = 2
-NAME = "last.ckpt"
 PLAIN = (type(None), bool, int, float, str)
-PARTS = ("networks", "ema", "optimizers", "progress", "nonfinite", "sampler", "method", "record")
 
 
-class Refused(ValueError):
-    """Training cannot continue from a checkpoint."""
+def tensors_of(module: DistillModule) -> dict[Key, Tensor]:
+    """What is trained of networks and averages by role, and the state of optimizers by update and parameter; as it lies on
+    this process, sharded or whole."""
+    names = module.parameter_names()
+    found: dict[Key, Tensor] = {}
+    for part, sets in (("networks", module.trained), ("ema", module.averaged)):
+        for role, parameters in sets.items():
+            for name, value in parameters.state().items():
+                if not isinstance(value, Tensor):  # an extra state of a module
+                    raise ValueError(f"{part}.{role}.{name}: found {type(value).__name__}, expected a tensor")
+                found[part, role, name] = value
+    for update, optimizer in module.optimizers_by_key.items():
+        for parameter, entries in optimizer.state.items():
+            for entry, value in entries.items():
+                if isinstance(value, Tensor):
+                    found["optimizers", update, names[id(parameter)], entry] = value
+    return found
 
 
-def state_of(
+def plain_state_of(
     module: DistillModule, record: Mapping[str, Any], callbacks: Sequence[Callback] = ()
 ) -> dict[str, Any]:
-    """The declared keys: what is trained of networks and averages by role, optimizers by update, progress, counters, sampler,
-    the method's own state, the record of what is trained, versions; and the state of callbacks that have one. Collective:
-    every process calls it."""
+    """The rest: names of roles, plain values of optimizers, progress, counters, sampler, the method's own state, the record of
+    what is trained, versions; and the state of callbacks that have one. Collective: the state of a method may be."""
     names = module.parameter_names()
     told = {callback.state_key: found for callback in callbacks if (found := callback.state_dict())}
     return {
-        "schema": SCHEMA,
-        "networks": {role: full_values(trained.state()) for role, trained in module.trained.items()},
-        "ema": {name: full_values(average.state()) for name, average in module.averaged.items()},
-        "optimizers": {key: optimizer_state(o, names) for key, o in module.optimizers_by_key.items()},
+        "networks": list(module.trained),
+        "ema": list(module.averaged),
+        "optimizers": {
+            update: {
+                names[id(parameter)]: {name: v for name, v in entries.items() if not isinstance(v, Tensor)}
+                for parameter, entries in optimizer.state.items()
+            }
+            for update, optimizer in module.optimizers_by_key.items()
+        },
         "progress": module.progress.to_dict(),
         "nonfinite": module.nonfinite.to_dict(),
         "sampler": module.result().sampler.to_dict(),
@@ -58,129 +75,141 @@ def state_of(
     } | ({"callbacks": told} if told else {})
 
 
+def name_of(module: DistillModule) -> str:
+    """The name of a checkpoint of a module as it is now."""
+    progress = module.progress
+    further = progress.iteration - module.student_update.iterations_for(progress.step)
+    return f"step_{progress.step:07d}" + (f"+{further}" if further else "")
+
+
 def save(
-    path: Path, module: DistillModule, record: Mapping[str, Any], callbacks: Sequence[Callback] = ()
-) -> None:
-    """Write a checkpoint atomically: a killed writer leaves the previous one. Collective; the main process
-    writes. Raises, on every process and before it writes, FloatingPointError where a number in it is not finite, and ValueError
-    where a callback or the method has a state that `read` could not read again."""
-    state = state_of(module, record, callbacks)
-    wrong = module.world.broadcast(_wrong(state, path) if module.world.main else None)
-    if wrong is not None:
-        raise wrong
-    if module.world.main:
-        state["sha256"] = content_digest(state)
-        write_atomic(path, lambda temporary: torch.save(state, temporary))
-    module.world.barrier()
+    folder: Path,
+    module: DistillModule,
+    record: Mapping[str, Any],
+    callbacks: Sequence[Callback] = (),
+    keep: int = 1,
+) -> Path:
+    """Save a checkpoint in `folder` and delete those before the `keep` newest; returns its path. A killed writer leaves the
+    earlier ones. Collective.
+
+    Raises, on every process and before it writes, FloatingPointError where a number in it is not finite, and ValueError
+    where a callback or the method has a state that could not be read again."""
+    world, tensors = module.world, tensors_of(module)
+    state = plain_state_of(module, record, callbacks)
+    own = {
+        key: Piece(*rows)
+        for key, value in tensors.items()
+        if (rows := part_to_save(value, world.main)) is not None
+    }
+    world.together(lambda: check(folder, state, {key: piece.value for key, piece in own.items()}))
+    shapes = {key: tuple(value.shape) for key, value in tensors.items()}
+    path = stored.write(folder, name_of(module), state, shapes, own, world, keep)
+    if world.main and len(stored.checkpoints(folder)) >= keep:
+        remove(folder / stored.FORMER)
+    return path
 
 
-def _wrong(state: Mapping[str, Any], path: Path) -> Exception | None:
-    """Why a state must not be saved at `path`."""
-    try:
-        for part, found in state.items():
-            if part == "callbacks":
-                for key, own in found.items():
-                    check_plain(own, f"callbacks: {key}: state_dict")
-            check_plain(found, part)
-    except ValueError as error:
-        return error
-    if (sentence := next(not_finite(state), None)) is None:
-        return None
-    kept = f"{path} stays as it was" if path.is_file() else "none was saved yet"
-    return FloatingPointError(f"{sentence}; last good checkpoint: {kept}")
+def check(folder: Path, state: Mapping[str, Any], own: Mapping[Key, Tensor]) -> None:
+    """Raise the errors of `save`."""
+    for part, found in state.items():
+        if part == "callbacks":
+            for key, kept in found.items():
+                check_plain(kept, f"callbacks: {key}: state_dict")
+        check_plain(found, part)
+    if (sentence := not_finite(state, own)) is not None:
+        names = stored.checkpoints(folder)
+        last = f"{folder / names[0]} stays as it was" if names else "none was saved yet"
+        raise FloatingPointError(f"{sentence}; last good checkpoint: {last}")
 
 
-def read(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU. Raises FileNotFoundError, or `Refused` where it cannot be read, was written by an
-    earlier version, was changed afterwards, or holds numbers that are not finite; the error names the file."""
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
-    try:
-        if not path.is_file():
-            raise ValueError("not a regular file")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise Refused(f"{path}: not a readable checkpoint ({error})") from error
-    found = state.get("schema") if isinstance(state, dict) else type(state).__name__
-    if found == 1:
-        raise Refused(
-            f"{path}: schema: found 1, expected {SCHEMA}: an earlier version wrote it, which did not note what was trained"
+def check_plain(value: Any, where: str) -> None:
+    """Raise ValueError for what `torch.load(weights_only=True)` does not read, or not as it was. Types must be exact, because
+    pickle saves a subclass by the name of its class."""
+    kind = type(value)
+    if kind in (dict, OrderedDict):
+        for key, entry in value.items():
+            if type(key) not in PLAIN:
+                raise ValueError(
+                    f"{where}: found the key {key!r} ({type(key).__name__}), expected a string or a number"
+                )
+            check_plain(entry, f"{where}[{key!r}]")
+    elif kind in (list, tuple):
+        for number, entry in enumerate(value):
+            check_plain(entry, f"{where}[{number}]")
+    elif kind not in (*PLAIN, Tensor, nn.Parameter):
+        raise ValueError(
+            f"{where}: found {kind.__name__}, expected None, numbers, strings, tensors, lists and dicts of them"
         )
-    if found != SCHEMA:
-        raise Refused(f"{path}: schema: found {found!r}, this version reads {SCHEMA}")
-    digest = state.pop("sha256", None)
-    if missing := [key for key in PARTS if not isinstance(state.get(key), dict)]:
-        raise Refused(f"{path}: not a readable checkpoint ({missing[0]}: missing)")
-    if digest != content_digest(state):
-        raise Refused(
-            f"{path}: not a readable checkpoint (its content does not fit its sha256: it was changed)"
-        )
-    if (wrong := next(not_finite(state), None)) is not None:
-        raise Refused(f"{path}: {wrong}; expected a state to go on from")
-    return state
 
 
-def content_digest(state: Any) -> str:
-    """sha256 over nested plain containers and tensors."""
-    digest = hashlib.sha256()
-    _feed(digest, state)
-    return digest.hexdigest()
+def names_in(folder: Path) -> list[str]:
+    """Names of the checkpoints in a folder, the newest first, whether they are sound or not."""
+    found = stored.checkpoints(folder)
+    return [*found, stored.FORMER] if (folder / stored.FORMER).exists() else found
 
 
-def _feed(digest: Any, value: Any) -> None:
-    if isinstance(value, Tensor):
-        feed(digest, value)
-    elif isinstance(value, Mapping):
-        digest.update(f"{{{len(value)} ".encode())
-        for key in sorted(value, key=repr):
-            _feed(digest, key)
-            _feed(digest, value[key])
-    elif isinstance(value, list | tuple):
-        digest.update(f"[{len(value)} ".encode())
-        for entry in value:
-            _feed(digest, entry)
-    else:
-        digest.update(f"{type(value).__name__} {value!r} ".encode())
+def newest(folder: Path, world: World) -> tuple[Stored | None, list[str]]:
+    """The newest sound checkpoint in a folder, None where there is none at all, and what is wrong with newer ones.
+
+    The main process looks, and each file is checked by one of the processes. Collective. Raises `Refused`, naming them all,
+    where none is sound."""
+    broken: list[str] = []
+    for name in world.decided(lambda: names_in(folder)):
+        path = folder / name
+        if name == stored.FORMER:
+            if world.size > 1:
+                await_file(path, world.decided(partial(stamp, path)))
+            return former.read(path), broken
+        if (sentence := stored.unsound(path, world)) is None:
+            return _complete(Folder(path)), broken
+        broken.append(f"{path}: not a readable checkpoint ({sentence})")
+    if broken:
+        raise Refused("; ".join(broken))
+    return None, []
 
 
-def not_finite(state: Mapping[str, Any]) -> Iterator[str]:
-    """A sentence for each network, average and optimizer state that holds a number that is not finite."""
-    for part, word in (("networks", "network"), ("ema", "average")):
-        for role, tensors in state[part].items():
-            if not all(_finite(value) for value in tensors.values()):
-                yield f"{word} {role!r}: weights are not finite"
-    for key, parameters in state["optimizers"].items():
-        for name, values in parameters.items():
-            for entry in values:
-                if not _finite(values[entry]):
-                    yield f"optimizer {key!r}: {entry} of {name} is not finite"
+def _complete(found: Folder) -> Folder:
+    """The checkpoint, with a state of every part."""
+    if missing := [part for part in PARTS if part not in found.state]:
+        raise Refused(f"{found.path}: not a readable checkpoint ({missing[0]}: missing)")
+    return found
 
 
-def _finite(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return bool(value.isfinite().all())
-    return not isinstance(value, float) or math.isfinite(value)
+def begin(found: Stored, module: DistillModule) -> None:
+    """Check that a checkpoint fits a module, and take over its counters; before the networks are distributed.
 
-
-def restore(state: dict[str, Any], module: DistillModule, *, where: Path) -> None:
-    """Load networks, averages and counters, strictly in both directions, before the networks are distributed.
-    Optimizers: `restore_optimizers`, once they exist."""
+    Raises `Refused` for other networks, averages or updates, and counters that contradict each other."""
+    state, where = found.state, found.path
+    wanted: dict[str, Collection[str]] = {
+        "networks": module.trained,
+        "ema": module.averaged,
+        "optimizers": module.optim,
+    }
+    for part, roles in wanted.items():
+        if set(state[part]) != set(roles):
+            raise Refused(f"{where}: {part}: found {sorted(state[part])}, this method has {sorted(roles)}")
     for part, sets in (("networks", module.trained), ("ema", module.averaged)):
-        if set(state[part]) != set(sets):
-            raise Refused(f"{where}: {part}: found {sorted(state[part])}, this method has {sorted(sets)}")
         for role, parameters in sets.items():
-            try:
-                parameters.load(state[part][role])
-            except RuntimeError as error:
-                raise Refused(f"{where}: {part}.{role}: does not fit the network: {error}") from error
-    progress = checked_progress(state, module, where)
+            own = {name: tuple(value.shape) for name, value in parameters.state().items()}
+            theirs = {name: found.shapes[key] for name, key in found.under(part, role).items()}
+            for name in sorted({*own, *theirs}):
+                if own.get(name) != theirs.get(name):
+                    raise Refused(
+                        f"{where}: {part}.{role}: does not fit the network: {name}: found {_shape(theirs, name)}, expected "
+                        f"{_shape(own, name)}"
+                    )
+    module.progress = checked_progress(found, module)
     module.nonfinite.load(state["nonfinite"])
     module.load_state(state["method"])
-    module.progress = progress
 
 
-def checked_progress(state: Mapping[str, Any], module: DistillModule, where: Path) -> Progress:
+def _shape(shapes: Mapping[str, Sequence[int]], name: str) -> str:
+    return f"shape {list(shapes[name])}" if name in shapes else "nothing"
+
+
+def checked_progress(found: Stored, module: DistillModule) -> Progress:
     """The checkpoint's progress; raises `Refused` if its counters contradict each other."""
+    state, where = found.state, found.path
     try:
         progress = parse(Progress, state["progress"], f"{where}: progress")
         counts = parse(dict[str, list[int]], state["nonfinite"], f"{where}: nonfinite")
@@ -207,50 +236,53 @@ def checked_progress(state: Mapping[str, Any], module: DistillModule, where: Pat
             raise Refused(
                 f"{where}: nonfinite.{name}: found {skipped}, expected counts of {runs.get(name)} steps"
             )
-    for name, parameters in state["optimizers"].items():
-        steps = [float(v["step"]) for v in parameters.values() if "step" in v]
+    for name in state["optimizers"]:
+        steps = [
+            float(found.whole(key))
+            for key in found.shapes
+            if key[:2] == ("optimizers", name) and key[3] == "step"
+        ]
         taken = runs.get(name, 0) - counts.get(name, [0])[0]
         if steps and max(steps) != taken:
             raise Refused(f"{where}: optimizers.{name}: found {max(steps):g} steps, expected {taken}")
     return progress
 
 
-def check_plain(value: Any, where: str) -> None:
-    """Raise ValueError for what `torch.load(weights_only=True)` does not read, or not as it was. Types must be exact, because
-    pickle saves a subclass by the name of its class."""
-    kind = type(value)
-    if kind in (dict, OrderedDict):
-        for key, entry in value.items():
-            if type(key) not in PLAIN:
-                raise ValueError(
-                    f"{where}: found the key {key!r} ({type(key).__name__}), expected a string or a number"
-                )
-            check_plain(entry, f"{where}[{key!r}]")
-    elif kind in (list, tuple):
-        for number, entry in enumerate(value):
-            check_plain(entry, f"{where}[{number}]")
-    elif kind not in (*PLAIN, Tensor, nn.Parameter):
-        raise ValueError(
-            f"{where}: found {kind.__name__}, expected None, numbers, strings, tensors, lists and dicts of them"
-        )
+def restore(found: Stored, module: DistillModule) -> None:
+    """Load networks and averages, which are on their devices and sharded now."""
+    for part, sets in (("networks", module.trained), ("ema", module.averaged)):
+        for role, parameters in sets.items():
+            own = parameters.state()
+            parameters.load({name: found.like((part, role, name), value) for name, value in own.items()})
 
 
-def restore_callbacks(state: Mapping[str, Any], callbacks: Sequence[Callback], *, where: Path) -> None:
+def restore_callbacks(found: Stored, callbacks: Sequence[Callback]) -> None:
     """Give callbacks their state back. One that the checkpoint does not know begins anew; a state without its callback is
     refused only where it cannot be read: callbacks may be added and taken away."""
-    found = state.get("callbacks", {})
-    if not isinstance(found, dict):
-        raise Refused(f"{where}: callbacks: found {type(found).__name__}, expected a mapping")
+    states = found.state.get("callbacks", {})
+    if not isinstance(states, dict):
+        raise Refused(f"{found.path}: callbacks: found {type(states).__name__}, expected a mapping")
     for callback in callbacks:
-        if callback.state_key in found:
-            callback.load_state_dict(found[callback.state_key])
+        if callback.state_key in states:
+            callback.load_state_dict(states[callback.state_key])
 
 
-def restore_optimizers(state: dict[str, Any], module: DistillModule, *, where: Path) -> None:
+def restore_optimizers(found: Stored, module: DistillModule) -> None:
     """Load the state of every optimizer; base learning rates come from the current config."""
-    found, names = state["optimizers"], module.parameter_names()
-    if set(found) != set(module.optimizers_by_key):
-        wanted = sorted(module.optimizers_by_key)
-        raise Refused(f"{where}: optimizers: found {sorted(found)}, this method has {wanted}")
-    for key, optimizer in module.optimizers_by_key.items():
-        load_optimizer_state(optimizer, found[key], names)
+    names = module.parameter_names()
+    for update, optimizer in module.optimizers_by_key.items():
+        plain, keys = found.state["optimizers"][update], dict[str, dict[str, Key]]()
+        for key in found.shapes:
+            if key[:2] == ("optimizers", update):
+                keys.setdefault(key[2], {})[key[3]] = key
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        known = [names[id(p)] for p in parameters]
+        if unknown := sorted({*plain, *keys} - set(known)):
+            raise Refused(f"{found.path}: optimizers.{update}: found unknown parameters {unknown[:4]}")
+        states = {}
+        for number, (name, parameter) in enumerate(zip(known, parameters, strict=True)):
+            if name in plain or name in keys:
+                own = {entry: found.like(key, parameter) for entry, key in keys.get(name, {}).items()}
+                states[number] = dict(plain.get(name, {})) | own
+        # torch's own loading puts every value on the device that the optimizer's kernels want it on.
+        optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})

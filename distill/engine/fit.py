@@ -41,7 +41,7 @@ from distill.engine.made import made_of
 from distill.engine.module import DistillModule
 from distill.engine.networks import modes_kept
 from distill.engine.record import Record, Seam, continued
-from distill.files import await_file, stamp
+from distill.engine.stored import Refused, Stored, tidy
 from distill.interrupt import Interrupted, deferred, requested, taken
 from distill.world import World
 
@@ -74,6 +74,7 @@ class Fit:
         precision: "32-true" or "bf16-mixed".
         shard: how several processes hold the networks; see `engine.parallel`.
         checkpoint_every, log_every: student steps between checkpoints and between log entries.
+        keep_checkpoints: of the newest checkpoints; earlier ones are deleted.
         threads: torch's threads; None: those of the checkpoint that training goes on from (with another count sums differ in
             their last bits), else as torch is set. `train` leaves torch at that count.
         max_nonfinite: stop when this many steps of an update in a row had to be skipped.
@@ -91,6 +92,7 @@ class Fit:
     device: str = "cpu"
     shard: str = "none"
     checkpoint_every: int = 200
+    keep_checkpoints: int = 2
     log_every: int = 20
     threads: int | None = None
     max_nonfinite: int = 10
@@ -102,6 +104,7 @@ class Fit:
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision: found {self.precision!r}, expected one of {list(PRECISIONS)}")
+        integer("keep_checkpoints", self.keep_checkpoints, at_least=1)
         if self.threads is not None:
             integer("threads", self.threads, at_least=1)
 
@@ -138,41 +141,42 @@ def train(
     one of another training is refused. `config` (plain containers) is compared with them. A training may be made longer;
     `seams` says where it was, if the caller knows.
 
-    Afterwards `folder/last.ckpt` holds the end of training. Raises ValueError where the batch cannot be split or a callback
-    asks to stop early, `checkpoint.Refused` (a ValueError) for a checkpoint that training cannot go on from,
-    FloatingPointError after too many non-finite steps. SIGINT and SIGTERM stop after the iteration that is running, with a
-    checkpoint saved: `Interrupted` inside `interrupt.watch`, else KeyboardInterrupt or what SIGTERM does in this program."""
+    Afterwards the newest checkpoint in `folder` holds the end of training. Raises ValueError where the batch cannot be split or
+    a callback asks to stop early, `Refused` (a ValueError) for a checkpoint that training cannot go on from, FloatingPointError
+    after too many non-finite steps. SIGINT and SIGTERM stop after the iteration that is running, with a checkpoint saved:
+    `Interrupted` inside `interrupt.watch`, else KeyboardInterrupt or what SIGTERM does in this program."""
     # What is computed does not depend on an autocast around the call.
     with taken(), torch.autocast(fit.device, enabled=False):
         if fit.threads is not None:
             torch.set_num_threads(fit.threads)
-        path = folder / checkpoint.NAME
-        begun = _Begun() if fit.fast_dev_run else _begin(method, source, fit, path, config or {}, seams)
-        _train(method, source, fit, path, begun, Attached(**attached))
+        begun = _Begun() if fit.fast_dev_run else _begin(method, source, fit, folder, config or {}, seams)
+        _train(method, source, fit, folder, begun, Attached(**attached))
 
 
 @dataclass
 class _Begun:
-    """What training goes on from. The state is taken out of it: a second name would keep it in memory throughout.
+    """What training goes on from. The checkpoint is taken out of it: a second name would keep it in memory throughout.
 
     Attributes:
-        state: of the checkpoint; None at the start. record: what checkpoints record; None: nothing is saved.
+        found: the checkpoint; None at the start. record: what checkpoints record; None: nothing is saved.
+        broken: what is wrong with newer checkpoints.
     """
 
-    state: dict[str, Any] | None = None
+    found: Stored | None = None
     record: Record | None = None
+    broken: Sequence[str] = ()
 
-    def take(self) -> dict[str, Any] | None:
-        """The state, once."""
-        state, self.state = self.state, None
-        return state
+    def take(self) -> Stored | None:
+        """The checkpoint, once."""
+        found, self.found = self.found, None
+        return found
 
 
 def _train(
     method: DistillModule,
     source: Source,
     fit: Fit,
-    path: Path,
+    folder: Path,
     begun: _Begun,
     attached: Attached,
 ) -> None:
@@ -180,7 +184,9 @@ def _train(
     world, begin, record = method.world, method.progress.iteration, begun.record
     for callback in attached.callbacks:
         check_callback_hooks(callback, "callbacks")
-    if begun.state is not None:
+    if begun.broken and world.main:
+        warnings.warn(f"{'; '.join(begun.broken)}: deleted, and an earlier one continued", stacklevel=3)
+    if begun.found is not None:
         attached.on_progress(method.progress.step, f"continues from step {method.progress.step}")
     if record is not None:
         for part in (*attached.loggers, attached.evaluation):
@@ -189,6 +195,8 @@ def _train(
         replay(attached.loggers)
     device = torch.device(fit.device, world.local_rank) if fit.device == "cuda" else torch.device(fit.device)
     method.distribute(fit.shard, device)
+    if begun.found is not None:
+        checkpoint.restore(begun.found, method)
     stop = method.student_update.iterations_for(fit.steps)
     if begin >= stop:
         return
@@ -207,34 +215,35 @@ def _train(
         prefetch=fit.prefetch,
         pin=device.type == "cuda",
     )
-    callbacks, saving = _callbacks(method, fit, path, begun.take(), record, attached)
+    callbacks, saving = _callbacks(method, fit, folder, begun.take(), record, attached)
     with deferred(), modes_kept(method.networks.values()):
-        _run(_trainer(fit, device, world, callbacks, attached, path.parent), method, loader)
+        _run(_trainer(fit, device, world, callbacks, attached, folder), method, loader)
         saving.save(method)
     if signum := world.largest(requested() or 0):  # it came after the last iteration
         raise Interrupted(signum)
     if record is not None and method.progress.iteration < stop:
         raise ValueError(
             f"callbacks: one of them ended training at step {method.progress.step} of {fit.steps}; expected the whole "
-            f"length. {path} holds that step: lower `steps` to it, or leave the callback out and train on"
+            f"length. {saving.last} holds that step: lower `steps` to it, or leave the callback out and train on"
         )
 
 
 def _callbacks(
     method: DistillModule,
     fit: Fit,
-    path: Path,
-    state: dict[str, Any] | None,
+    folder: Path,
+    found: Stored | None,
     record: Record | None,
     attached: Attached,
 ) -> tuple[list[Callback], CheckpointCallback]:
     """Ours and the user's in their order, and the one that saves."""
     saving = CheckpointCallback(
-        path,
+        folder,
         record,
         attached.callbacks,
-        state,
+        found,
         every=fit.checkpoint_every,
+        keep=fit.keep_checkpoints,
         steps=fit.steps,
         log_every=fit.log_every,
         max_nonfinite=fit.max_nonfinite,
@@ -253,30 +262,27 @@ def _begin(
     method: DistillModule,
     source: Source,
     fit: Fit,
-    path: Path,
+    folder: Path,
     config: dict[str, Any],
     seams: Sequence[Seam] | None,
 ) -> _Begun:
     """The checkpoint to go on from, loaded into the method, or None; and what the next checkpoints record."""
     settings = {"accumulate": fit.accumulate, "precision": fit.precision}
     record = Record(made_of(method, source, fit.batch_size, **settings), config, fit.steps)
-    if method.world.decided(path.exists):
-        if method.world.size > 1:
-            await_file(path, method.world.decided(lambda: stamp(path)))
-        state = checkpoint.read(path)
-        record = continued(state, record, method, path, seams)
-        checkpoint.restore(state, method, where=path)
-        if fit.threads is None and (threads := state.get("threads")) is not None:
+    found, broken = checkpoint.newest(folder, method.world)
+    if found is not None:
+        record = continued(found, record, method, seams)
+        checkpoint.begin(found, method)
+        method.world.decided(lambda: tidy(folder, found.path.name, fit.keep_checkpoints))
+        if fit.threads is None and (threads := found.state.get("threads")) is not None:
             torch.set_num_threads(int(threads))  # with another count, sums would differ in their last bits
-        return _Begun(state, record)
+        return _Begun(found, record, broken)
     if seams:
-        raise checkpoint.Refused(
-            f"{path}: missing, but training was to go on from its step {seams[-1].reached}"
-        )
+        raise Refused(f"{folder}: has no checkpoint, but training was to go on from step {seams[-1].reached}")
     if method.progress.iteration:
-        raise checkpoint.Refused(
-            f"{path}: missing, but this method was trained for {method.progress.step} steps; give the folder of that "
-            "training, or call `prepare` again to start another one from these weights"
+        raise Refused(
+            f"{folder}: has no checkpoint, but this method was trained for {method.progress.step} steps; give the folder of "
+            "that training, or call `prepare` again to start another one from these weights"
         )
     return _Begun(None, record)
 

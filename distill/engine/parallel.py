@@ -9,8 +9,9 @@ shards within a machine and replicates between machines.
 from __future__ import annotations
 
 import sys
-from collections.abc import Container, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeGuard
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -183,6 +184,11 @@ def is_sharded(value: Any) -> TypeGuard[DTensor]:
     return package is not None and isinstance(value, package.DTensor)
 
 
+def local(value: Tensor) -> Tensor:
+    """What this process has of a tensor: of a plain one, all."""
+    return value.to_local() if is_sharded(value) else value
+
+
 def full_norm(norm: Tensor) -> Tensor:
     """A gradient norm as a plain tensor on its device; of sharded gradients, the norm over all shards.
     Collective."""
@@ -213,45 +219,65 @@ def copy_full(module: nn.Module, state: Mapping[str, Tensor]) -> None:
             raise ValueError(
                 f"weights: {name}: found shape {list(state[name].shape)}, expected {list(value.shape)}"
             )
-        value.copy_(_like(state[name], value) if is_sharded(value) else state[name])
+        if is_sharded(value):
+            value.copy_(laid_out_like(value, partial(_rows, state[name])))
+        else:
+            value.copy_(state[name])
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, dict[str, Any]]:
-    """State by parameter name (`names`: id(parameter) -> name), as plain CPU tensors, so that it fits any
-    sharding. Collective."""
-    return {
-        names[id(p)]: {key: full(value) for key, value in optimizer.state[p].items()}
-        for group in optimizer.param_groups
-        for p in group["params"]
-        if p in optimizer.state
-    }
+class Rows(NamedTuple):
+    """Rows `start` .. `stop` - 1 of a sharded tensor, that a process has. `first`: of the processes that have them."""
+
+    start: int
+    stop: int
+    first: bool
 
 
-def load_optimizer_state(
-    optimizer: torch.optim.Optimizer, state: Mapping[str, Mapping[str, Any]], names: Mapping[int, str]
-) -> None:
-    """Inverse of `optimizer_state`: each process keeps its own shards."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    known = [names[id(p)] for p in parameters]
-    if unknown := sorted(set(state) - set(known)):
-        raise ValueError(f"optimizers: state for unknown parameters {unknown[:4]}")
-    values = {
-        number: {key: _like(value, parameter) for key, value in state[name].items()}
-        for number, (name, parameter) in enumerate(zip(known, parameters, strict=True))
-        if name in state
-    }
-    # torch's own loading puts every value on the device that the optimizer's kernels want it on.
-    optimizer.load_state_dict({"state": values, "param_groups": optimizer.state_dict()["param_groups"]})
+def own_rows(value: DTensor) -> Rows | None:
+    """The rows of this process; None where a tensor is not cut along its first dimension, once, into parts as `torch.chunk`
+    makes them, on every process."""
+    cuts = [number for number, placement in enumerate(value.placements) if not placement.is_replicate()]
+    if value.dim() == 0 or len(cuts) > 1 or (cuts and not value.placements[cuts[0]].is_shard(0)):
+        return None
+    coordinate, rows = value.device_mesh.get_coordinate(), value.shape[0]
+    assert coordinate is not None
+    first = all(place == 0 for number, place in enumerate(coordinate) if number not in cuts)
+    if not cuts:
+        return Rows(0, rows, first)
+    share = -(-rows // value.device_mesh.size(cuts[0]))
+    return Rows(min(rows, share * coordinate[cuts[0]]), min(rows, share * (coordinate[cuts[0]] + 1)), first)
 
 
-def _like(value: Any, parameter: Tensor) -> Any:
-    """A saved value laid out as its parameter is, if it has its shape: sharded like it, or with its strides (fused
-    optimizers walk over memory, and channels-last weights lie there in another order)."""
-    if not isinstance(value, Tensor) or value.shape != parameter.shape:
-        return value
-    if is_sharded(parameter):
-        from torch.distributed.tensor import distribute_tensor
+def part_to_save(value: Tensor, main: bool) -> tuple[Tensor, int] | None:
+    """(rows, number of the first) of a tensor that this process saves, on the CPU; None where others save them all. Of a
+    tensor on one process, or that each has, the main one saves it. Collective for tensors that are cut in another way."""
+    if is_sharded(value):
+        if (rows := own_rows(value)) is not None:
+            saves = rows.first and rows.stop > rows.start
+            return (value.to_local().detach().to("cpu"), rows.start) if saves else None
+        value = value.full_tensor()
+    return (value.detach().to("cpu"), 0) if main else None
 
-        local = value.to(parameter.device).contiguous()
-        return distribute_tensor(local, parameter.device_mesh, parameter.placements, src_data_rank=None)
-    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+def _rows(whole: Tensor, start: int, stop: int) -> Tensor:
+    return whole[start:stop]
+
+
+def laid_out_like(value: Tensor, rows: Callable[[int, int], Tensor]) -> Tensor:
+    """A tensor with the device and layout of `value`, from `rows(start, stop)` of it: sharded like it, or with its strides
+    (fused optimizers walk over memory, and channels-last weights lie there in another order)."""
+    length = value.shape[0] if value.dim() else 1
+    if not is_sharded(value):
+        found = rows(0, length)
+        return torch.empty_like(value, dtype=found.dtype).copy_(found)
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    mesh, placements = value.device_mesh, value.placements
+    if (own := own_rows(value)) is None:
+        return distribute_tensor(
+            rows(0, length).to(value.device).contiguous(), mesh, placements, src_data_rank=None
+        )
+    local = rows(own.start, own.stop).to(value.device, copy=True)
+    return DTensor.from_local(
+        local, mesh, placements, run_check=False, shape=value.shape, stride=value.stride()
+    )

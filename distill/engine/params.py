@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 from torch import Tensor, nn
 
 # A network (all that it trains), or a network with some of its parameters, given as tensors or as a part of it.
@@ -119,7 +118,7 @@ class ParameterSet:
         return {name: value for name, value in found.items() if name in kept}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Inverse of `state`, before sharding. Raises RuntimeError for other names or shapes."""
+        """Inverse of `state`. Raises RuntimeError for other names or shapes."""
         if not self.whole and set(state) != set(expected := self.state()):
             raise RuntimeError(f"found only in one of both: {sorted(set(state) ^ set(expected))[:4]}")
         self.network.load_state_dict(dict(state), strict=self.whole)
@@ -154,10 +153,3 @@ def _ancestors(names: Iterable[str]) -> set[str]:
             name = name.rpartition(".")[0]
             paths.add(name)
     return paths
-
-
-@torch.no_grad()
-def holds(parameters: ParameterSet, state: Mapping[str, Tensor]) -> bool:
-    """Whether a set has exactly these values."""
-    own = parameters.state()
-    return own.keys() == state.keys() and all(torch.equal(own[name].cpu(), state[name]) for name in own)

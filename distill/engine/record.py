@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
-from distill.engine.checkpoint import Refused
+import torch
+
 from distill.engine.made import differences, over_length
 from distill.engine.module import DistillModule
-from distill.engine.params import holds
+from distill.engine.parallel import local
+from distill.engine.stored import Refused, Stored
 from distill.typed import parse
 
 SHOWN = 6  # differences that a message names
@@ -44,21 +45,19 @@ class Record:
         return asdict(self)
 
 
-def record_in(state: Mapping[str, Any], where: Path) -> Record:
+def record_in(stored: Stored) -> Record:
     """The record of a checkpoint. Raises `Refused` where it has none."""
     try:
-        return parse(Record, state["record"], f"{where}: record")
+        return parse(Record, stored.state["record"], f"{stored.path}: record")
     except ValueError as error:
         raise Refused(str(error)) from error
 
 
-def continued(
-    state: Mapping[str, Any], wanted: Record, module: DistillModule, where: Path, seams: Sequence[Seam] | None
-) -> Record:
+def continued(stored: Stored, wanted: Record, module: DistillModule, seams: Sequence[Seam] | None) -> Record:
     """The record of a training that continues from a checkpoint with the settings `wanted`; its seams must be `seams`, if
-    given. Raises `Refused` naming every difference."""
-    found = record_in(state, where)
-    reached = state["progress"]["step"]
+    given. Collective. Raises `Refused` naming every difference."""
+    where, found = stored.path, record_in(stored)
+    reached = stored.state["progress"]["step"]
     if wanted.steps < found.steps:
         raise Refused(
             f"{where}: steps: found {wanted.steps}, but the training was planned to {found.steps}; expected at least that"
@@ -66,7 +65,7 @@ def continued(
     ours, theirs = dict(wanted.made), dict(found.made)
     for role, weights in (theirs.get("start") or {}).items():
         # A method that is passed again holds the weights at the end of the earlier call.
-        if role in module.trained and holds(module.trained[role], state["networks"].get(role, {})):
+        if weights != (ours["start"] or {}).get(role) and _holds(module, role, stored):
             ours["start"] = {**ours["start"], role: weights}
     pairs = [({"config": found.config, **theirs}, {"config": wanted.config, **ours})]
     if found.steps != wanted.steps and "optim" in theirs:
@@ -87,6 +86,18 @@ def continued(
             f"{where}: seams: found {[asdict(s) for s in joined]}, the stage was begun with {[asdict(s) for s in seams]}"
         )
     return Record(found.made | {"optim": wanted.made["optim"]}, found.config, wanted.steps, joined)
+
+
+@torch.no_grad()
+def _holds(module: DistillModule, role: str, stored: Stored) -> bool:
+    """Whether a network has exactly the values of a checkpoint, on every process. Collective."""
+    own = module.trained[role].state() if role in module.trained else {}
+    keys = stored.under("networks", role)
+    shapes = {name: stored.shapes[key] for name, key in keys.items()}
+    same = {name: tuple(value.shape) for name, value in own.items()} == shapes and all(
+        torch.equal(local(value), local(stored.like(keys[name], value))) for name, value in own.items()
+    )
+    return bool(own) and not module.world.any(not same)
 
 
 def told(changes: Iterable[tuple[str, Any, Any]]) -> str:

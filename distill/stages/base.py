@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 import torch
 
 from distill.engine.parallel import SHARD
+from distill.engine.stored import FILES as CHECKPOINT_FILES
 from distill.stages.display import Display
 from distill.stages.made import Made
 from distill.stages.ownership import RECORDS, patterns
@@ -22,7 +23,8 @@ PROFILERS = ("simple", "advanced", "pytorch")
 MODEL_FILES = patterns("model.safetensors", "model.json")
 TRAINED_FILES = (
     *MODEL_FILES,
-    *patterns("checkpoints/last.ckpt", "logs/metrics.jsonl", "logs/wandb_id"),
+    *(f"checkpoints/{name}" for name in CHECKPOINT_FILES),
+    *patterns("logs/metrics.jsonl", "logs/wandb_id"),
     *(f"best/{name}" for name in MODEL_FILES),
     *patterns("best.json", "monitor/evaluations.jsonl"),
     r"monitor/(step|diagnostics)_\d{7,}\.png",
@@ -54,6 +56,7 @@ class Settings:
     shard: str = "none"
     threads: int | None = None
     checkpoint_every: int = 200
+    keep_checkpoints: int = 2
     log_every: int = 20
     max_nonfinite: int = 10
     max_nonfinite_share: float = 0.05
@@ -69,6 +72,7 @@ class Settings:
         counts = (
             "devices",
             "checkpoint_every",
+            "keep_checkpoints",
             "log_every",
             "max_nonfinite",
             "threads",
@@ -96,8 +100,8 @@ class Settings:
     @property
     def fitting(self) -> dict[str, Any]:
         """Those that `engine.fit.Fit` takes under their names."""
-        names = ("shard", "checkpoint_every", "log_every", "threads", "max_nonfinite", "max_nonfinite_share")
-        return {name: getattr(self, name) for name in (*names, "workers", "prefetch")}
+        names = ("shard", "checkpoint_every", "keep_checkpoints", "log_every", "threads", "max_nonfinite")
+        return {name: getattr(self, name) for name in (*names, "max_nonfinite_share", "workers", "prefetch")}
 
     @property
     def device(self) -> torch.device:

@@ -21,6 +21,7 @@ from distill.engine.memory import predicted
 from distill.engine.module import DistillModule
 from distill.engine.networks import recompute_activations
 from distill.engine.parallel import full_state
+from distill.engine.stored import Refused
 from distill.models.build import build_net, build_process
 from distill.models.conditions import of_source
 from distill.models.generator import Generator
@@ -234,7 +235,7 @@ class Train(ModelStage):
 
     def begun(self, folder: Path) -> bool:
         """A checkpoint is there."""
-        return (folder / CHECKPOINTS / checkpoint.NAME).is_file()
+        return bool(checkpoint.names_in(folder / CHECKPOINTS))
 
     def lasting(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """All but `steps`, which only a schedule without a total may follow."""
@@ -248,7 +249,7 @@ class Train(ModelStage):
 
     def seams(self, folder: Path, content: Mapping[str, Any]) -> list[dict[str, int]]:
         """Those of the checkpoint, and the step that it is at."""
-        return seams_after(folder / CHECKPOINTS / checkpoint.NAME, content, self._compared(content))
+        return seams_after(folder / CHECKPOINTS, content, self._compared(content))
 
     def _compared(self, content: Mapping[str, Any]) -> dict[str, Any]:
         """What checkpoints hold of the stage's identity."""
@@ -349,7 +350,7 @@ class Train(ModelStage):
                     evaluation=monitor,
                     snapshot=snapshot,
                 )
-            except checkpoint.Refused as error:
+            except Refused as error:
                 raise ValueError(f"{error}; redo={context.name} trains from the start") from error
             finally:  # also where the run is stopped
                 close(attached["loggers"])

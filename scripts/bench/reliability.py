@@ -27,6 +27,7 @@ from distill.methods.flow_matching import FlowMatching
 from distill.models.denoiser import Denoiser
 from distill.nets.unet import UNet
 from distill.process.flow import Flow
+from distill.world import World
 
 
 def method(width: int, ema: float | None, fused: bool = True) -> DistillModule:
@@ -71,20 +72,21 @@ def checkpoint_costs(options: argparse.Namespace) -> list[str]:
         folder = Path(scratch)
         made = method(options.width, 0.999)
         train(made, Digits(), Fit(steps=5, batch_size=64), folder=folder, config={})
-        path = folder / checkpoint.NAME
         for _ in range(4 * options.repeats):
             start = time.perf_counter()
-            checkpoint.save(path, made, {})
+            path = checkpoint.save(folder, made, {})
             saves.append(1e3 * (time.perf_counter() - start))
             again = method(options.width, 0.999)
             again.configure_optimizers()
             start = time.perf_counter()
-            state = checkpoint.read(path)
-            checkpoint.restore(state, again, where=path)
-            checkpoint.restore_optimizers(state, again, where=path)
+            found, _ = checkpoint.newest(folder, World())
+            assert found is not None
+            checkpoint.begin(found, again)
+            checkpoint.restore(found, again)
+            checkpoint.restore_optimizers(found, again)
             resumes.append(1e3 * (time.perf_counter() - start))
         parameters = sum(p.numel() for p in made.student.parameters())
-        size = path.stat().st_size
+        size = sum(file.stat().st_size for file in path.iterdir())
     return [
         f"| write a checkpoint (with fsync) | {statistics.median(saves):.1f} ms | {min(saves):.1f} .. {max(saves):.1f} |",
         f"| read one and restore | {statistics.median(resumes):.1f} ms | {min(resumes):.1f} .. {max(resumes):.1f} |",

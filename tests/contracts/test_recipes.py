@@ -14,13 +14,13 @@ import pytest
 import token_support
 import torch
 import yaml
+from checkpoint_support import checkpoint_of
 from tests_support import call_verb
 
 import distill
 from distill.data.cond import Cond
 from distill.data.digits import Digits
 from distill.data.rng import sample_noise
-from distill.engine import checkpoint
 from distill.engine.fit import Fit, train
 from distill.engine.module import DistillModule
 from distill.engine.schedule import Constant
@@ -192,7 +192,7 @@ def test_one_step_trains_what_the_updates_name_alone_and_is_exported(path, tmp_p
     # What was trained is saved and comes back.
     assert any(not torch.equal(a, b) for a, b in zip(before, method.student.parameters(), strict=True))
     assert method.best() is method.ema["student"]
-    state = checkpoint.read(tmp_path / checkpoint.NAME)
+    state = checkpoint_of(tmp_path)
     assert sorted(state["networks"]) == sorted({role for update in method.plan for role in update.trains})
     assert not set(state["networks"]) & set(method.frozen)
     assert state["progress"]["step"] == 1

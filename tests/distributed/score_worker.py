@@ -148,9 +148,9 @@ def train(
     steps stays beside the last."""
     place = folder / build.__name__ / name
     if world.main:
-        place.mkdir(parents=True, exist_ok=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
         if begun is not None:
-            shutil.copyfile(begun, place / checkpoint.NAME)
+            shutil.copytree(begun, place)
     world.barrier()
     method = make(build, world, folder / "nodes")
     save, after_step, walk = checkpoint.save, method.after_step, []
@@ -159,10 +159,11 @@ def train(
         after_step()
         walk.append([float(value) for value in method.state().values()])
 
-    def keep(path: Path, module: DistillModule, *rest: Any) -> None:
-        save(path, module, *rest)
+    def keep(folder: Path, module: DistillModule, *rest: Any, **options: Any) -> Path:
+        path = save(folder, module, *rest, **options)
         if module.world.main and module.progress.step == HALF:
-            shutil.copyfile(path, path.with_name("half.ckpt"))
+            shutil.copytree(path, folder / "half" / path.name)
+        return path
 
     checkpoint.save, method.after_step = keep, walked
     try:
@@ -206,7 +207,7 @@ def train_all(
         train(build, World(), folder, "one")
     world.barrier()
     for build in builds:
-        halves = {name: folder / build.__name__ / name / "half.ckpt" for name in ("one", "world")}
+        halves = {name: folder / build.__name__ / name / "half" for name in ("one", "world")}
         train(build, world, folder, "world", shard="world")
         if build not in continued:
             continue
@@ -219,5 +220,5 @@ def train_all(
         shard_net.__kwdefaults__["least"] = default
     world.barrier()
     for build in [build for build in alone if build in continued]:
-        train(build, World(), folder, "one-on-one", begun=folder / build.__name__ / "one" / "half.ckpt")
-        train(build, World(), folder, "two-on-one", begun=folder / build.__name__ / "world" / "half.ckpt")
+        train(build, World(), folder, "one-on-one", begun=folder / build.__name__ / "one" / "half")
+        train(build, World(), folder, "two-on-one", begun=folder / build.__name__ / "world" / "half")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_support import checkpoint_of
 from score_worker import (
     HALF,
     IN_UNITS,
@@ -28,7 +29,6 @@ from test_two_processes import assert_close, load, start
 from torch import Tensor
 from worker import fit
 
-from distill.engine import checkpoint
 from distill.engine.parallel import units
 from distill.engine.update import Loss
 from distill.methods.families.matching import DistributionMatching
@@ -113,16 +113,14 @@ def test_the_checkpoint_lies_on_the_way_inside_a_window(results, run):
     assert steps == [3, 3, 2, 2, 1, 1, 0, 0][-len(steps) :]
     walk = found(results, "plateau", run)["state/walk"]
     assert walk[:, 0].tolist() == [3, 3, 3, 2, 2, 2, 2, 1][-len(walk) :]
-    at_checkpoint = checkpoint.read(results / "plateau" / "one" / "half.ckpt")["method"]
+    at_checkpoint = checkpoint_of(results / "plateau" / "one" / "half")["method"]
     assert (at_checkpoint["node"], at_checkpoint["stayed"]) == (2, 1)
     assert at_checkpoint["sum"] > 0
 
 
 def test_the_window_of_two_processes_is_saved_as_the_mean_of_both(results):
     """Not as that of the process that writes: their losses differ by far more than by rounding."""
-    one, two = (
-        checkpoint.read(results / "plateau" / run / "half.ckpt")["method"] for run in ("one", "world")
-    )
+    one, two = (checkpoint_of(results / "plateau" / run / "half")["method"] for run in ("one", "world"))
     assert one.keys() == two.keys()
     assert two["sum"] == pytest.approx(one["sum"], rel=1e-5)
     assert two["count"] == one["count"] == 2  # micro batches
@@ -136,7 +134,7 @@ def test_checkpoints_hold_what_is_trained_and_its_average_alone(results, name):
     method = make(BUILDS[name], World(), results / "nodes")
     sizes = {role: sum(p.numel() for p in network.parameters()) for role, network in method.networks.items()}
     for run in ("one", "world"):
-        state = checkpoint.read(results / name / run / checkpoint.NAME)
+        state = checkpoint_of(results / name / run)
         assert set(state["networks"]) == roles == set(sizes)
         assert set(state["ema"]) == {"student"}
         assert set(state["optimizers"]) == {"student", "fake"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 import worker
+from checkpoint_support import has_checkpoint
 from tests_support import copied_run, fork, kill_when, refusal, run_verb
 
 from distill.launch import free_port
@@ -114,9 +116,17 @@ def test_one_mmd_over_all_processes(results, shard, bank, accumulate):
 
 
 def test_checkpoints_of_two_continue_on_one_and_the_reverse(results):
+    """From shards, half of the numbers in each, and from the one file of an earlier version."""
     whole = load(results, "world-1")
-    for size in (1, 2):
-        continued = load(results, f"continued-on-{size}")
+    shards = {
+        path.parent.name: sorted(file.stat().st_size for file in path.parent.glob("shard_*"))
+        for path in (results / "half-of-2").glob("*/MANIFEST.json")
+    }
+    first, last = (shards[f"step_{step:07d}"] for step in (3, 6))
+    assert (len(first), len(last)) == (2, 1), "two processes saved step 3, and one step 6"
+    assert first[1] < 0.65 * last[0]
+    for name, size in itertools.product(("continued", "former"), (1, 2)):
+        continued = load(results, f"{name}-on-{size}")
         weights = {k: v for k, v in whole.items() if "/" not in k}
         assert_close(weights, {k: v for k, v in continued.items() if "/" not in k})
         assert len(continued["student/loss"]) == 3
@@ -220,7 +230,7 @@ def test_nonfinite_steps_are_skipped_together_counted_and_end_the_run(results, s
     for message in found["messages"]:
         assert "update 'fake'" in message
         assert "3 steps in a row" in message
-        assert f"last.ckpt at step {found['saved']}" in message
+        assert f"step_000000{found['saved']} at step {found['saved']}" in message
     assert found["saved"] == 4
 
 
@@ -261,7 +271,7 @@ def test_two_processes_killed_and_continued_are_bit_equal(tmp_path):
     for folder in (whole, parts):
         folder.mkdir()
     run_verb(whole, "train", *options)
-    kill_when(parts, options, (parts / "runs/run/reflow/checkpoints/last.ckpt").exists)
+    kill_when(parts, options, has_checkpoint(parts / "runs/run/reflow/checkpoints"))
     run_verb(parts, "train", *options)
     for stage in ("reflow", "distill"):
         path = f"runs/run/{stage}/model.safetensors"

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from checkpoint_support import checkpoint_of, former_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -22,7 +23,6 @@ from torch.distributed.tensor import DTensor
 
 from distill.data.digits import Digits
 from distill.data.rng import sample_noise
-from distill.engine import checkpoint
 from distill.engine.fit import Fit, train
 from distill.engine.module import DistillModule
 from distill.engine.parallel import full, full_state, make_mesh, shard_net, units
@@ -154,11 +154,16 @@ def job_train(world: World, folder: Path) -> None:
 
 
 def job_continue(world: World, folder: Path) -> None:
-    """Continue the half that the other world size trained."""
+    """Continue the half that the other world size trained, from its shards and from one file of an earlier version."""
     other = 3 - world.size
-    result = fit(make(world), folder / f"half-of-{other}", shard="world")
+    half, former = folder / f"half-of-{other}", folder / f"former-of-{other}"
     if world.main:
-        torch.save(result, folder / f"continued-on-{world.size}.pt")
+        former_file(half, former)
+    world.barrier()
+    for name, place in (("continued", half), ("former", former)):
+        result = fit(make(world), place, shard="world")
+        if world.main:
+            torch.save(result, folder / f"{name}-on-{world.size}.pt")
 
 
 def job_gradients(world: World, folder: Path) -> None:
@@ -280,7 +285,7 @@ def job_poison(world: World, folder: Path) -> None:
     messages = world.gather(message)
     if world.main:
         moved = {i: float(v) for i, v in before.items()}
-        saved = checkpoint.read(folder / f"q{world.size}" / checkpoint.NAME)["progress"]["step"]
+        saved = checkpoint_of(folder / f"q{world.size}")["progress"]["step"]
         torch.save(
             {"moved": moved, "counts": counts, "messages": messages, "saved": saved},
             folder / f"poison-{world.size}.pt",

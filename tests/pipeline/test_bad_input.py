@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -204,7 +205,7 @@ def test_extension_and_what_it_makes_stale(finished, tmp_path):
     ]
     assert steps == [4, 6]
     assert "\n  steps: 6 -> 5" in refusal(tmp_path, "train", *command, "profile.steps=5")
-    (tmp_path / "runs/run/teacher/checkpoints/last.ckpt").unlink()
+    shutil.rmtree(tmp_path / "runs/run/teacher/checkpoints")
     gone = refusal(tmp_path, "train", *command, "profile.steps=9", "redo=[pairs]")
     assert "its last checkpoint is missing; redo=teacher" in gone
 

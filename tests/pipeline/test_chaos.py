@@ -51,7 +51,7 @@ def test_corrupted_files(told):
 def test_operations_are_named_by_the_kind_of_file(tmp_path):
     kind_of, root = sys.modules["disturb"].kind_of, str(tmp_path)
     for path, kind in {
-        "teacher/checkpoints/.last.ckpt.part": "*/checkpoints/.last.ckpt.part",
+        "teacher/checkpoints/.step_0000005.part/state.pt": "*/checkpoints/.step_#.part/state.pt",
         "pairs/pairs-00012.safetensors": "*/pairs-#.safetensors",
         "report.md": "report.md",
     }.items():

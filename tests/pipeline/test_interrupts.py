@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from checkpoint_support import checkpoint_of, has_checkpoint
 from tests_support import ROOT, SMALL, forked, refusal, run_verb, signal_when
 
 from distill.files import write_atomic, write_safetensors
@@ -61,9 +62,7 @@ def test_signals_save_first(whole, tmp_path, number):
     assert stopped.returncode == 128 + number
     assert "the same command continues" in stopped.stderr
     assert "Traceback" not in stopped.stderr
-    saved = torch.load(tmp_path / "runs/run/teacher/checkpoints/last.ckpt", weights_only=True)["progress"][
-        "step"
-    ]
+    saved = checkpoint_of(tmp_path / "runs/run/teacher/checkpoints")["progress"]["step"]
     assert 2 <= saved < 60
     note = json.loads((tmp_path / "runs/run/stopped.json").read_text())
     assert note == {"signal": signal.Signals(number).name, "start": None, "stage": "teacher", "idle": 0}
@@ -78,7 +77,7 @@ def test_a_signal_to_two_processes_saves_once_for_both(tmp_path):
     stopped = stop_in_training(tmp_path, signal.SIGTERM, *options)
     assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr[-2000:]
     assert json.loads((tmp_path / "runs/run/stopped.json").read_text())["signal"] == "SIGTERM"
-    state = torch.load(tmp_path / "runs/run/teacher/checkpoints/last.ckpt", weights_only=True)
+    state = checkpoint_of(tmp_path / "runs/run/teacher/checkpoints")
     assert 0 < state["progress"]["step"] < 60
     assert state["networks"]["student"]["net.stem.weight"].shape == (8, 1, 3, 3)  # whole, not a shard
 
@@ -112,7 +111,7 @@ def test_signals_between_our_checks_are_not_lost(tmp_path, name, hook, at):
     result = run_verb(tmp_path, "train", *OPTIONS, check=False, before=late)
     assert result.returncode == 128 + signal.Signals[name], result.stderr[-2000:]
     assert "the same command continues" in result.stderr
-    state = torch.load(tmp_path / "runs/run/teacher/checkpoints/last.ckpt", weights_only=True)
+    state = checkpoint_of(tmp_path / "runs/run/teacher/checkpoints")
     assert state["progress"]["step"] in (at, at + 1)
     assert not (tmp_path / "runs/run/pairs").exists()
 
@@ -138,7 +137,7 @@ def test_killed_between_the_two_optimizer_steps_of_an_iteration(tmp_path):
     assert forked(train_and_die, whole, None) == 0
     for iteration in (4, 10, 16):
         assert forked(train_and_die, parts, iteration) == -signal.SIGKILL
-    assert (parts / "c" / "last.ckpt").exists()
+    assert has_checkpoint(parts / "c")()
     assert forked(train_and_die, parts, None) == 0
     one, other = (torch.load(folder / "end.pt", weights_only=True) for folder in (whole, parts))
     compared = 0

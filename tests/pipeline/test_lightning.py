@@ -13,10 +13,10 @@ import lightning as L
 import pytest
 import safetensors.torch
 import torch
+from checkpoint_support import checkpoint_of
 from test_watching import TRAIN, recipe
 from tests_support import SMALL, run_verb
 
-from distill.engine import checkpoint
 from distill.files import read_json
 from distill.recipe.run import run
 from distill.stages.base import FastDevRun
@@ -95,7 +95,7 @@ def test_a_callback_that_fails_is_told_and_its_state_goes_on_with_the_checkpoint
         start(tmp_path / "parts", {"checkpoint_every": 2}, callbacks=OWN, loggers=CSV)
     assert Noting.seen[-1] == ("exception", "a user's error")
     stage = tmp_path / "parts/r/teacher"
-    state = checkpoint.read(stage / "checkpoints" / checkpoint.NAME)
+    state = checkpoint_of(stage / "checkpoints")
     assert (state["progress"]["step"], state["callbacks"]) == (2, {"Noting": {"batches": 2}})
     del Noting.seen[:]
     monkeypatch.setattr(Noting, "fail_at", 0)
@@ -112,7 +112,7 @@ def test_a_callback_that_ends_training_early_is_refused_with_a_checkpoint(
     monkeypatch.setattr(Noting, "stop_at", 3)
     with pytest.raises(ValueError, match="callbacks: one of them ended training at step 3 of 5"):
         start(tmp_path, callbacks=OWN)
-    state = checkpoint.read(tmp_path / "r/teacher/checkpoints" / checkpoint.NAME)
+    state = checkpoint_of(tmp_path / "r/teacher/checkpoints")
     assert state["progress"]["step"] == 3
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from checkpoint_support import former_file, given
 
-from distill.engine import checkpoint
 from distill.methods.denoising import Denoising
 from distill.recipe.plan import plan
 from distill.recipe.run import run
@@ -236,11 +236,12 @@ def test_a_curriculum_over_the_steps_does_not_go_back(copied: Path) -> None:
     assert levels == [0.0, 2.0, 4.0, 6.0, 7.0, 7.0, 7.0, 7.0]
 
 
-def test_a_checkpoint_that_cannot_be_trained_on_leaves_the_finished_stage_alone(copied: Path) -> None:
-    last = copied / "r/tuned/checkpoints" / checkpoint.NAME
-    state = torch.load(last, weights_only=True)
-    state["schema"] = 1
-    torch.save(state, last)
+def test_a_checkpoint_that_cannot_be_trained_on_leaves_the_finished_stage_alone(
+    copied: Path, tmp_path: Path
+) -> None:
+    tuned = copied / "r/tuned/checkpoints"
+    former_file(tuned, tmp_path / "former", schema=1)
+    given(tmp_path / "former", tuned)
     kept = recipe(copied, 4, 8)
     kept["stages"]["tuned"]["method"]["total_steps"] = 4
     with pytest.raises(
@@ -248,7 +249,7 @@ def test_a_checkpoint_that_cannot_be_trained_on_leaves_the_finished_stage_alone(
     ):
         run(kept, name="r", recipe_name="toy")
     assert set(states(copied, 4, 4).values()) == {"finished"}
-    shutil.copyfile(copied / "r/teacher/checkpoints" / checkpoint.NAME, last)
+    given(copied / "r/teacher/checkpoints", tuned)
     with pytest.raises(ValueError, match=r"stages.tuned: cannot be trained further: .*of another training"):
         run(kept, name="r", recipe_name="toy")
     assert set(states(copied, 4, 4).values()) == {"finished"}
@@ -267,9 +268,8 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(
         other = recipe(theirs, 4, **change)
         other["stages"]["teacher"]["batch_size"] = 8 if change else 16
         run(other, name="r", recipe_name="toy")
-        last = Path("teacher/checkpoints") / checkpoint.NAME
-        shutil.copyfile(theirs / "r" / last, mine / "r" / last)
-        with pytest.raises(ValueError, match=rf"stages.teacher: .*last.ckpt: .*{message}.*redo=teacher"):
+        given(theirs / "r/teacher/checkpoints", mine / "r/teacher/checkpoints")
+        with pytest.raises(ValueError, match=rf"stages.teacher: .*step_0000004: .*{message}.*redo=teacher"):
             go(mine, 4)
 
 

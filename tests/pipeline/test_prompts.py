@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import teacher_support
 import torch
+from checkpoint_support import has_checkpoint
 from PIL import Image
 from safetensors.torch import load_file
 from tests_support import call_verb, kill_when, refusal, run_verb
@@ -336,7 +337,7 @@ def test_adapters_on_prompts_continue_bit_equal_after_a_kill(sd: Path, tmp_path:
     whole.mkdir()
     parts.mkdir()
     call_verb(whole, "train", *command, check=True)
-    kill_when(parts, command, (parts / "runs/run/distill/checkpoints/last.ckpt").exists)
+    kill_when(parts, command, has_checkpoint(parts / "runs/run/distill/checkpoints"))
     call_verb(parts, "train", *command, check=True)
     one, killed = (load_file(folder / "runs/run/distill/model.safetensors") for folder in (whole, parts))
     assert len(one) == 2 * 4 * 8, "A and B of four projections of eight attentions, and nothing else"

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from checkpoint_support import checkpoint_of, has_checkpoint
 from tests_support import SMALL, call_verb, kill_when, refusal, run_verb
 
 SMOKE = ("recipe=instaflow", "profile=smoke", "name=run", *SMALL)
@@ -90,9 +91,9 @@ def test_killed_in_a_stage_and_continued_equals_not_stopping(tmp_path):
     parts.mkdir()
     run_verb(whole, "train", *options)
     for stage in ("reflow", "distill"):
-        checkpoint = parts / "runs" / "run" / stage / "checkpoints" / "last.ckpt"
-        kill_when(parts, options, checkpoint.exists)
-        state = torch.load(checkpoint, weights_only=True)["progress"]
+        checkpoints = parts / "runs" / "run" / stage / "checkpoints"
+        kill_when(parts, options, has_checkpoint(checkpoints))
+        state = checkpoint_of(checkpoints)["progress"]
         assert 0 < state["step"] <= 60
     run_verb(parts, "train", *options)
     for stage in ("reflow", "distill", "export"):

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_support import checkpoint_of, has_checkpoint
 from tests_support import SMALL, kill_when, run_verb
 
-from distill.engine import checkpoint
 from distill.files import sha256_file
 from distill.methods.losses.backtrack import Backtrack
 from distill.stages.nodes import read_nodes
@@ -52,7 +52,7 @@ def at_step(stage, step):
     after = CheckpointCallback.on_train_batch_end
     def dying(self, trainer, module, *rest):
         after(self, trainer, module, *rest)
-        if self.path.parts[-3] == stage and module.progress.step == step:
+        if self.folder.parts[-2] == stage and module.progress.step == step:
             die()
     CheckpointCallback.on_train_batch_end = dying
 
@@ -115,10 +115,10 @@ def killed(
 
 def left_in(run: Path) -> tuple[list[str], int]:
     """(files of the nodes, steps of the last stage's checkpoint)."""
-    record, last = run / "record", run / "distill/checkpoints/last.ckpt"
+    record, last = run / "record", run / "distill/checkpoints"
     found = [*record.glob("nodes/**/*"), *record.glob("nodes.json")]
     kept = sorted(str(path.relative_to(record)) for path in found if path.is_file())
-    return kept, checkpoint.read(last)["progress"]["step"] if last.is_file() else 0
+    return kept, checkpoint_of(last)["progress"]["step"] if has_checkpoint(last)() else 0
 
 
 def same_files(folder: Path, name: str, *patterns: str) -> list[str]:
@@ -158,8 +158,7 @@ def test_so_are_fake_score_head_average_and_optimizers(ended, name):
 def same_checkpoints(folder: Path, name: str) -> dict[str, Any]:
     """The networks of the last checkpoints of both runs, whose tensors are the same bit for bit."""
     whole, parts = (
-        torch.load(folder / f"{name}-{kind}/runs/run/distill/checkpoints/last.ckpt", weights_only=True)
-        for kind in ("whole", "parts")
+        checkpoint_of(folder / f"{name}-{kind}/runs/run/distill/checkpoints") for kind in ("whole", "parts")
     )
     one, other = (dict(tensors({k: s[k] for k in ("networks", "ema", "optimizers")})) for s in (whole, parts))
     assert len(one) >= 4 * len(whole["networks"]["student"])
@@ -221,9 +220,9 @@ def test_disback_on_two_processes_killed_while_recording_and_on_the_way_back(tmp
     run = parts / "runs/run"
     kill_when(parts, options, (run / "record/nodes/002/model.json").is_file)
     assert not (run / "record/nodes.json").exists()
-    last = run / "distill/checkpoints/last.ckpt"
-    kill_when(parts, options, last.is_file)
-    assert Backtrack(4, 9).target(checkpoint.read(last)["progress"]["step"])[0] > 0
+    last = run / "distill/checkpoints"
+    kill_when(parts, options, has_checkpoint(last))
+    assert Backtrack(4, 9).target(checkpoint_of(last)["progress"]["step"])[0] > 0
     run_verb(parts, "train", *options)
     assert (
         len(same_files(tmp_path, "disback", "*/model.safetensors", "record/nodes/**/*", "record/nodes.json"))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from checkpoint_support import has_checkpoint
 from tests_support import ROOT, environment
 
 TOY = ("recipe=toy_instaflow", "profile=smoke", "cluster=local")
@@ -93,7 +94,7 @@ def test_a_signal_in_the_middle_of_a_stage_on_two_nodes(folder: Path):
     assert ended(whole) == "COMPLETED"
     run = folder / "runs/parts"
     parts = submitted(folder, *options, "name=parts")
-    until((run / "reflow/checkpoints/last.ckpt").is_file, "no checkpoint")
+    until(has_checkpoint(run / "reflow/checkpoints"), "no checkpoint")
     slurm("scancel", "--signal=USR1", parts)
     until((run / "stopped.json").is_file, "the signal did not stop the run")
     assert ended(parts) == "COMPLETED"

@@ -156,7 +156,11 @@ SPOILED: list[tuple[str, Any, str]] = [
         "evaluations.jsonl, line 1: found 5, expected a mapping",
     ),
     ("logs/metrics.jsonl", lambda p: p.write_text("{}\n"), "metrics.jsonl, line 1: step: found None"),
-    ("checkpoints/last.ckpt", flipped, "last.ckpt: not a readable checkpoint.*redo=teacher"),
+    (
+        "checkpoints",
+        lambda p: [flipped(file) for file in p.glob("*/state.pt")],
+        r"step_\d+: not a readable checkpoint \(state.pt: .*redo=teacher",
+    ),
 ]
 
 

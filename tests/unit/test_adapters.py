@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_support import checkpoint_of
 from method_support import mlp, optim, state, trained
 from torch import nn
 
-from distill.engine.checkpoint import read
 from distill.engine.module import DistillModule
 from distill.methods.consistency import Consistency
 from distill.methods.degrade import Degrade
@@ -115,7 +115,7 @@ def test_a_method_trains_adapters_alone_and_resumes_bit_equal(name, tmp_path):
             if ".lora_" not in key:
                 assert torch.equal(value, base[key.removeprefix("net.").replace(".layer.", ".")]), key
     # Checkpoints hold the adapters, and what a GAN's head has.
-    stored = read(tmp_path / "whole" / "last.ckpt")
+    stored = checkpoint_of(tmp_path / "whole")
     for role, values in [*stored["networks"].items(), *stored["ema"].items()]:
         assert values
         assert role == "head" or all(".lora_" in key for key in values)

@@ -9,10 +9,10 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from checkpoint_support import checkpoint_of
 from lightning.pytorch.callbacks import Callback, Checkpoint, LambdaCallback
 from test_engine import Points, make, weights
 
-from distill.engine import checkpoint
 from distill.engine.callbacks import CheckpointCallback
 from distill.engine.fit import Fit, _OneProcess, train
 from distill.engine.hooks import WITHIN_STEPS
@@ -73,7 +73,7 @@ def test_states_and_optimizers_are_restored_where_lightning_restores_them(tmp_pa
         fit(make(), tmp_path, 3, first)
     assert first.begun == ["setup", ("fit", 0), ("train", 0, 0, [0, 0])]
     # The checkpoint of step 2 holds the state after it.
-    assert checkpoint.read(tmp_path / checkpoint.NAME)["callbacks"] == {"Watching": {"batches": 3}}
+    assert checkpoint_of(tmp_path)["callbacks"] == {"Watching": {"batches": 3}}
     fit(make(), tmp_path, 3, second)
     assert second.begun == ["setup", "state", ("fit", 3), ("train", 3, 2, [2, 2])]
     assert second.counts == [(4, 4), (5, 5)]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_support import checkpoint_of
 from method_support import (
     GaussianMap,
     draws,
@@ -27,7 +28,6 @@ from torch import Tensor, nn
 
 from distill.data.batch import Batch
 from distill.data.cond import Cond
-from distill.engine import checkpoint
 from distill.engine.module import DistillModule
 from distill.methods.consistency import Consistency
 from distill.methods.consistency_training import ConsistencyTraining
@@ -418,7 +418,7 @@ def test_continuing_equals_not_stopping_target_included(name: str, tmp_path: Pat
     (whole, classes), (first, _), (second, _) = fresh(), fresh(), fresh()
     trained(whole, tmp_path / "whole", 12, classes)
     trained(first, tmp_path / "parts", 6, classes)
-    kept = checkpoint.read(tmp_path / "parts" / checkpoint.NAME)
+    kept = checkpoint_of(tmp_path / "parts")
     assert sorted(kept["ema"]) == (["student"] if name == "ect" else ["student", "target"])
     assert sorted(kept["networks"]) == ["student"]
     trained(second, tmp_path / "parts", 12, classes)

@@ -10,13 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_support import checkpoint_of, content, edited, former_file, last
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers.logger import DummyLogger
 from test_engine import Affine, Points, Two, fit, make, settings, weights
 
 from distill.engine import checkpoint
 from distill.engine.fit import Fit, train
+from distill.engine.former import content_digest
 from distill.engine.schedule import Constant, Linear
+from distill.engine.stored import FORMER
 from distill.engine.update import Loss, Optim, Update
 from distill.methods.disback import DisBack
 from distill.models.denoiser import Denoiser
@@ -130,17 +133,17 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", list(OTHER))
 def test_a_checkpoint_of_another_training_is_refused_by_name(begun: Path, name: str) -> None:
     changes, message = OTHER[name]
-    before = (begun / checkpoint.NAME).read_bytes()
+    before = content(begun)
     with pytest.raises(
-        checkpoint.Refused, match=f"last.ckpt: is the checkpoint of another training: .*{message}"
+        checkpoint.Refused, match=f"step_0000003: is the checkpoint of another training: .*{message}"
     ):
         call(begun, steps=6, **changes)
-    assert (begun / checkpoint.NAME).read_bytes() == before
+    assert content(begun) == before
 
 
 def test_the_same_training_goes_on_in_whatever_way_it_is_written(begun: Path, tmp_path: Path) -> None:
-    shutil.copyfile(begun / checkpoint.NAME, tmp_path / checkpoint.NAME)
-    parts, whole = call(tmp_path, steps=6, lr=5e-2), call(tmp_path / "whole", steps=6)
+    shutil.copytree(begun, tmp_path / "parts")
+    parts, whole = call(tmp_path / "parts", steps=6, lr=5e-2), call(tmp_path / "whole", steps=6)
     assert all(torch.equal(parts[name], whole[name]) for name in whole)
 
 
@@ -179,7 +182,7 @@ def test_the_same_method_object_goes_on_and_does_not_train_elsewhere(tmp_path: P
     whole = fit(make(), tmp_path / "whole", steps=5)
     assert all(torch.equal(value, weights(method)[name]) for name, value in weights(whole).items())
     with pytest.raises(
-        checkpoint.Refused, match=r"b/last.ckpt: missing, but this method was trained for 5 steps"
+        checkpoint.Refused, match=r"b: has no checkpoint, but this method was trained for 5 steps"
     ):
         fit(method, tmp_path / "b", steps=5)
     # Prepared again, it is another training, from its weights.
@@ -202,25 +205,13 @@ def test_longer_training_leaves_seams_and_a_schedule_over_its_length_may_follow(
     call(tmp_path, 4, schedule=Linear(4))
     call(tmp_path, 8, schedule=Linear(8))
     call(tmp_path, 10, schedule=Linear(8))
-    record = checkpoint.read(tmp_path / checkpoint.NAME)["record"]
+    record = checkpoint_of(tmp_path)["record"]
     assert (record["steps"], record["seams"]) == (
         10,
         [{"steps": 4, "reached": 4}, {"steps": 8, "reached": 8}],
     )
     with pytest.raises(checkpoint.Refused, match=r"schedule.fields.total: found 8, expected 9"):
         call(tmp_path, 12, schedule=Linear(9))
-
-
-def edited(folder: Path, target: Path, change: Any, *, certified: bool = False) -> Path:
-    """A folder with a checkpoint that somebody has loaded, changed and saved again."""
-    state = torch.load(folder / checkpoint.NAME, weights_only=True)
-    change(state)
-    if certified:
-        state.pop("sha256")
-        state["sha256"] = checkpoint.content_digest(state)
-    target.mkdir(exist_ok=True)
-    torch.save(state, target / checkpoint.NAME)
-    return target
 
 
 EDITS: list[Any] = [
@@ -230,23 +221,23 @@ EDITS: list[Any] = [
     lambda s: s["progress"].update(seconds=0.0),
     lambda s: s["nonfinite"].update(student=[1, 0, 0]),
     lambda s: s["record"]["made"].update(seed=6),
-    lambda s: s.pop("sha256"),
 ]
 
 
 @pytest.mark.parametrize("number", range(len(EDITS)))
 def test_an_edited_checkpoint_is_refused(begun: Path, tmp_path: Path, number: int) -> None:
     edited(begun, tmp_path, EDITS[number])
-    with pytest.raises(checkpoint.Refused, match="does not fit its sha256"):
+    with pytest.raises(checkpoint.Refused, match=r"not a readable checkpoint .*(sha256|bytes)"):
         call(tmp_path, steps=6)
 
 
 def test_a_mixture_of_two_checkpoints_is_refused(begun: Path, tmp_path: Path) -> None:
     call(tmp_path / "longer", steps=5)
-    longer = checkpoint.read(tmp_path / "longer" / checkpoint.NAME)
-    edited(begun, tmp_path, lambda state: state.update(networks=longer["networks"]))
+    shutil.copytree(begun, tmp_path / "mixed")
+    shard = next(last(tmp_path / "longer").glob("shard_*"))
+    shutil.copyfile(shard, last(tmp_path / "mixed") / shard.name)
     with pytest.raises(checkpoint.Refused, match="does not fit its sha256"):
-        call(tmp_path, steps=6)
+        call(tmp_path / "mixed", steps=6)
 
 
 NUMBERS: list[tuple[Any, str]] = [
@@ -261,12 +252,6 @@ NUMBERS: list[tuple[Any, str]] = [
         r"optimizers.fake: found 7 steps, expected 5",
     ),
     (lambda s: s["record"].update(steps=2), r"progress.step: found 3, expected at most the planned 2"),
-    (lambda s: s["networks"]["fake"]["net.w"].fill_(math.nan), r"network 'fake': weights are not finite"),
-    (lambda s: s["ema"]["student"]["net.w"].fill_(math.inf), r"average 'student': weights are not finite"),
-    (
-        lambda s: s["optimizers"]["fake"]["fake.net.b"]["exp_avg_sq"].fill_(math.inf),
-        r"optimizer 'fake': exp_avg_sq of fake.net.b is not finite",
-    ),
 ]
 
 
@@ -280,12 +265,43 @@ def test_numbers_that_do_not_agree_are_refused_even_with_a_fitting_digest(
         call(tmp_path, steps=6)
 
 
-def test_the_file_of_an_earlier_version_says_why(begun: Path, tmp_path: Path) -> None:
-    edited(begun, tmp_path, lambda s: s.update(schema=1))
-    with pytest.raises(checkpoint.Refused, match="schema: found 1, expected 2: an earlier version wrote it"):
+def test_the_file_of_an_earlier_version_is_continued(begun: Path, tmp_path: Path) -> None:
+    whole = call(tmp_path / "whole", steps=6)
+    former_file(begun, tmp_path / "parts")
+    parts = call(tmp_path / "parts", steps=6)
+    assert all(torch.equal(parts[name], whole[name]) for name in whole)
+    assert [path.name for path in sorted((tmp_path / "parts").iterdir())] == ["last.ckpt", "step_0000006"]
+    call(tmp_path / "parts", steps=8)
+    assert [p.name for p in sorted((tmp_path / "parts").iterdir())] == ["step_0000006", "step_0000008"]
+
+
+FORMER_FILES: list[tuple[Any, str]] = [
+    (lambda s: s["networks"]["fake"]["net.w"].fill_(math.nan), r"network 'fake': weights are not finite"),
+    (lambda s: s["ema"]["student"]["net.w"].fill_(math.inf), r"average 'student': weights are not finite"),
+    (
+        lambda s: s["optimizers"]["fake"]["fake.net.b"]["exp_avg_sq"].fill_(math.inf),
+        r"optimizer 'fake': exp_avg_sq of fake.net.b is not finite",
+    ),
+    (lambda s: s.pop("ema"), r"not a readable checkpoint \(ema: missing\)"),
+    (lambda s: s.update(schema=1), "schema: found 1, expected 2: an earlier version wrote it"),
+]
+
+
+def test_the_file_of_an_earlier_version_says_what_is_wrong(begun: Path, tmp_path: Path) -> None:
+    for change, message in FORMER_FILES:
+        state = torch.load(former_file(begun, tmp_path), weights_only=True)
+        del state["sha256"]
+        change(state)
+        torch.save(state | {"sha256": content_digest(state)}, tmp_path / FORMER)
+        with pytest.raises(checkpoint.Refused, match=message):
+            call(tmp_path)
+    state = torch.load(former_file(begun, tmp_path), weights_only=True)
+    state["progress"]["seconds"] = 0.0
+    torch.save(state, tmp_path / FORMER)
+    with pytest.raises(checkpoint.Refused, match=r"last.ckpt: .*does not fit its sha256"):
         call(tmp_path)
-    (tmp_path / checkpoint.NAME).unlink()
-    (tmp_path / checkpoint.NAME).mkdir()
+    (tmp_path / FORMER).unlink()
+    (tmp_path / FORMER).mkdir()
     with pytest.raises(checkpoint.Refused, match="not a regular file"):
         call(tmp_path)
 
@@ -295,16 +311,17 @@ def test_averages_and_moments_that_are_not_finite_never_replace_a_checkpoint(
     tmp_path: Path, part: str
 ) -> None:
     method = fit(make(), tmp_path, steps=2)
-    path = tmp_path / checkpoint.NAME
-    good = path.read_bytes()
+    good = content(tmp_path)
     with torch.no_grad():
         if part == "average":
             method.ema["student"].net.b[0] = math.nan
         else:
             method.optimizers_by_key["fake"].state[method.fake.net.w]["exp_avg"][0] = math.inf
-    with pytest.raises(FloatingPointError, match=f"{part} '.*not finite; last good checkpoint: .*last.ckpt"):
-        checkpoint.save(path, method, {})
-    assert path.read_bytes() == good
+    with pytest.raises(
+        FloatingPointError, match=f"{part} '.*not finite; last good checkpoint: .*step_0000002"
+    ):
+        checkpoint.save(tmp_path, method, {})
+    assert content(tmp_path) == good
 
 
 class Noded(Scaled):
@@ -322,9 +339,9 @@ def test_model_folders_are_known_by_their_weights_and_not_by_their_place(tmp_pat
         method.prepare({"student": settings(), "fake": settings(ema=None)}, seed=5)
         train(method, Points(), Fit(2, 8), folder=tmp_path / "run")
 
-    for name, content in (("a", b"one"), ("b", b"one"), ("c", b"two")):
+    for name, text in (("a", b"one"), ("b", b"one"), ("c", b"two")):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "model.safetensors").write_bytes(content)
+        (tmp_path / name / "model.safetensors").write_bytes(text)
     noded(tmp_path / "a")
     noded(tmp_path / "b")
     with pytest.raises(checkpoint.Refused, match=r"options.nodes: found"):
@@ -403,7 +420,7 @@ def test_training_goes_on_with_the_threads_of_its_checkpoint(tmp_path: Path) -> 
         torch.set_num_threads(1)
         call(tmp_path, steps=4)
         assert torch.get_num_threads() == 2
-        state = torch.load(tmp_path / checkpoint.NAME, weights_only=True)
+        state = checkpoint_of(tmp_path)
         assert state["threads"] == 2
     finally:
         torch.set_num_threads(before)

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import copy
 import math
-import struct
-import zipfile
 from collections import Counter, OrderedDict, defaultdict
 from functools import partial
 from pathlib import Path
@@ -14,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checkpoint_support import checkpoint_of, content, flip, last, opened
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
@@ -145,7 +144,7 @@ def test_two_updates_share_one_iteration(tmp_path):
 def test_frozen_networks_are_neither_registered_nor_saved(tmp_path):
     method = fit(make(), tmp_path, steps=3)
     assert not any("teacher" in name for name, _ in method.named_parameters())
-    state = checkpoint.read(tmp_path / checkpoint.NAME)
+    state = checkpoint_of(tmp_path)
     assert sorted(state) == [
         "ema",
         "method",
@@ -155,7 +154,6 @@ def test_frozen_networks_are_neither_registered_nor_saved(tmp_path):
         "progress",
         "record",
         "sampler",
-        "schema",
         "threads",
         "torch",
     ]
@@ -220,7 +218,7 @@ def test_too_many_nonfinite_steps_of_a_thousand_end_the_run(tmp_path):
     # 50 are allowed; with five more in 200 .. 299 the 51st is iteration 900, in whichever session it comes.
     fit(flaky(), tmp_path / "parts", steps=400, checkpoint_every=40)
     with pytest.raises(
-        FloatingPointError, match=r"'fake'.*in 51 of at most 1000 steps.*last.ckpt at step 440"
+        FloatingPointError, match=r"'fake'.*in 51 of at most 1000 steps.*step_0000440 at step 440"
     ):
         fit(flaky(), tmp_path / "parts", steps=510, checkpoint_every=40)
 
@@ -250,26 +248,28 @@ def test_errors_name_the_field(tmp_path):
     with pytest.raises(ValueError, match="trains no network"):
         Update("student", {}, method.student_loss)
     fit(make(), tmp_path / "a", steps=2)
-    state = torch.load(tmp_path / "a" / checkpoint.NAME, weights_only=True)
-    del state["ema"]["student"]
+    found = opened(tmp_path / "a")
+    found.state["ema"].remove("student")
     with pytest.raises(ValueError, match=r"ema: found \[\], this method has \['student'\]"):
-        checkpoint.restore(state, make(), where=tmp_path)
-    (tmp_path / "a" / checkpoint.NAME).write_bytes(b"half a file")
-    with pytest.raises(ValueError, match="not a readable checkpoint"):
+        checkpoint.begin(found, make())
+    (last(tmp_path / "a") / "state.pt").write_bytes(b"half a file")
+    with pytest.raises(
+        ValueError, match=r"not a readable checkpoint \(state.pt: found 11 bytes, expected \d+\)"
+    ):
         fit(make(), tmp_path / "a", steps=3)
 
 
 def test_weights_that_are_not_finite_never_replace_a_checkpoint(tmp_path):
     method = fit(make(), tmp_path, steps=2)
-    path = tmp_path / checkpoint.NAME
-    good = path.read_bytes()
+    good = content(tmp_path)
     with torch.no_grad():
         method.fake.net.b[0] = float("inf")
     with pytest.raises(
-        FloatingPointError, match=r"network 'fake': weights are not finite; last good checkpoint: .*last.ckpt"
+        FloatingPointError,
+        match=r"network 'fake': weights are not finite; last good checkpoint: .*step_0000002",
     ):
-        checkpoint.save(path, method, {})
-    assert path.read_bytes() == good
+        checkpoint.save(tmp_path, method, {})
+    assert content(tmp_path) == good
 
 
 class Text(str):
@@ -300,34 +300,47 @@ UNREADABLE = {
 
 def test_a_state_that_cannot_be_read_again_never_replaces_a_checkpoint(tmp_path):
     method = fit(make(), tmp_path, steps=1)
-    path = tmp_path / checkpoint.NAME
-    before, record = path.read_bytes(), checkpoint.read(path)["record"]
+    before, record = content(tmp_path), checkpoint_of(tmp_path)["record"]
     for message, kept in UNREADABLE.items():
         with pytest.raises(ValueError, match="callbacks: Keeping: state_dict" + message):
-            checkpoint.save(path, method, record, [Keeping(kept)])
+            checkpoint.save(tmp_path, method, record, [Keeping(kept)])
     method.state = lambda: {"a": Text("b")}
     with pytest.raises(ValueError, match=r"method\['a'\]: found Text"):
-        checkpoint.save(path, method, record)
-    assert path.read_bytes() == before
+        checkpoint.save(tmp_path, method, record)
+    assert content(tmp_path) == before
     method.state = dict
     kept = {"a": OrderedDict(b=(1, None, True)), 3: [1.5, nn.Parameter(torch.ones(2))], "": {}}
-    checkpoint.save(path, method, record, [Keeping(kept)])
-    found = checkpoint.read(path)["callbacks"]["Keeping"]
+    checkpoint.save(tmp_path, method, record, [Keeping(kept)])
+    found = checkpoint_of(tmp_path)["callbacks"]["Keeping"]
     assert torch.equal(found[3].pop(), kept[3].pop())
     assert found == kept
 
 
-def test_a_flipped_bit_in_a_checkpoint_is_found(tmp_path):
-    fit(make(), tmp_path, steps=2)
-    path = tmp_path / checkpoint.NAME
-    data = bytearray(path.read_bytes())
-    with zipfile.ZipFile(path) as archive:
-        entry = next(e for e in archive.infolist() if e.filename.endswith("data/0"))
-    name, extra = struct.unpack_from("<HH", data, entry.header_offset + 26)
-    data[entry.header_offset + 30 + name + extra] ^= 1  # the first byte of the first tensor
-    path.write_bytes(bytes(data))
-    with pytest.raises(ValueError, match="not a readable checkpoint"):
-        checkpoint.read(path)
+@pytest.mark.parametrize("name", ["shard_00000.safetensors", "state.pt", "MANIFEST.json"])
+def test_a_flipped_bit_is_found_and_the_checkpoint_before_continued(tmp_path, name):
+    """With the end of an unbroken training; without an earlier checkpoint, training is refused."""
+    fit(make(), tmp_path / "whole", steps=6)
+    fit(make(), tmp_path / "a", steps=4, checkpoint_every=2)
+    assert [p.name for p in sorted((tmp_path / "a").iterdir())] == ["step_0000002", "step_0000004"]
+    flip(tmp_path / "a/step_0000004" / name)
+    (tmp_path / "a/.step_0000005.part").mkdir()
+    (tmp_path / "a/.step_0000005.part/state.pt").write_bytes(b"half")
+    message = (
+        rf"step_0000004: not a readable checkpoint \({name}: .*\): deleted, and an earlier one continued"
+    )
+    with pytest.warns(UserWarning, match=message):
+        method = fit(make(), tmp_path / "a", steps=6, checkpoint_every=100)
+    assert [p.name for p in sorted((tmp_path / "a").iterdir())] == ["step_0000002", "step_0000006"]
+    whole = checkpoint_of(tmp_path / "whole")
+    for role, own in checkpoint_of(tmp_path / "a")["networks"].items():
+        assert all(torch.equal(value, whole["networks"][role][key]) for key, value in own.items())
+    assert method.progress.step == 6
+    for folder in (tmp_path / "a").iterdir():
+        (folder / name).unlink()
+    with pytest.raises(
+        checkpoint.Refused, match=rf"step_0000006: .*\({name}: missing.*step_0000002: .*{name}: missing"
+    ):
+        fit(make(), tmp_path / "a", steps=8)
 
 
 def test_a_network_is_in_training_mode_in_its_own_update_alone(tmp_path):

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_support import checkpoint_of
 from hydra.utils import get_class
 
-from distill.engine import checkpoint
 from distill.files import read_json
 from distill.methods.progressive import Progressive
 from distill.models.native import load_model
@@ -436,7 +436,7 @@ def test_killed_inside_a_round_and_continued_equals_not_stopping(
         with pytest.raises(Killed):
             run(config, name="parts", recipe_name="toy")
     folder = tmp_path / "parts"
-    left = checkpoint.read(folder / "distill_2" / "checkpoints" / checkpoint.NAME)
+    left = checkpoint_of(folder / "distill_2" / "checkpoints")
     assert left["progress"]["step"] == 2
     assert [entry.state for entry in plan(config, folder, 0)][:4] == [
         "finished",

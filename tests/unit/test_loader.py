@@ -11,6 +11,7 @@ from functools import partial
 
 import pytest
 import torch
+from checkpoint_support import has_checkpoint
 from engine_support import Points
 from shard_support import members, numbers, write_shards
 
@@ -18,7 +19,6 @@ from distill.data.digits import Digits
 from distill.data.machine import available_cores
 from distill.data.source import StepLoader, _end_workers
 from distill.data.webdataset import Shards
-from distill.engine import checkpoint
 from distill.engine.fit import Fit, train
 from distill.engine.schedule import Constant
 from distill.engine.update import Optim
@@ -188,4 +188,4 @@ def test_training_with_workers_and_a_kill(tmp_path):
     whole, parts = trained("whole", (6, 0)), trained("parts", (3, 2), (6, 1))
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    assert (tmp_path / "parts" / checkpoint.NAME).is_file()
+    assert has_checkpoint(tmp_path / "parts")()

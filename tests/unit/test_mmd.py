@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_support import checkpoint_of
 from method_support import DoubleDraws, double_step, mlp, optim, prepared, ring_batch, state
 from tests_support import forked
 from torch import Tensor, nn
@@ -311,7 +312,7 @@ def test_features_of_a_network_are_frozen_scaled_and_recorded(tmp_path: Path) ->
     assert method.space.scale == pytest.approx(1.0)  # norm 8 in 64 dimensions
     assert method.frozen["features"].sha256 == extractor.sha256
     assert all(p.grad is None and not p.requires_grad for p in method.frozen["features"].parameters())
-    saved = checkpoint.read(tmp_path / checkpoint.NAME)
+    saved = checkpoint_of(tmp_path)
     assert saved["method"] == {"scale": method.space.scale}
     assert "features" not in saved["networks"]
 
@@ -430,7 +431,7 @@ def test_a_killed_training_goes_on_bit_equal(tmp_path: Path) -> None:
     parts.mkdir()
     assert forked(kill_at, whole, None) == 0
     assert forked(kill_at, parts, 5) == -signal.SIGKILL
-    saved = checkpoint.read(parts / "c" / checkpoint.NAME)
+    saved = checkpoint_of(parts / "c")
     assert saved["progress"]["step"] == 3
     assert set(saved["method"]) == {"scale", "gamma"}
     assert forked(kill_at, parts, None) == 0

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_support import checkpoint_of
 from engine_support import SHAPE, Headed, Matching, Points, base, denoiser, head_only, prepared
 from tests_support import forked
 
 from distill.data.cond import Cond
-from distill.engine import checkpoint
 from distill.engine.fit import Fit, train
 from distill.engine.params import ParameterSet
 from distill.engine.update import Diagnostics, Loss, Update
@@ -37,7 +37,7 @@ def test_a_head_alone_is_trained_averaged_and_saved(tmp_path: Path) -> None:
     fit(method, tmp_path)
     for name, value in method.student.state_dict().items():
         assert torch.equal(value, before[name]) != (name in HEAD), name
-    state = checkpoint.read(tmp_path / checkpoint.NAME)
+    state = checkpoint_of(tmp_path)
     for part in ("networks", "ema"):
         assert all(sorted(tensors) == HEAD for tensors in state[part].values()), part
     assert sorted(state["ema"]) == ["student", "target"]
@@ -106,7 +106,7 @@ def test_a_killed_training_of_a_head_goes_on_bit_equal(tmp_path: Path) -> None:
     parts.mkdir()
     assert forked(kill_at, whole, None) == 0
     assert forked(kill_at, parts, 7) == -signal.SIGKILL
-    assert checkpoint.read(parts / "c" / checkpoint.NAME)["progress"]["step"] == 6
+    assert checkpoint_of(parts / "c")["progress"]["step"] == 6
     assert forked(kill_at, parts, None) == 0
     one, other = (torch.load(folder / "end.pt", weights_only=True) for folder in (whole, parts))
     assert len(one) > 20

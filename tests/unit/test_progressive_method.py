@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_support import checkpoint_of
 from method_support import (
     GaussianMap,
     draws,
@@ -25,7 +26,6 @@ from method_support import (
 from torch import Tensor, nn
 
 from distill.data.cond import Cond
-from distill.engine import checkpoint
 from distill.engine.module import DistillModule
 from distill.methods.denoising import Denoising
 from distill.methods.guided import Guided
@@ -274,7 +274,7 @@ def test_continuing_equals_not_stopping(name: str, tmp_path: Path) -> None:
     (whole, classes), (first, _), (second, _) = fresh(), fresh(), fresh()
     trained(whole, tmp_path / "whole", 10, classes)
     trained(first, tmp_path / "parts", 5, classes)
-    kept = checkpoint.read(tmp_path / "parts" / checkpoint.NAME)
+    kept = checkpoint_of(tmp_path / "parts")
     assert (sorted(kept["networks"]), sorted(kept["ema"])) == (["student"], ["student"])
     assert SamplerSpec.from_dict(kept["sampler"]) == first.result().sampler
     trained(second, tmp_path / "parts", 10, classes)

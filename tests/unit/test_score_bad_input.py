@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_support import edited
 from hydra import compose, initialize_config_dir
 from method_support import mlp, nested, optim, prepared, ring_batch, step, trained
 from omegaconf import OmegaConf
 from torch import nn
 
 from distill.data.cond import Cond
-from distill.engine import checkpoint
 from distill.files import read_json, write_json
 from distill.methods.degrade import Degrade
 from distill.methods.disback import DisBack
@@ -553,7 +553,7 @@ def test_a_begun_run_is_not_continued_with_other_settings(tmp_path: Path) -> Non
         entry.folder.mkdir(parents=True)
         write_json(entry.folder / "identity.json", entry.identity | {"input_files": {}})
         (entry.folder / "checkpoints").mkdir()
-        (entry.folder / "checkpoints" / checkpoint.NAME).touch()
+        (entry.folder / "checkpoints/step_0000002").mkdir()
     again = plan(composed(*BEGUN), tmp_path, 0)
     refuse_changes(again, tmp_path)
     assert {e.name: e.state for e in again}["distill"] == "interrupted"
@@ -583,14 +583,11 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
 def test_a_checkpoint_without_a_fake_score_is_refused(tmp_path: Path) -> None:
     """It would start again as the teacher."""
     method = prepared(SiD(mlp(Flow(), seed=1), mlp(Flow())))
-    trained(method, tmp_path, 1)
-    kept = checkpoint.read(tmp_path / checkpoint.NAME)
-    del kept["networks"]["fake"]
-    kept["sha256"] = checkpoint.content_digest(kept)
-    torch.save(kept, tmp_path / checkpoint.NAME)
+    trained(method, tmp_path / "begun", 1)
+    edited(tmp_path / "begun", tmp_path / "run", lambda kept: kept["networks"].pop("fake"), certified=True)
     other = SiD(mlp(Flow(), seed=1), mlp(Flow()))
     other.prepare({update.name: optim() for update in other.updates()}, seed=5)
     with pytest.raises(
         ValueError, match=r"networks: found \['student'\], this method has \['fake', 'student'\]"
     ):
-        trained(other, tmp_path, 2)
+        trained(other, tmp_path / "run", 2)

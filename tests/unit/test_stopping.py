@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_support import checkpoint_of
 from test_engine import Points, fit, make, weights
 from tests_support import forked
 
 from distill import interrupt
-from distill.engine import checkpoint
 from distill.engine.fit import Fit, train
 
 
@@ -41,7 +41,7 @@ def stopping(folder: Path, act: Callable[[], object], at: int = 4, steps: int = 
 
 
 def saved(folder: Path) -> int:
-    return int(checkpoint.read(folder / checkpoint.NAME)["progress"]["step"])
+    return int(checkpoint_of(folder)["progress"]["step"])
 
 
 def test_ctrl_c_raises_keyboard_interrupt_and_the_next_call_goes_on(tmp_path: Path) -> None:

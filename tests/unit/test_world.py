@@ -213,12 +213,12 @@ def test_a_warning_that_comes_while_the_command_starts_is_kept() -> None:
 
 
 class Stage:
-    FILES = ("checkpoints/last[.]ckpt", "logs/metrics[.]jsonl")
+    FILES = ("checkpoints/step_0000004/state[.]pt", "logs/metrics[.]jsonl")
 
 
 def test_starts_without_progress_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DISTILL_START", "5.1")
-    checkpoint = tmp_path / "run/train/checkpoints/last.ckpt"
+    checkpoint = tmp_path / "run/train/checkpoints/step_0000004/state.pt"
     log = tmp_path / "run/train/logs/metrics.jsonl"
     for file in (checkpoint, log):
         file.parent.mkdir(parents=True)
@@ -236,7 +236,7 @@ def test_starts_without_progress_are_counted(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_file_of_the_main_process_is_waited_for(tmp_path: Path) -> None:
-    path = tmp_path / "last.ckpt"
+    path = tmp_path / "state.pt"
     path.write_bytes(b"abc")
     await_file(path, stamp(path))
     wanted = stamp(path)
