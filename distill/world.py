@@ -158,7 +158,7 @@ def _tried(do: Callable[[], Value]) -> tuple[Value | None, Exception | None]:
 
 
 def _plain(error: Exception | None) -> type[Exception] | None:
-    return error and next((kind for kind in PLAIN if isinstance(error, kind)), RuntimeError)
+    return None if error is None else next((k for k in PLAIN if isinstance(error, k)), RuntimeError)
 
 
 def _raise(told: Sequence[tuple[type[Exception] | None, str]], own: Exception | None) -> None:

@@ -21,7 +21,7 @@ from distill.engine.ema import EmaUpdater
 from distill.engine.hooks import StepHooks
 from distill.engine.networks import check_apart, check_model, frozen_copy
 from distill.engine.nonfinite import NonFinite, bad_step, step_unless
-from distill.engine.parallel import full_norm, make_mesh, net_of, shard_networks
+from distill.engine.parallel import full, make_mesh, net_of, shard_networks
 from distill.engine.params import ParameterSet
 from distill.engine.progress import Progress
 from distill.engine.running import Running
@@ -326,7 +326,7 @@ class DistillModule(L.LightningModule):
         # One call for all tensors: torch's default on GPUs, and on CPUs the same sums without a Python call a tensor.
         together = True if self.world.size == 1 else None
         gradients = [p.grad for p in parameters if p.grad is not None]
-        norm = full_norm(torch.nn.utils.get_total_norm(gradients, foreach=together))
+        norm = full(torch.nn.utils.get_total_norm(gradients, foreach=together))
         step = update.runs_before(iteration)
         bad = bad_step(self.world, norm, logs[f"{update.name}/loss"])
         self.nonfinite.count(update.name, step, bad)

@@ -170,14 +170,6 @@ def sync_gradients(modules: Iterable[FSDPModule], now: bool) -> None:
         module.set_requires_gradient_sync(now, recurse=False)
 
 
-def full(value: Any) -> Any:
-    """A tensor with all its shards on the CPU, and whole numbers as they are. Collective: every process calls
-    it in one order."""
-    if is_sharded(value):
-        value = value.full_tensor()
-    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
-
-
 def is_sharded(value: Any) -> TypeGuard[DTensor]:
     """Whether a value is a DTensor; none can exist before their package is imported."""
     package = sys.modules.get("torch.distributed.tensor")
@@ -189,21 +181,20 @@ def local(value: Tensor) -> Tensor:
     return value.to_local() if is_sharded(value) else value
 
 
-def full_norm(norm: Tensor) -> Tensor:
-    """A gradient norm as a plain tensor on its device; of sharded gradients, the norm over all shards.
-    Collective."""
-    return norm.full_tensor() if is_sharded(norm) else norm
+def full(value: Tensor) -> Tensor:
+    """A tensor with all its shards, on its device; of sharded gradients' norms, the norm over all shards. Collective."""
+    return value.full_tensor() if is_sharded(value) else value
 
 
-def full_state(module: nn.Module) -> dict[str, Tensor]:
-    """`state_dict` of a module as plain CPU tensors, sharded or not; of an adapted net, the adapter's. Collective."""
-    state = module.state_dict()
-    return full_values({name: state[name] for name in own_names(module)})
-
-
-def full_values(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same values as plain CPU tensors. Collective."""
-    return {name: full(value) for name, value in state.items()}
+def full_state(module: nn.Module, keep: bool = True) -> dict[str, Tensor]:
+    """`state_dict` of a module as plain CPU tensors, sharded or not; of an adapted net, the adapter's. One tensor at a time is
+    gathered. Collective; on processes without `keep` nothing is copied, and the result is empty."""
+    state, found = module.state_dict(), {}
+    for name in own_names(module):
+        value = full(state[name])
+        if keep:
+            found[name] = value.detach().to("cpu", copy=True)
+    return found
 
 
 @torch.no_grad()

@@ -281,7 +281,7 @@ class Train(ModelStage):
         def save(folder: Path) -> None:
             """The student as it is now, as a model folder. Collective."""
             made = method.as_generator()
-            weights, spec = full_state(made.denoiser.net), made.spec
+            weights, spec = full_state(made.denoiser.net, keep=context.world.main), made.spec
             if isinstance(source, Pairs) and self.teacher is None:  # else the data are not what is learned
                 spec = of_pairs(spec, made.denoiser, source.header)
             if context.world.main:

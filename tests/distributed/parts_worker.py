@@ -128,7 +128,7 @@ def job_lora(world: World, folder: Path) -> None:
         held = {id(p): p for network in networks for p in network.parameters()}
         local = [p.to_local() if is_sharded(p) else p for p in held.values()]
         found = {
-            f"{part}.{role}.{key}": full(value)
+            f"{part}.{role}.{key}": full(value).clone()
             for part, group in (("net", method.networks), ("ema", method.ema), ("frozen", method.frozen))
             for role, network in group.items()
             for key, value in network.state_dict().items()

@@ -179,7 +179,7 @@ def job_gradients(world: World, folder: Path) -> None:
         def note(optimizer, *_):
             for group in optimizer.param_groups:
                 for p in group["params"]:
-                    found.setdefault(names[id(p)], full(p.grad))
+                    found.setdefault(names[id(p)], full(p.grad).clone())
 
         for optimizer in optimizers:
             optimizer.register_step_pre_hook(note)
@@ -259,10 +259,10 @@ def job_poison(world: World, folder: Path) -> None:
 
     def noted(update, batch, shared, iteration):
         weight = method.fake.net.stem.weight
-        old = full(weight)
+        old = full(weight).detach().clone()
         logs = original(update, batch, shared, iteration)
         if update.name == "fake":
-            before[iteration] = (full(weight) - old).abs().max()
+            before[iteration] = (full(weight).detach() - old).abs().max()
         return logs
 
     method._run = noted
