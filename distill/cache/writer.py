@@ -4,7 +4,7 @@ not what it wrote."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from distill.models.time_grid import TimeGrid
 from distill.world import World
 
 SHARD_BYTES = 64 * 2**20
-WRITTEN = "shards.json"  # sha256 of the shards of an unfinished cache
+WRITTEN = "shards.json"  # sha256 of the shards of an unfinished cache of an earlier version
 
 
 def shard_rows(sample_shape: tuple[int, ...], shard_bytes: int = SHARD_BYTES, states: int = 0) -> int:
@@ -43,16 +43,14 @@ def make_pairs(
     *,
     batch_size: int,
     device: torch.device,
-    world: World,
-    on_samples: Callable[[int], None],
-) -> Tensor | None:
+    on_batch: Callable[[int], None],
+) -> Tensor:
     """[n,K,*S] float32 states of the teacher's transport at the header's times for the samples `ids`, or [n,1,*S] endpoints
-    without times; on the CPU of the main process, None elsewhere. Refuses non-finite ones. Batches are the same on any number
-    of processes, which share them."""
-    samples, chunks, conditions = {}, ids.split(batch_size), teacher.conditions
+    without times, on the CPU. Refuses non-finite ones. `on_batch(n)` is called after each batch, with its number."""
+    samples, conditions = [], teacher.conditions
     named = None if header.grid is None else TimeGrid.from_dict(header.grid)
     grid = None if named is None else named.make(teacher.process, header.steps)
-    for number, part in world.share(chunks):
+    for number, part in enumerate(ids.split(batch_size)):
         z = sample_noise(header.seed, header.stream, part, header.sample_shape).to(device)
         cond, drawn = conditions.of(part).to(device), header.guidance_of(part)
         # One a sample, of denoisers alone.
@@ -72,9 +70,9 @@ def make_pairs(
             raise FloatingPointError(
                 f"teacher: non-finite samples for ids {bad[:8]} ({len(bad)} of {len(part)})"
             )
-        samples[number] = x0
-        on_samples(sum(len(chunk) for chunk in chunks[number : number + world.size]))
-    return world.collect(samples)
+        samples.append(x0)
+        on_batch(number)
+    return torch.cat(samples)
 
 
 def _check_begun(path: Path, header: Header) -> None:
@@ -101,52 +99,70 @@ def write_pairs(
     on_samples: Callable[[int], None] = lambda count: None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Write all shards that are missing, or are not what was written by the record beside them, then the manifest.
+    """Write all shards that are missing, or are not what was written by the note beside them, then the manifest.
     `on_samples(n)` is called for every n samples that exist, `tell(line)` for every shard that is written again, with the
     reason.
 
-    A folder that was begun with another header is refused. With several processes each makes a part of every
-    shard and the main one writes."""
+    Each process makes, writes and hashes whole shards, every `world.size`-th one, so files do not depend on the number of
+    processes. A folder that was begun with another header is refused."""
     device, world, teacher = torch.device(device), world or World(), teacher.to(device).eval()
-    begun = folder / HEADER
-    world.decided(lambda: _check_begun(begun, header))
-    written = recorded(folder, header) if world.main else {}
-    if world.main:
-        write_json(begun, header.to_dict())
-        write_weights(folder, teacher.decoder)
-    shards = []
+    known = world.decided(lambda: _begin(folder, teacher, header))
     vocabulary = len(codebook_of(teacher.decoder)) if header.column == "tokens" else 0
     stored_shape = next(iter(sample_column(header).values()))[0]
     pieces = torch.arange(header.count).split(shard_rows(stored_shape, shard_bytes, len(header.times or ())))
-    for number, ids in enumerate(pieces):
-        path = folder / f"pairs-{number:05d}.safetensors"
-        reason = check_shard(path, header, ids, written.get(path.name), vocabulary) if world.main else ""
-        if world.any(bool(reason)):
-            if world.main and path.is_file():
-                tell(f"{path}: {reason}; made again")
-            made = make_pairs(
-                teacher,
-                header,
-                ids,
-                batch_size=batch_size,
-                device=device,
-                world=world,
-                on_samples=on_samples,
-            )
-            if made is not None:
-                known = {"ids": ids, **teacher.conditions.columns(ids)}
-                write_safetensors(path, known | stored(teacher, header, made))
-                written[path.name] = sha256_file(path)
-                write_json(folder / WRITTEN, {"header": header.to_dict(), "sha256": written})
-        else:
-            on_samples(len(ids))
-        if world.main:
-            shards.append({"file": path.name, "count": len(ids), "sha256": written[path.name]})
+
+    def made() -> list[tuple[dict[str, Any], str]]:
+        """(entry of the manifest, why it was written again) of this process's shards."""
+        found = []
+        for number, ids in world.share(pieces):
+            path, around = folder / f"pairs-{number:05d}.safetensors", pieces[number : number + world.size]
+            line = ""
+            if reason := check_shard(path, header, ids, known.get(path.name), vocabulary):
+                line = f"{path}: {reason}; made again" if path.is_file() else ""
+                if line:
+                    tell(line)
+
+                def count(batch: int, around: Sequence[Tensor] = around) -> None:
+                    """Of the other processes' shards, the same batch."""
+                    at = batch * batch_size
+                    on_samples(sum(len(ids[at : at + batch_size]) for ids in around))
+
+                states = make_pairs(
+                    teacher, header, ids, batch_size=batch_size, device=device, on_batch=count
+                )
+                columns = {"ids": ids, **teacher.conditions.columns(ids)}
+                write_safetensors(path, columns | stored(teacher, header, states))
+                known[path.name] = sha256_file(path)
+                write_json(_note(path), {"header": header.to_dict(), "sha256": known[path.name]})
+            else:
+                on_samples(sum(map(len, around)))
+            entry = {"file": path.name, "count": len(ids), "sha256": known[path.name]}
+            found.append((entry, line))
+        return found
+
+    parts = world.together(made)
     if world.main:
+        for _, line in (entry for part in parts[1:] for entry in part if entry[1]):
+            tell(line)
+        shards = sorted((entry for part in parts for entry, _ in part), key=lambda entry: entry["file"])
         write_json(folder / MANIFEST, {"header": header.to_dict(), "shards": shards})
-        remove(begun)
-        remove(folder / WRITTEN)
+        for name in (HEADER, WRITTEN, *(_note(folder / entry["file"]).name for entry in shards)):
+            remove(folder / name)
     world.barrier()
+
+
+def _begin(folder: Path, teacher: Model, header: Header) -> dict[str, str]:
+    """Write what lies beside the shards; returns `recorded`."""
+    _check_begun(folder / HEADER, header)
+    known = recorded(folder, header)
+    write_json(folder / HEADER, header.to_dict())
+    write_weights(folder, teacher.decoder)
+    return known
+
+
+def _note(path: Path) -> Path:
+    """The note of a shard's sha256, beside it until the manifest is written."""
+    return path.with_suffix(".json")
 
 
 def stored(teacher: Model, header: Header, states: Tensor) -> dict[str, Tensor]:
@@ -163,16 +179,20 @@ def stored(teacher: Model, header: Header, states: Tensor) -> dict[str, Tensor]:
 
 
 def recorded(folder: Path, header: Header) -> dict[str, str]:
-    """sha256 of every shard by its name, as noted when it was written: by a manifest, or by a writer that was killed."""
+    """sha256 of every shard by its name, as noted when it was written: by a manifest, or by writers that were killed."""
     with suppress(FileNotFoundError, ValueError):
         found, shards = read_manifest(folder / MANIFEST)
         if not differing(found, header):
             return {shard.file: shard.sha256 for shard in shards}
-    with suppress(FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
-        noted = read_json(folder / WRITTEN)
-        if not differing(Header.from_dict(noted["header"], WRITTEN), header):
-            return {str(name): str(sha) for name, sha in noted["sha256"].items()}
-    return {}
+    known: dict[str, str] = {}
+    for path in [folder / WRITTEN, *sorted(folder.glob("pairs-*.json"))]:
+        with suppress(FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+            noted = read_json(path)
+            if not differing(Header.from_dict(noted["header"], path.name), header):
+                sha = noted["sha256"]
+                name = path.with_suffix(".safetensors").name
+                known |= dict(sha) if path.name == WRITTEN else {name: str(sha)}
+    return known
 
 
 def check_shard(path: Path, header: Header, ids: Tensor, sha256: str | None, vocabulary: int = 0) -> str:

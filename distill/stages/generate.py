@@ -48,7 +48,7 @@ class Generate(Stage):
 
     REFERENCES: ClassVar[tuple[str, ...]] = ("teacher",)
     FILES: ClassVar[tuple[str, ...]] = (
-        r"pairs-\d{5,}\.safetensors",
+        r"pairs-\d{5,}\.(?:safetensors|json)",
         *patterns(MANIFEST, HEADER, WRITTEN, DECODER_WEIGHTS, *PROMPT_FILES),
     )
     NEEDED: ClassVar[tuple[str, ...]] = (MANIFEST,)

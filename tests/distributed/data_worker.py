@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import torch
+from method_support import pairs_header
 from shard_support import numbers
 
 from distill.cache.latent_files import LatentHeader, shard_name, write_latents
+from distill.cache.writer import write_pairs
+from distill.data.cond import Cond
 from distill.data.source import StepLoader
 from distill.data.webdataset import Shards
 from distill.models.conditions import Labels
 from distill.models.decoder import Autoencoder
+from distill.models.denoiser import Denoiser
 from distill.nets.autoencoder import ConvAutoencoder
+from distill.nets.unet import UNet
+from distill.process.flow import Flow
 from distill.world import World
 
 CPU = torch.device("cpu")
@@ -87,3 +94,31 @@ def job_stopped(world: World, folder: Path) -> None:
     before = kept.stat().st_mtime_ns
     latents(world, place, shards(folder))
     assert kept.stat().st_mtime_ns == before
+
+
+class Broken(Denoiser):
+    """Makes numbers that are not finite, for the samples 4 .. 7."""
+
+    def transport(self, z: torch.Tensor, cond: Cond, **options: object) -> torch.Tensor:
+        bad = bool(cond.get("label")[0] == 4)
+        return super().transport(z, cond, **options) * (math.nan if bad else 1.0)
+
+
+def job_pairs(world: World, folder: Path) -> None:
+    """Ten pairs in three shards; then a teacher that fails in the second, which the second of two processes makes."""
+    place, header = folder / f"pairs-{world.size}", pairs_header()
+    options = {"batch_size": 3, "world": world, "shard_bytes": 4 * 268}
+    torch.manual_seed(0)
+    net, counted = UNet(width=8, embedding=16, groups=4), []
+    write_pairs(
+        place, Denoiser(net, Flow(), "velocity", (1, 8, 8)), header, on_samples=counted.append, **options
+    )
+    assert sum(counted) == 10 or not world.main
+    message = ""
+    try:
+        write_pairs(
+            folder / f"broken-{world.size}", Broken(net, Flow(), "velocity", (1, 8, 8)), header, **options
+        )
+    except FloatingPointError as error:
+        message = str(error)
+    assert "non-finite samples for ids [4, 5, 6]" in message, message

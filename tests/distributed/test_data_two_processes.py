@@ -18,7 +18,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder where both worlds have done their jobs; 40 samples, 5 iterations an epoch."""
     folder = tmp_path_factory.mktemp("data")
     write_shards(folder, [17, 11, 12])
-    jobs = ("read", "latents")
+    jobs = ("read", "latents", "pairs")
     start(folder, 1, *(f"data_worker.{job}" for job in (*jobs, "stopped")))
     start(folder, 2, *(f"data_worker.{job}" for job in (*jobs, "continue")))
     return folder
@@ -58,3 +58,15 @@ def test_encoded_images_are_those_of_one_process(results: Path) -> None:
     assert [number for table in tables for number in table["ids"].tolist()] == list(range(40))
     assert [number for table in tables for number in table["label"].tolist()] == [i % 10 for i in range(40)]
     assert all(table["x0"].dtype == torch.bfloat16 for table in tables)
+
+
+def test_pairs_are_those_of_one_process(results: Path) -> None:
+    """Byte for byte, of several shards; an error of one process ends both, and leaves the whole shards with their notes."""
+    one, two = (results / f"pairs-{size}" for size in (1, 2))
+    names = sorted(path.name for path in one.iterdir())
+    assert names == ["manifest.json", *(f"pairs-0000{number}.safetensors" for number in range(3))]
+    assert sorted(path.name for path in two.iterdir()) == names
+    assert all((two / name).read_bytes() == (one / name).read_bytes() for name in names)
+    left = {size: sorted(path.name for path in (results / f"broken-{size}").iterdir()) for size in (1, 2)}
+    assert left[1] == ["header.json", "pairs-00000.json", "pairs-00000.safetensors"]
+    assert left[2] == [*left[1], "pairs-00002.json", "pairs-00002.safetensors"]

@@ -11,7 +11,7 @@ import torch
 from method_support import pairs_header
 
 from distill.cache.pairs import HEADER, MANIFEST, Pairs
-from distill.cache.writer import WRITTEN, shard_rows, write_pairs
+from distill.cache.writer import shard_rows, write_pairs
 from distill.data.rng import sample_noise
 from distill.files import sha256_file, write_json, write_safetensors
 from distill.models.conditions import Labels
@@ -238,10 +238,10 @@ DAMAGE = {
     "a flipped bit": lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\x01"),
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:-9]),
     "empty": lambda path: path.write_bytes(b""),
-    "no record": lambda path: (path.parent / WRITTEN).unlink(),
-    "a record that is no JSON": lambda path: (path.parent / WRITTEN).write_text("{"),
-    "a record of other pairs": lambda path: (path.parent / WRITTEN).write_text(
-        '{"header": {}, "sha256": {}}'
+    "no record": lambda path: path.with_suffix(".json").unlink(),
+    "a record that is no JSON": lambda path: path.with_suffix(".json").write_text("{"),
+    "a record of other pairs": lambda path: path.with_suffix(".json").write_text(
+        '{"header": {}, "sha256": ""}'
     ),
 }
 
