@@ -6,7 +6,8 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,23 @@ class Model:
         return evaluation.of_row(sampled)
 
 
+@dataclass(frozen=True)
+class Made:
+    """The samples of a row, on the CPU of the main process.
+
+    Attributes:
+        samples: [N,*S] clamped to [-1, 1]; None on the other processes. latents: the same before decoding, where the meter asks
+            for it. extracted: see `Meter.extracted`.
+        seconds: that sampling took. path: that it followed, if it is known.
+    """
+
+    samples: Tensor | None
+    latents: Tensor | None
+    extracted: Mapping[str, Tensor]
+    seconds: float
+    path: EulerPath | None
+
+
 @dataclass
 class Evaluation:
     """Samples models, measures them, and writes metrics.json, report.md and grid.png.
@@ -65,7 +83,8 @@ class Evaluation:
         count: samples a row; labels go round the classes. batch_size: samples a network call.
         seed, stream: of the samples' noise.
         straightness, follows, grid: see `stages.evaluate.Evaluate`. by_class: whether labels are the real set's classes.
-        world, device: all processes sample, the main one measures. say: prints a line.
+        world, device: all processes sample and extract features, the main one measures. Models are on the device one at a
+            time. say: prints a line.
     """
 
     meter: Meter
@@ -89,51 +108,66 @@ class Evaluation:
         jobs = [(label, steps) for label, model in models.items() for steps in model.steps]
         self.prepare()
         rows: dict[tuple[str, int], dict[str, Any]] = {}
-        kept: dict[tuple[str, int], Tensor] = {}
-        raw: Tensor | None = None  # of the row that others follow
-        paths: dict[str, Any] = {}
+        kept: dict[tuple[str, int], Tensor] = {}  # what the picture shows
+        whole: Made | None = None  # the row that others follow
         with warnings.catch_warnings(record=True) as caught:
-            # A row whose samples follow the path that straightness is measured on comes first of its model.
-            for label, steps in sorted(
-                jobs, key=lambda j: (j != self.follows, not self._along(models[j[0]], j[1]))
-            ):
-                bar.set_postfix_str(f"{label} in {steps}", refresh=True)
-                model = models[label]
-                if label not in paths:
-                    self._warm_up(model.generator)
-                samples, latents, seconds, path = self._sample(model, steps)
-                bar.update()
-                if label not in paths:
-                    paths[label] = path or self._path(model.generator)
-                if samples is None:
-                    continue
-                # Whole only where later rows are compared with it; else what the picture shows.
-                kept[label, steps] = (
-                    samples if (label, steps) == self.follows else samples[: self.meter.shown]
-                )
-                raw = latents if (label, steps) == self.follows else raw
-                followed = kept[self.follows] if self.follows and model.follows else None
-                sampled = Sampled(
-                    model.generator,
-                    steps,
-                    self.count,
-                    seconds,
-                    samples,
-                    followed,
-                    paths[label],
-                    model.facts,
-                    latents,
-                    None if followed is None else raw,
-                    self.meter.clip_score,
-                )
-                labels = labels_of(model.generator, self.count) if self.by_class else None
-                rows[label, steps] = self.row(label, steps) | self.of_row(sampled)
-                rows[label, steps] |= self.meter.measure(samples, labels)
+            for label, group in groupby(self._order(jobs, models), key=lambda job: job[0]):
+                model, path = models[label], None
+                model.generator.to(self.device)  # one model at a time
+                for number, (_, steps) in enumerate(group):
+                    bar.set_postfix_str(f"{label} in {steps}", refresh=True)
+                    if number == 0:
+                        self._warm_up(model.generator)
+                    made = self._sample(model, steps)
+                    bar.update()
+                    if number == 0:
+                        path = made.path or self._path(model.generator)
+                    if made.samples is None:
+                        continue
+                    whole = made if (label, steps) == self.follows else whole
+                    kept[label, steps] = made.samples[: self.meter.shown].clone()
+                    followed = whole if model.follows else None
+                    rows[label, steps] = self._row(label, steps, model, replace(made, path=path), followed)
+                model.generator.to("cpu")
         for text in sorted({str(warning.message) for warning in caught}):
             self.say(text)
         if rows:
             self._draw_rows(models, kept, picture, strips)
         return [rows[job] for job in jobs] if rows else []
+
+    def _order(self, jobs: Sequence[tuple[str, int]], models: Mapping[str, Model]) -> list[tuple[str, int]]:
+        """Rows by model: that of the row that others follow first, with this row first. Of the others, a row whose samples
+        follow the path that straightness is measured on comes first of its model."""
+        first, place = self.follows and self.follows[0], list(models)
+        return sorted(
+            jobs,
+            key=lambda job: (
+                job[0] != first,
+                place.index(job[0]),
+                job != self.follows,
+                not self._along(models[job[0]], job[1]),
+            ),
+        )
+
+    def _row(self, label: str, steps: int, model: Model, made: Made, followed: Made | None) -> dict[str, Any]:
+        """A row of the table, on the main process."""
+        assert made.samples is not None
+        sampled = Sampled(
+            model.generator,
+            steps,
+            self.count,
+            made.seconds,
+            made.samples,
+            None if followed is None else followed.samples,
+            made.path,
+            model.facts,
+            made.latents,
+            None if followed is None else followed.latents,
+            self.meter.clip_score,
+        )
+        labels = labels_of(model.generator, self.count) if self.by_class else None
+        row = self.row(label, steps) | self.of_row(sampled)
+        return row | self.meter.measure(made.samples, labels, made.extracted)
 
     def _draw_rows(
         self,
@@ -218,11 +252,8 @@ class Evaluation:
         ids = torch.arange(min(self.count, self.batch_size))
         generator.sample_ids(ids, seed=self.seed, stream=self.stream, steps=1, force=True)
 
-    def _sample(
-        self, model: Model, steps: int
-    ) -> tuple[Tensor | None, Tensor | None, float, EulerPath | None]:
-        """(images clamped to [-1, 1] on the CPU of the main process, the same before decoding where the meter asks for it,
-        seconds, the path where it was followed) of the samples 0 .. count - 1."""
+    def _sample(self, model: Model, steps: int) -> Made:
+        """The samples 0 .. count - 1. Each process extracts of those that it makes what the meter reads."""
         generator, path, parts, latents = model.generator, None, {}, {}
         along = self._along(model, steps)
         start = time.perf_counter()
@@ -236,8 +267,9 @@ class Evaluation:
             parts[number] = made
             path = path if sums is None else sums.path()
         seconds = time.perf_counter() - start
+        extracted = self.meter.extracted(parts, self.device, self.world)
         raw = self.world.collect(latents) if self.meter.latents else None
-        return self.world.collect(parts), raw, seconds, path
+        return Made(self.world.collect(parts), raw, extracted, seconds, path)
 
     @property
     def _paths(self) -> int:

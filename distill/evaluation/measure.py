@@ -162,12 +162,17 @@ class Reference(RealSet):
 @plain_torch()
 @torch.no_grad()
 def measure(
-    images: Tensor, labels: Tensor | None, reference: Reference, extractor: FeatureExtractor
+    images: Tensor,
+    labels: Tensor | None,
+    reference: Reference,
+    extractor: FeatureExtractor,
+    extracted: Mapping[str, Tensor] | None = None,
 ) -> dict[str, float | None]:
     """The entries of a metrics.json row that follow from the samples alone; None where a metric is undefined.
 
     images [N, C, H, W] in [-1, 1] on the extractor's device, labels [N] (the requested classes) or None. Pixels
-    are taken as they are: the caller clamps. Raises ValueError for fewer than k + 1 samples, another resolution or extractor
+    are taken as they are: the caller clamps. `extracted`: what `extract` finds, if it is known: `features` and perhaps
+    `predicted`. Raises ValueError for fewer than k + 1 samples, another resolution or extractor
     than the reference's, non-finite pixels, or values that are no floats of the range [-1, 1] (images in [0, 255], say).
     """
     wanted = reference.extractor
@@ -180,7 +185,10 @@ def measure(
     rows = as_rows("generated images", images, at_least=reference.options.k + 1).to(reference.device)
     if labels is not None:
         check_labels("generated", labels, len(images))
-    features, predicted = extract(extractor, images)
+    if extracted is None:
+        features, predicted = extract(extractor, images)
+    else:
+        features, predicted = extracted["features"], extracted.get("predicted")
     samples = Samples(
         "generated",
         rows,

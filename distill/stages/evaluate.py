@@ -174,7 +174,7 @@ class Evaluate(Stage):
     def _model(self, label: str, row: Row, context: StageContext) -> Model:
         """An evaluated model, from the folder of its stage."""
         folder = context.inputs[label]
-        generator = row.sampled(load_model(model_folder(folder, row.which), device=context.device))
+        generator = row.sampled(load_model(model_folder(folder, row.which)))
         record = read_artifact(folder)
         return Model(generator, row.steps, row.follows_teacher, record["facts"] if record is not None else {})
 

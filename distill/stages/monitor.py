@@ -185,11 +185,11 @@ class Monitor:
 
     def __call__(self, module: DistillModule) -> dict[str, float]:
         """Evaluate now; returns what to log (on the main process)."""
-        samples = self._sample(module)
+        samples, extracted = self._sample(module)
         better = False
         found: dict[str, float] = {}
         if samples is not None:
-            found = self._measure(module, samples)
+            found = self._measure(module, samples, extracted)
             better = self._record(module, found)
             self.folder.mkdir(parents=True, exist_ok=True)
             columns = self.options.columns
@@ -227,9 +227,9 @@ class Monitor:
             save_png(image_grid(shown), self._picture("diagnostics", module.progress.step))
         return {f"diagnostics/{name}": float(value) for name, value in found.scalars.items()}
 
-    def _sample(self, module: DistillModule) -> Tensor | None:
-        """Samples 0 .. count - 1 on the main process. Every process makes the same number of network calls: the
-        networks may be sharded over them."""
+    def _sample(self, module: DistillModule) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """(samples 0 .. count - 1, what the meter extracts of them) on the main process. Every process makes the same number of
+        network calls: the networks may be sharded over them."""
         model, world = module.best(STUDENT), self.context.world
         chunks = list(torch.arange(self.options.count).split(self.options.batch_size))
         parts: dict[int, Tensor] = {}
@@ -241,19 +241,25 @@ class Monitor:
                 images = module.monitored(generator, self.source, ids, self.context.seed, STREAM)
                 if number < len(chunks):
                     parts[number] = images
-        return world.collect(parts)
-
-    def _measure(self, module: DistillModule, samples: Tensor) -> dict[str, float]:
-        """The logged metrics of the samples; the real half of the work is done once."""
         if self.options.metric is None:
-            return {}
+            return world.collect(parts), {}
         if self._meter is None:
             self._meter = self.options.meter(self.context.device)
-            self._meter.prepare(self.context.seed, STREAM, self.options.count, self.context.device)
+            if world.main:  # the real half of the work
+                self._meter.prepare(self.context.seed, STREAM, self.options.count, self.context.device)
+        extracted = self._meter.extracted(parts, self.context.device, world)
+        return world.collect(parts), extracted
+
+    def _measure(
+        self, module: DistillModule, samples: Tensor, extracted: Mapping[str, Tensor]
+    ) -> dict[str, float]:
+        """The logged metrics of the samples."""
+        if self._meter is None:
+            return {}
         labels = labels_of(module.as_generator(), self.options.count)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a small count is chosen knowingly here, and named so
-            row = self._meter.measure(samples, labels)
+            row = self._meter.measure(samples, labels, extracted)
         logged = [known.name for known in metrics("images") if known.monitored]
         return {name: float(value) for name in logged if (value := row[name]) is not None}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distill.data.source import decoded
 from distill.evaluation.grid import image_grid, save_png
-from distill.evaluation.measure import Reference, measure
+from distill.evaluation.measure import Reference, extract, measure
 from distill.evaluation.meters.meter import Meter, Shown, at_least
 from distill.models.features import FeatureExtractor
 
@@ -97,10 +97,18 @@ class ImageMeter(Meter):
         )
         self.device, self.description = device, f"{self.data.name}, all images"
 
-    def measure(self, samples: Tensor, labels: Tensor | None) -> dict[str, float | None]:
+    @torch.no_grad()
+    def extract(self, samples: Tensor, device: torch.device) -> dict[str, Tensor]:
+        """`features` [n,F] and, of an extractor that classifies, `predicted` [n]."""
+        features, predicted = extract(self.features, samples.to(device, torch.float32))
+        return {"features": features} | ({} if predicted is None else {"predicted": predicted})
+
+    def measure(
+        self, samples: Tensor, labels: Tensor | None, extracted: Mapping[str, Tensor] | None = None
+    ) -> dict[str, float | None]:
         """See `measure.measure`."""
         assert isinstance(self.real, Reference)
-        return measure(samples.to(self.device), labels, self.real, self.features)
+        return measure(samples.to(self.device), labels, self.real, self.features, extracted)
 
     def draw(self, shown: Sequence[Shown], path: Path, seed: int, stream: str) -> None:
         """A labelled row of images each."""

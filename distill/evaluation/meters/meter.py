@@ -15,6 +15,7 @@ from torch import Tensor
 from distill.evaluation.grid import image_grid, save_png
 from distill.evaluation.measure import RealSet
 from distill.models.generator import Generator
+from distill.world import World
 
 STRIP = 160  # pixels
 
@@ -59,9 +60,32 @@ class Meter(ABC):
     def prepare(self, seed: int, stream: str, count: int, device: torch.device) -> None:
         """Build `real`, for rows of `count` samples of the noise (seed, stream)."""
 
+    def extract(self, samples: Tensor, device: torch.device) -> dict[str, Tensor]:
+        """What `measure` computes of samples [n, *S] one by one, such as features, on `device`; nothing by default. Does not
+        need `prepare`."""
+        return {}
+
+    def extracted(self, parts: Mapping[int, Tensor], device: torch.device, world: World) -> dict[str, Tensor]:
+        """`extract` of the samples of all processes, on the CPU of the main one; each extracts of those that it made, which
+        `parts` holds by their place. Collective."""
+        places, found = sorted(parts), dict[str, Tensor]()
+        if parts:
+            found = self.extract(torch.cat([parts[place] for place in places]), device)
+        sizes = [len(parts[place]) for place in places]
+        own = {
+            (name, place): part.cpu().clone()  # of a view, the whole tensor would be sent
+            for name, rows in found.items()
+            for place, part in zip(places, rows.split(sizes), strict=True)
+        }
+        merged = {key: rows for each in world.gather(own) or [] for key, rows in each.items()}
+        names = dict.fromkeys(name for name, _ in merged)
+        return {name: torch.cat([merged[key] for key in sorted(merged) if key[0] == name]) for name in names}
+
     @abstractmethod
-    def measure(self, samples: Tensor, labels: Tensor | None) -> dict[str, float | None]:
-        """The entries of a row that follow from its samples [N, *S] with labels [N]."""
+    def measure(
+        self, samples: Tensor, labels: Tensor | None, extracted: Mapping[str, Tensor] | None = None
+    ) -> dict[str, float | None]:
+        """The entries of a row that follow from its samples [N, *S] with labels [N]. `extracted`: of them, if it is known."""
 
     def panels(self, models: Mapping[str, Sequence[int]]) -> list[tuple[str, int]]:
         """Rows of the picture where the recipe names none; models: label -> step counts."""

@@ -101,7 +101,9 @@ class PointMeter(Meter):
         self.real = PointReference(fresh.images.to(device), noise.to(device), fresh.fingerprint(), seed)
         self.device, self.description = device, f"{self.data.name}, drawn anew"
 
-    def measure(self, samples: Tensor, labels: Tensor | None) -> dict[str, float | None]:
+    def measure(
+        self, samples: Tensor, labels: Tensor | None, extracted: Mapping[str, Tensor] | None = None
+    ) -> dict[str, float | None]:
         """See `PointReference.measure`."""
         assert isinstance(self.real, PointReference)
         return self.real.measure(samples.to(self.device))

@@ -95,7 +95,9 @@ class PromptMeter(Meter):
         if isinstance(self.clip_score, ClipScore):
             self.clip_score.device = device
 
-    def measure(self, samples: Tensor, labels: Tensor | None) -> dict[str, float | None]:
+    def measure(
+        self, samples: Tensor, labels: Tensor | None, extracted: Mapping[str, Tensor] | None = None
+    ) -> dict[str, float | None]:
         """None; `teacher_mse` compares with the teacher's samples."""
         assert isinstance(self.real, NoImages)
         self.real.resolution = tuple(samples.shape[1:])
