@@ -73,6 +73,8 @@ class Fit:
         batch_size: samples of the global batch. accumulate: micro batches that it is cut into.
         precision: "32-true" or "bf16-mixed".
         shard: how several processes hold the networks; see `engine.parallel`.
+        reduce_each: whether several processes reduce the gradients of each micro batch, and so hold them sharded; else those of
+            all micro batches at once, for which each holds them whole.
         checkpoint_every, log_every: student steps between checkpoints and between log entries.
         keep_checkpoints: of the newest checkpoints; earlier ones are deleted.
         threads: torch's threads; None: those of the checkpoint that training goes on from (with another count sums differ in
@@ -91,6 +93,7 @@ class Fit:
     precision: str = "32-true"
     device: str = "cpu"
     shard: str = "none"
+    reduce_each: bool = False
     checkpoint_every: int = 200
     keep_checkpoints: int = 2
     log_every: int = 20
@@ -194,7 +197,7 @@ def _train(
                 resume(method.progress.step)
         replay(attached.loggers)
     device = torch.device(fit.device, world.local_rank) if fit.device == "cuda" else torch.device(fit.device)
-    method.distribute(fit.shard, device)
+    method.distribute(fit.shard, device, fit.reduce_each)
     if begun.found is not None:
         checkpoint.restore(begun.found, method)
     stop = method.student_update.iterations_for(fit.steps)

@@ -71,6 +71,7 @@ class DistillModule(L.LightningModule):
         self.progress, self.nonfinite = Progress(), NonFinite()
         self._step_caches: dict[str, Running] = {}
         self._running: Running | None = None  # the update that ran last
+        self._reduce_each = False
         self._hook, self.world, self.seed, self.stream = StepHooks(), World(), 0, "train"
         self.begun: dict[str, Any] = {}  # what training began with, once it has: see `engine.made`
         self.latest: Mapping[str, Tensor | float] = {}  # what the last iteration logs, on the device
@@ -203,9 +204,10 @@ class DistillModule(L.LightningModule):
                 f"result: boundary: found {told}, but the student is trained with {self.student.boundary}; expected that one"
             )
 
-    def distribute(self, shard: str, device: torch.device) -> None:
+    def distribute(self, shard: str, device: torch.device, reduce_each: bool = False) -> None:
         """Move all networks to their device and, with several processes, shard them: averages like what they follow, so
-        that averaging never communicates. Once, before optimizers are made."""
+        that averaging never communicates. Once, before optimizers are made. `reduce_each`: see `engine.fit.Fit`."""
+        self._reduce_each = reduce_each
         self._forget()  # sharding replaces parameters
         trained, frozen = [*self.networks.values(), *self.ema.values()], list(self.frozen.values())
         for network in [*trained, *frozen]:
@@ -371,7 +373,7 @@ class DistillModule(L.LightningModule):
                 update.before(batch, steps)
         for number, (micro, step) in enumerate(zip(batch, steps, strict=True)):
             if not whole:
-                running.sync(number == len(batch) - 1)
+                running.sync(self._reduce_each or number == len(batch) - 1)
             with step.same_dropout("loss"):
                 loss = update.loss(micro, step)
             total = loss.total if whole else loss.total / len(batch)

@@ -47,16 +47,17 @@ def make_mesh(world: World, shard: str, device: torch.device) -> DeviceMesh | No
 
 
 def units(net: nn.Module, least: int = UNIT_PARAMETERS) -> list[nn.Module]:
-    """The blocks of a net that are worth a unit of their own: members of module lists with at least `least`
-    parameters. Inner blocks stand before those that contain them."""
-    found = [
-        child
-        for module in net.modules()
-        if isinstance(module, nn.ModuleList)
-        for child in module
-        if not isinstance(child, nn.ModuleList) and sum(p.numel() for p in child.parameters()) >= least
-    ]
-    return found[::-1]  # `modules` gives parents first, sharding wants children first
+    """The blocks of a net that are worth a unit of their own, with at least `least` parameters: those of the classes that it
+    names, as networks of diffusers do in `_no_split_modules`, else members of module lists. Inner blocks stand before those
+    that contain them."""
+    named = {name for m in net.modules() for name in getattr(m, "_no_split_modules", None) or ()}
+    if named:
+        found = [module for module in net.modules() if type(module).__name__ in named]
+    else:
+        lists = [module for module in net.modules() if isinstance(module, nn.ModuleList)]
+        found = [block for each in lists for block in each if not isinstance(block, nn.ModuleList)]
+    large = [block for block in found if sum(p.numel() for p in block.parameters()) >= least]
+    return large[::-1]  # `modules` gives parents first, sharding wants children first
 
 
 def shard_networks(

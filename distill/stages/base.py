@@ -54,6 +54,7 @@ class Settings:
     accelerator: str = "auto"
     devices: int = 1
     shard: str = "none"
+    reduce_each: bool = False
     threads: int | None = None
     checkpoint_every: int = 200
     keep_checkpoints: int = 2
@@ -101,7 +102,10 @@ class Settings:
     def fitting(self) -> dict[str, Any]:
         """Those that `engine.fit.Fit` takes under their names."""
         names = ("shard", "checkpoint_every", "keep_checkpoints", "log_every", "threads", "max_nonfinite")
-        return {name: getattr(self, name) for name in (*names, "max_nonfinite_share", "workers", "prefetch")}
+        return {
+            name: getattr(self, name)
+            for name in (*names, "reduce_each", "max_nonfinite_share", "workers", "prefetch")
+        }
 
     @property
     def device(self) -> torch.device:

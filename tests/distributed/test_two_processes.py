@@ -115,6 +115,14 @@ def test_one_mmd_over_all_processes(results, shard, bank, accumulate):
             assert float((found[name] - gradient).norm()) < 1e-4 * float(gradient.norm()), (size, name)
 
 
+def test_gradients_of_each_micro_batch_are_held_in_shards(results):
+    """With `reduce_each`, after the first of two; that the result is the same is seen in the next test."""
+    one, two = load(results, "held-1"), load(results, "held-2")
+    assert one["each"] == one["once"] == one["whole"] == two["whole"]
+    assert two["once"] == 0, "whole gradients, which the networks keep to themselves"
+    assert 0.4 * two["whole"] < two["each"] < 0.6 * two["whole"]
+
+
 def test_checkpoints_of_two_continue_on_one_and_the_reverse(results):
     """From shards, half of the numbers in each, and from the one file of an earlier version."""
     whole = load(results, "world-1")

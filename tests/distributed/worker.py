@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from checkpoint_support import checkpoint_of, former_file
+from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -25,7 +26,7 @@ from distill.data.digits import Digits
 from distill.data.rng import sample_noise
 from distill.engine.fit import Fit, train
 from distill.engine.module import DistillModule
-from distill.engine.parallel import full, full_state, make_mesh, shard_net, units
+from distill.engine.parallel import full, full_state, local, make_mesh, shard_net, units
 from distill.engine.schedule import Linear
 from distill.engine.update import Loss, Optim, Update
 from distill.models.denoiser import Denoiser
@@ -116,6 +117,7 @@ def fit(
     steps: int = STEPS,
     shard: str = "none",
     accumulate: int = 2,
+    callbacks: Sequence[Callback] = (),
     **options,
 ) -> dict:
     """Train; losses and gradient norms (and the node, where there is one) of every step, and all weights at the end."""
@@ -136,6 +138,7 @@ def fit(
         Fit(steps=steps, batch_size=BATCH, shard=shard, accumulate=accumulate, **options),
         folder=folder,
         config={},
+        callbacks=callbacks,
     )
     result = {
         f"{role}.{k}": v for role, network in method.networks.items() for k, v in full_state(network).items()
@@ -144,13 +147,33 @@ def fit(
     return result | {key: torch.tensor(values) for key, values in seen.items()}
 
 
+class Watching(Callback):
+    """Numbers of a gradient on this process after each backward, of those that are there."""
+
+    def __init__(self) -> None:
+        self.held: list[int] = []
+
+    def on_after_backward(self, trainer, pl_module) -> None:
+        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+        self.held.append(sum(local(gradient).numel() for gradient in gradients))
+
+
 def job_train(world: World, folder: Path) -> None:
-    """Train in every way of sharding, from the start, and from halfway with checkpoints for other worlds."""
+    """Train in every way of sharding, from the start, and to halfway, with gradients reduced in each micro batch, for other
+    worlds."""
+    once, each = Watching(), Watching()
     for shard in ("none", "world"):
-        result = fit(make(world), folder / f"{shard}-{world.size}", shard=shard)
+        result = fit(make(world), folder / f"{shard}-{world.size}", shard=shard, callbacks=[once])
         if world.main:
             torch.save(result, folder / f"{shard}-{world.size}.pt")
-    fit(make(world), folder / f"half-of-{world.size}", steps=STEPS // 2, shard="world")
+    half = {"steps": STEPS // 2, "shard": "world", "reduce_each": True, "callbacks": [each]}
+    method = make(world)
+    fit(method, folder / f"half-of-{world.size}", **half)
+    if world.main:
+        whole = sum(p.numel() for p in method.student.parameters())
+        torch.save(
+            {"once": once.held[0], "each": each.held[0], "whole": whole}, folder / f"held-{world.size}.pt"
+        )
 
 
 def job_continue(world: World, folder: Path) -> None:

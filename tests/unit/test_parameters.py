@@ -14,9 +14,11 @@ import torch
 from checkpoint_support import checkpoint_of
 from engine_support import SHAPE, Headed, Matching, Points, base, denoiser, head_only, prepared
 from tests_support import forked
+from torch import nn
 
 from distill.data.cond import Cond
 from distill.engine.fit import Fit, train
+from distill.engine.parallel import units
 from distill.engine.params import ParameterSet
 from distill.engine.update import Diagnostics, Loss, Update
 from distill.stages.monitor import Monitor, Options
@@ -210,3 +212,23 @@ def test_an_update_may_leave_conditions_for_the_next(tmp_path: Path) -> None:
     method.seen = []
     fit(method, tmp_path, steps=2, accumulate=2)
     assert method.seen == [True] * 4
+
+
+class Block(nn.Module):
+    """Of 24 numbers, with a list of parts inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([nn.Linear(2, 4), nn.Linear(2, 4)])
+
+
+def test_units_are_the_blocks_that_a_net_names_else_members_of_lists() -> None:
+    """The inner ones first, and only large ones."""
+    net = nn.Sequential(nn.Linear(2, 4), nn.ModuleList([Block(), Block()]))
+    blocks = list(net[1])
+    assert units(net, least=24) == blocks[::-1]
+    assert units(net, least=1)[-2:] != blocks[::-1], "parts of blocks stand before them"
+    assert {*units(net, least=1)} == {*blocks, *(part for block in blocks for part in block.parts)}
+    net[1]._no_split_modules = ["Block"]
+    assert units(net, least=1) == blocks[::-1]
+    assert units(net, least=25) == []
