@@ -127,13 +127,9 @@ def write_pairs(
                     at = batch * batch_size
                     on_samples(sum(len(ids[at : at + batch_size]) for ids in around))
 
-                states = make_pairs(
-                    teacher, header, ids, batch_size=batch_size, device=device, on_batch=count
-                )
-                columns = {"ids": ids, **teacher.conditions.columns(ids)}
-                write_safetensors(path, columns | stored(teacher, header, states))
-                known[path.name] = sha256_file(path)
-                write_json(_note(path), {"header": header.to_dict(), "sha256": known[path.name]})
+                options: dict[str, Any] = {"batch_size": batch_size, "device": device, "on_batch": count}
+                states = make_pairs(teacher, header, ids, **options)
+                known[path.name] = _write(path, teacher, header, ids, states)
             else:
                 on_samples(sum(map(len, around)))
             entry = {"file": path.name, "count": len(ids), "sha256": known[path.name]}
@@ -158,6 +154,15 @@ def _begin(folder: Path, teacher: Model, header: Header) -> dict[str, str]:
     write_json(folder / HEADER, header.to_dict())
     write_weights(folder, teacher.decoder)
     return known
+
+
+def _write(path: Path, teacher: Model, header: Header, ids: Tensor, states: Tensor) -> str:
+    """Write a shard, and its note; returns its sha256."""
+    columns = {"ids": ids, **teacher.conditions.columns(ids)}
+    write_safetensors(path, columns | stored(teacher, header, states))
+    sha = sha256_file(path)
+    write_json(_note(path), {"header": header.to_dict(), "sha256": sha})
+    return sha
 
 
 def _note(path: Path) -> Path:
