@@ -30,7 +30,8 @@ from hydra.core.global_hydra import GlobalHydra
 ConfigStore.__deepcopy__ = lambda self, memo: self
 
 ROOT = Path(__file__).resolve().parents[1]
-OF_TOKENS, SMALL_TOKENS = ("distilled_decoding",), ("teacher.net.width=16", "teacher.net.depth=1")
+OF_TOKENS = ("distilled_decoding", "distilled_decoding2")
+SMALL_TOKENS = ("teacher.net.width=16", "teacher.net.depth=1")
 SMALL = ("teacher.net.width=8", "teacher.net.multipliers=[1]")  # of recipes of images: half the layers
 
 

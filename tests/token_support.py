@@ -9,13 +9,16 @@ from distill.data.batch import Batch
 from distill.data.cond import Cond
 from distill.data.digits import Digits
 from distill.data.rng import sample_noise
+from distill.models.code_flow import CodeFlow
 from distill.models.conditions import Labels, Nothing
 from distill.models.decoder import VQ, Codes, Pixels, codes_of, indices
 from distill.models.denoiser import Denoiser
+from distill.models.model import Model
 from distill.models.tokens import Tokenizer, TokenTeacher
 from distill.nets.token_transformer import TokenTransformer
 from distill.nets.tokenizer import ConvTokenizer
 from distill.process.prefix import Prefix
+from distill.stages.adapt import as_code_flow
 
 V, C, L = 8, 4, 4
 SMALL = {"vocabulary": V, "size": C, "length": L, "width": 16, "depth": 1, "heads": 2, "dropout": 0.0}
@@ -54,6 +57,25 @@ def student(classes: int = 10, split: int | None = None) -> Denoiser:
     conditions, own = Labels(classes) if classes else Nothing(), decoder()
     net.codebook.copy_(own.codebook.detach())
     return Denoiser(net, Prefix([1] * L), "x0", (L, C), conditions=conditions, decoder=own)
+
+
+def flow(seed: int = 5) -> CodeFlow:
+    """A flow of code vectors with the body of `teacher`, and a head that makes something."""
+    torch.manual_seed(seed)
+    made = as_code_flow(teacher(), {"width": 16, "layers": 2})
+    for parameter in made.net.head.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return made
+
+
+def scores() -> dict[str, Model]:
+    """What the first stage of Distilled Decoding 2 is given."""
+    return {"student": flow(), "teacher": teacher()}
+
+
+def generator() -> dict[str, Model]:
+    """What its second stage is given."""
+    return {"student": flow(), "teacher": teacher(), "guidance": flow(6)}
 
 
 class TokenDigits:

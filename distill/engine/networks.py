@@ -12,10 +12,10 @@ from torch import nn
 
 from distill.engine.params import trained_by
 from distill.models.adapters import adapter_of
-from distill.models.denoiser import Denoiser
 from distill.models.model import Model
 
 Network = TypeVar("Network", bound=nn.Module)
+Copied = TypeVar("Copied", bound=Model)
 
 
 def frozen_copy(network: Network, common: Iterable[nn.Module] = ()) -> Network:
@@ -31,7 +31,7 @@ def frozen_copy(network: Network, common: Iterable[nn.Module] = ()) -> Network:
     return copy.deepcopy(network, shared).eval()
 
 
-def trainable_copy(model: Denoiser, like: Denoiser) -> Denoiser:
+def trainable_copy(model: Copied, like: Model) -> Copied:
     """A copy of a model that is trained as `like` is: with weights of its own, or, where `like` has adapters, with fresh
     adapters of the same options on the model's weights."""
     adapter = adapter_of(like.net)

@@ -22,7 +22,7 @@ from distill.data.batch import Batch
 from distill.data.rng import Draws
 from distill.engine.module import DistillModule
 from distill.engine.update import Diagnostics, Loss, Step, Update
-from distill.methods.losses.tokens import cross_entropy
+from distill.methods.losses.tokens import cross_entropy, mean_where
 from distill.models.model import Model
 from distill.models.result import Result
 from distill.models.spec import SamplerSpec
@@ -77,7 +77,7 @@ class Autoregressive(DistillModule):
         # Divided by the share of the data that is trained on and not by the batch's count, so that parts of a batch add up.
         share = 1 - 1 / self.held_out if self.held_out else 1.0
         total = (per_sample * ~held).mean() / share
-        return Loss(total, {"held_out": _mean_where(per_sample, held)} if self.held_out else {})
+        return Loss(total, {"held_out": mean_where(per_sample, held)} if self.held_out else {})
 
     def _held(self, batch: Batch) -> Tensor:
         """[B] bool: which samples are not trained on."""
@@ -94,14 +94,9 @@ class Autoregressive(DistillModule):
         logits = self.best()(batch.x0, batch.x0.new_zeros(len(batch)), batch.cond)
         per_sample, held = cross_entropy(logits, batch.tokens).mean(1), self._held(batch)
         scalars = {
-            "nll": _mean_where(per_sample, ~held),
+            "nll": mean_where(per_sample, ~held),
             "accuracy": (logits.argmax(-1) == batch.tokens).float().mean(),
         }
         return Diagnostics(
-            scalars | ({"held_out_nll": _mean_where(per_sample, held)} if self.held_out else {})
+            scalars | ({"held_out_nll": mean_where(per_sample, held)} if self.held_out else {})
         )
-
-
-def _mean_where(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of the values under a mask, 0 where it is empty; no host sync."""
-    return (values.detach() * mask).sum() / mask.sum().clamp(min=1)

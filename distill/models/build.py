@@ -26,7 +26,7 @@ Base = TypeVar("Base", bound=object)
 TARGET = "_target_"
 # What a config may name: base class -> (where its classes are, how messages call them).
 PLACES: dict[type, tuple[str, str]] = {
-    Model: (r"distill\.models\.(denoiser|tokens|involved)", "a model under distill.models"),
+    Model: (r"distill\.models\.(denoiser|tokens|involved|code_flow)", "a model under distill.models"),
     AutoencoderNet: (
         r"distill\.(nets|models\.families)\.\w+",
         "an autoencoder under distill.nets or distill.models.families",

@@ -124,12 +124,14 @@ class TokenTeacher(Model):
         if isinstance(guidance_scale, Tensor):
             raise ValueError("guidance_scale: found a scale a sample, expected one number")
         times = t if t.dim() == 2 else t[:, None].expand(x_t.shape[:2])
-        log_p = self.log_probs(context, times[:, 0], cond, guidance_scale)
+        return self.expected(x_t, times, self.log_probs(context, times[:, 0], cond, guidance_scale))
+
+    def expected(self, x_t: Tensor, t: Tensor, log_p: Tensor) -> Tensor:
+        """E[code | x_t] of every position [B,L,C] at its time [B,L], for log probabilities [B,L,V]; differentiable in x_t."""
         x_t = at_least_float32(x_t)
         codes = codebook_of(self.decoder).to(x_t.device, x_t.dtype)
-        return denoise(x_t.flatten(0, 1), times.flatten(), log_p.flatten(0, 1).to(x_t.dtype), codes).view_as(
-            x_t
-        )
+        made = denoise(x_t.flatten(0, 1), t.flatten(), log_p.flatten(0, 1).to(x_t.dtype), codes)
+        return made.view_as(x_t)
 
     def transport(
         self,

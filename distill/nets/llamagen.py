@@ -29,11 +29,13 @@ class LlamaGen(TokenNet):
         width, depth, heads: of the transformer (B: 768, 12, 12; L: 1024, 24, 16). grid: positions a side, so L = grid^2.
         vocabulary: V. size: C. num_classes: of the table, which has a row more for the null class if `null_row` (a class
         dropout in training); without it there is no guidance. hidden: numbers inside the perceptrons; null: 8/3 of the
-        width, up to the next multiple of 256. student, split: as of `TokenTransformer`.
+        width, up to the next multiple of 256. student, split, logits: as of
+        `TokenTransformer`.
 
     The public files: `teacher=llamagen` (`models.token_files`). There is no dropout.
     """
 
+    last = "output"
     rotation: Tensor
 
     def __init__(
@@ -50,6 +52,7 @@ class LlamaGen(TokenNet):
         hidden: int | None = None,
         student: bool = False,
         split: int | None = None,
+        logits: bool = True,
     ) -> None:
         super().__init__()
         if min(width, depth, heads, grid, vocabulary, size, num_classes) < 1 or width % (4 * heads):
@@ -73,7 +76,8 @@ class LlamaGen(TokenNet):
         inside = -(-int(8 * width / 3) // 256) * 256 if hidden is None else hidden
         self.layers = nn.ModuleList([LlamaBlock(width, heads, inside) for _ in range(depth)])
         self.norm = RMSNorm(width)
-        self.output = nn.Linear(width, vocabulary, bias=False)
+        self.width = width
+        self.output = self.last_layer(logits, bias=False)
         if student:
             self.n_d_embed = nn.Embedding(2, width)
             self.final_layer_conti = TokenHead(width, size)
@@ -82,7 +86,8 @@ class LlamaGen(TokenNet):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
-        nn.init.zeros_(self.output.weight)
+        if isinstance(self.output, nn.Linear):
+            nn.init.zeros_(self.output.weight)
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond, heads: bool = False) -> Any:
         """As of `TokenTransformer`."""

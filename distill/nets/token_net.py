@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ class TokenNet(Net, ABC):
         student: whether it is a student of Distilled Decoding. Then it has a codebook, its output are code vectors [B,L,C] in
             place of logits, and `heads=True` gives both heads (logits [B,L,V], code vectors [B,L,C]). Tokens before position
             `split` come from the logits, the others from the second head.
+        last: name of the linear layer that makes the logits. Where it is left out (`logits=False`), `forward` and `advance`
+            give what it would read, [...,width].
     """
 
     vocabulary: int
@@ -30,6 +32,12 @@ class TokenNet(Net, ABC):
     codebook: Tensor
     student: bool = False
     split: int
+    last: ClassVar[str] = "head"
+    width: int
+
+    def last_layer(self, logits: bool, bias: bool = True) -> nn.Module:
+        """The layer `last`, or one that changes nothing."""
+        return nn.Linear(self.width, self.vocabulary, bias=bias) if logits else nn.Identity()
 
     @abstractmethod
     def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:

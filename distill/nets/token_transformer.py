@@ -28,7 +28,7 @@ class TokenTransformer(TokenNet):
     Args:
         vocabulary: V. size: C, numbers of a code. length: L. num_classes: 0 for none.
         width, depth, heads: of the transformer. dropout: of embeddings and branches, not of attention.
-        student, split: see `TokenNet`; split null: all tokens come from the logits.
+        student, split, logits: see `TokenNet`; split null: all tokens come from the logits.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class TokenTransformer(TokenNet):
         dropout: float = 0.1,
         student: bool = False,
         split: int | None = None,
+        logits: bool = True,
     ) -> None:
         super().__init__()
         if min(vocabulary, size, length, width, depth, heads) < 1 or width % heads or num_classes < 0:
@@ -62,7 +63,7 @@ class TokenTransformer(TokenNet):
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList([Block(width, heads, dropout) for _ in range(depth)])
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, vocabulary)
+        self.head = self.last_layer(logits)
         if student:
             self.flag = nn.Embedding(2, width)
             nn.init.normal_(self.flag.weight, std=0.02)

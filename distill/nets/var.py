@@ -28,7 +28,7 @@ class VAR(TokenNet):
     Args:
         depth: blocks; the width is 64 depth and the heads are as many, unless given. scales: positions a side of each.
         vocabulary: V. size: C. num_classes: classes; the table has a null row more. shared: convolutions of the map.
-        student: see above. split: of a student, scales whose tokens come from the logits; null: all.
+        student: see above. split: of a student, scales whose tokens come from the logits; null: all. logits: see `TokenNet`.
 
     With `student` it reads code vectors and noise as they are, behind a start of its own scale, with a flag of data and noise
     that is added in each block between attention and perceptron, and before both heads. A position sees itself and the scales
@@ -50,6 +50,7 @@ class VAR(TokenNet):
         shared: int = 4,
         student: bool = False,
         split: int | None = None,
+        logits: bool = True,
     ) -> None:
         super().__init__()
         width, heads = 64 * depth if width is None else width, depth if heads is None else heads
@@ -73,7 +74,8 @@ class VAR(TokenNet):
         self.pos_1LC = nn.Parameter(torch.randn(1, len(level), width) * std)
         self.lvl_embed = nn.Embedding(len(levels), width)
         self.blocks = nn.ModuleList([VARBlock(width, heads) for _ in range(depth)])
-        self.head_nm, self.head = AdaLN(width), nn.Linear(width, vocabulary)
+        self.width = width
+        self.head_nm, self.head = AdaLN(width), self.last_layer(logits)
         self.register_buffer("codebook", torch.zeros(vocabulary, size))
         if student:
             self.n_d_embed = nn.Embedding(2, width)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -14,12 +13,14 @@ from torch import nn
 
 from distill.models.adapters import Adapted, adapter_of
 from distill.models.build import build_net
+from distill.models.code_flow import CodeFlow
 from distill.models.conditions import Conditions, of_net
 from distill.models.denoiser import Denoiser
 from distill.models.guidance_adapters import GuidanceTerms
 from distill.models.lora_files import LoraFile, digest
 from distill.models.model import Model
-from distill.models.tokens import set_codebook
+from distill.models.tokens import TokenTeacher, set_codebook
+from distill.nets.code_flow import CodeFlowNet
 from distill.nets.converted import Converted, Retimed
 from distill.nets.token_net import TokenNet
 from distill.process.base import KINDS
@@ -65,7 +66,7 @@ class Adapt:
         lora: train low-rank adapters on the model, which itself stays as it is; None: train all weights. Where the model has
             these adapters, they are continued.
         process: "flow" makes a flow of a model of another process; "prefix" makes a student of Distilled Decoding of a model of
-            tokens; None keeps the process.
+            tokens, and "code_flow" a flow of its code vectors with a new head, whose options are `net`; None keeps the process.
         start: of that flow: "converted", which has the trajectories of the model, or "raw": its net, at times scaled to its
             own, read as a velocity, which it has yet to learn (InstaFlow). Models that are flows stay as they are.
     """
@@ -73,7 +74,7 @@ class Adapt:
     kind: str | None = None
     net: dict[str, Any] | None = None
     lora: Lora | None = None
-    process: Literal["flow", "prefix"] | None = None
+    process: Literal["flow", "prefix", "code_flow"] | None = None
     start: Literal["converted", "raw"] | None = None
 
     def __post_init__(self) -> None:
@@ -81,7 +82,7 @@ class Adapt:
             raise ValueError(f"kind: found {self.kind!r}, expected one of {list(KINDS)}")
         if self.start is not None and self.process != "flow":
             raise ValueError(f"start: found {self.start!r} without `process: flow`")
-        if self.process == "prefix" and self.lora is not None:
+        if self.process in ("prefix", "code_flow") and self.lora is not None:
             raise ValueError(
                 "lora: found adapters, but a student of tokens has layers that its teacher has not; expected null"
             )
@@ -119,10 +120,10 @@ def adapted(student: Model, changes: Mapping[str, Any]) -> Model:
         return as_flow(student, options.start or "converted")
     if options.lora is not None:
         return student
+    if options.process == "code_flow":
+        return as_code_flow(student, changes.get("net") or {})
     config = merged(student.net_config(), changes.get("net") or {})
-    sketched = next(student.net.parameters()).is_meta  # in a dry run
-    with torch.device("meta") if sketched else nullcontext():
-        built = build_net(config, "adapt.net")
+    built = build_net(config, "adapt.net")
     state = student.net.state_dict()
     if options.process == "prefix" and isinstance(built, TokenNet):
         state = built.of_teacher(state)
@@ -211,6 +212,37 @@ def as_prefix(model: Model, net: nn.Module, conditions: Conditions) -> Denoiser:
     return Denoiser(
         net, Prefix(net.groups), "x0", model.sample_shape, conditions=conditions, decoder=model.decoder
     )
+
+
+def as_code_flow(model: Model, options: Mapping[str, Any]) -> CodeFlow:
+    """A flow of code vectors with the body of a model of tokens, all weights but the layer of logits, and a new head.
+    `options`: of `nets.code_flow.CodeFlowNet`; `body`: changed options of the body.
+
+    Raises:
+        ValueError: names `adapt.process` or `adapt.net`: a model that is none of tokens, or weights that do not fit.
+    """
+    if not isinstance(model, TokenTeacher):
+        raise ValueError(
+            f"adapt.process: found code_flow, but {type(model).__name__} is no model of tokens; expected one"
+        )
+    target = f"{CodeFlowNet.__module__}.{CodeFlowNet.__qualname__}"
+    given = {
+        "_target_": target,
+        "body": model.net_config() | {"logits": False},
+        "size": model.sample_shape[1],
+    }
+    built = build_net(merged(given, options), "adapt.net")
+    assert isinstance(built, CodeFlowNet)
+    state = {
+        name: value
+        for name, value in model.net.state_dict().items()
+        if not name.startswith(f"{model.token_net.last}.")
+    }
+    try:
+        built.body.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"adapt.net: the weights do not fit the changed body: {error}") from error
+    return CodeFlow(built, model.sample_shape, conditions=model.conditions, decoder=model.decoder)
 
 
 def as_flow(model: Model, start: str) -> Model:

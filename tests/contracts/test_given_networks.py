@@ -36,6 +36,7 @@ RESULTS = {
     "denoising": ("independent", True),
     "disback": ("endpoint", False),
     "distilled_decoding": ("few_step", False),
+    "distilled_decoding2": ("endpoint", False),
     "dmd": ("endpoint", False),
     "flow_matching": ("independent", True),
     "guided": ("independent", False),
@@ -46,6 +47,7 @@ RESULTS = {
     "progressive": ("few_step", False),
     "reflow": ("paired", True),
     "sid": ("endpoint", False),
+    "teacher_score": ("independent", False),
     "tokenizer": ("endpoint", False),
 }
 ROLES = ("student", "teacher", "generator")
@@ -55,9 +57,11 @@ every_method = pytest.mark.parametrize("path", METHOD_CONFIGS, ids=lambda path: 
 def networks(path: Path) -> dict[str, Denoiser]:
     """The models that a method takes, as they come from a run: guidable, with a sampler; the student in training mode."""
     if path.stem in TOKENS:
-        model = TOKENS[path.stem]().train()
-        model.sampler = SamplerSpec(steps=50, any_steps=True)
-        return {"student": model}
+        models = TOKENS[path.stem]()
+        for model in models.values():
+            model.sampler = SamplerSpec(steps=50, any_steps=True)
+        models["student"].train()
+        return models
     process, kind, net = setting(path)
     taken = inspect.signature(method_class(path)[0]).parameters
     found = {}
@@ -170,16 +174,18 @@ def test_a_student_of_several_steps_is_valid_at_its_sampler_s_times() -> None:
 @every_method
 def test_a_frozen_model_that_shares_weights_with_the_student_is_refused(path: Path) -> None:
     given = networks(path)
-    for role in set(given) - {"student"}:
-        shared = given["student"].with_() if setting(path)[2] == NET else None
+    for role in set(given) - {"student", "guidance"}:  # of the guidance network a copy is trained
+        alike = setting(path)[2] == NET and path.stem not in TOKENS
+        shared = given["student"].with_() if alike else None
         if (
             shared is None
         ):  # a student with inputs that its teacher has not: they share what they have in common
             shared = given[role]
             own = dict(shared.net.named_parameters())
-            name = next(n for n, p in given["student"].net.named_parameters() if n in own)
-            module, _, leaf = name.rpartition(".")
-            setattr(shared.net.get_submodule(module), leaf, given["student"].net.get_parameter(name))
+            named = dict(given["student"].net.named_parameters())
+            name = next(n for n in named if n.removeprefix("body.") in own)
+            module, _, leaf = name.removeprefix("body.").rpartition(".")
+            setattr(shared.net.get_submodule(module), leaf, named[name])
         with pytest.raises(ValueError, match=f"{role}: shares weights with the student"):
             made(path, given | {role: shared})
 

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from distill.evaluation.protocol import Protocol
 from distill.models.build import build_net
 from distill.models.decoder import Pixels
 from distill.models.denoiser import Denoiser
+from distill.models.model import Model
 from distill.models.native import load_model, save_model
 from distill.models.result import Result
 from distill.process.base import Process
@@ -43,19 +45,21 @@ NET = {"_target_": "distill.nets.unet.UNet", "width": 8, "embedding": 16, "group
 
 def test_counts():
     """What this file covers; a new recipe or method raises the number here, and nothing else."""
-    assert len(RECIPES) == 16
-    assert len(METHOD_CONFIGS) == 19
+    assert len(RECIPES) == 17
+    assert len(METHOD_CONFIGS) == 21
     on_disk = {path.stem for path in (ROOT / "distill" / "methods").glob("*.py")} - {"__init__"}
     assert on_disk == {path.stem for path in METHOD_CONFIGS}, (
         "every method has a config of its name, and no other has"
     )
 
 
-# Methods of models of tokens, and a tiny student of each.
-TOKENS = {
-    "tokenizer": token_support.tokenizer,
-    "autoregressive": token_support.teacher,
-    "distilled_decoding": token_support.student,
+# Methods of models of tokens, and tiny models of each by role.
+TOKENS: dict[str, Callable[[], dict[str, Model]]] = {
+    "tokenizer": lambda: {"student": token_support.tokenizer()},
+    "autoregressive": lambda: {"student": token_support.teacher()},
+    "distilled_decoding": lambda: {"student": token_support.student()},
+    "teacher_score": token_support.scores,
+    "distilled_decoding2": token_support.generator,
 }
 
 
@@ -94,7 +98,7 @@ def build(path: Path) -> DistillModule:
         options["total_steps"] = 4  # as a training stage does
     if path.stem in TOKENS:
         options |= {"timesteps": [0, 2]} if "timesteps" in options else {}
-        return prepared(cls(TOKENS[path.stem](), **options))
+        return prepared(cls(**TOKENS[path.stem](), **options))
     process, kind, net = setting(path)
     torch.manual_seed(0)
     roles = {

@@ -27,8 +27,10 @@ from distill.engine.parallel import full, full_state, is_sharded, make_mesh, sha
 from distill.methods.agd import AGD
 from distill.methods.autoregressive import Autoregressive
 from distill.methods.distilled_decoding import DistilledDecoding
+from distill.methods.distilled_decoding2 import DistilledDecoding2
 from distill.methods.mmd import MMD
 from distill.methods.sid import SiD
+from distill.methods.teacher_score import TeacherScore
 from distill.methods.tokenizer import Tokenizer
 from distill.models.conditions import Labels
 from distill.models.spec import SamplerSpec
@@ -292,7 +294,8 @@ def job_tokens(world: World, folder: Path) -> None:
     for shard in ("none", "world"):
         for name, (make, source) in TOKENS.items():
             method = make()
-            method.prepare({"student": optim(lr=1e-3)}, seed=5, world=world)
+            settings = {update.name: optim(lr=1e-3) for update in method.updates()}
+            method.prepare(settings, seed=5, world=world)
             place = folder / f"{name}-{shard}-{world.size}"
             train(method, source(), Fit(6, 16, shard=shard), folder=place)
             found = {
@@ -309,6 +312,11 @@ TOKENS = {
     "autoregressive": (lambda: Autoregressive(token_support.teacher()), token_support.TokenDigits),
     "distilled_decoding": (
         lambda: DistilledDecoding(token_support.student(split=2), timesteps=[0, 2], perceptual=0.5),
+        token_support.TokenDigits,
+    ),
+    "teacher_score": (lambda: TeacherScore(**token_support.scores()), token_support.TokenDigits),
+    "distilled_decoding2": (
+        lambda: DistilledDecoding2(**token_support.generator()),
         token_support.TokenDigits,
     ),
 }

@@ -201,6 +201,8 @@ SETTINGS: dict[str, tuple[Process, str]] = {
 OF_TOKENS = (
     "autoregressive",
     "distilled_decoding",
+    "distilled_decoding2",
+    "teacher_score",
     "tokenizer",
 )  # tests/unit/test_tokens.py has their options
 PATHS = {

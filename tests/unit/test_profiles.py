@@ -31,7 +31,7 @@ def expanded(*options: str) -> dict[str, dict[str, Any]]:
 def test_latent_has_values_for_methods_that_exist() -> None:
     methods = {path.stem for path in (ROOT / "configs/method").glob("*.yaml")}
     # Teachers that train from data, and a student of classifier-free guidance, have none; nor have models of tokens.
-    tokens = {"tokenizer", "autoregressive", "distilled_decoding"}
+    tokens = {"tokenizer", "autoregressive", "distilled_decoding", "teacher_score", "distilled_decoding2"}
     assert methods - set(LATENT["methods"]) == {"flow_matching", "denoising", "guided"} | tokens
     assert set(LATENT["adapters"]) == set(LATENT["methods"])
 

@@ -38,3 +38,8 @@ def mean_behind(values: Tensor, data: Tensor) -> Tensor:
     """Means of values [B,L] over the positions of a sample that are noise, where `data` [B,L] bool is false: [B]."""
     noise = (~data).to(values.dtype)
     return (values * noise).sum(1) / noise.sum(1)
+
+
+def mean_where(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of the values under a mask, 0 where it is empty, without a gradient; no host sync."""
+    return (values.detach() * mask).sum() / mask.sum().clamp(min=1)
