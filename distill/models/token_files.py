@@ -41,13 +41,8 @@ IGNORED = (
     "quantize.codebook_used",
     "quantize.ema_vocab_hit_SV",
 )
-HEADS = {
-    768: 12,
-    1024: 16,
-    1280: 20,
-    1536: 24,
-    3200: 32,
-}  # of LlamaGen's sizes B, L, XL, XXL, 3B by their width
+# Heads of LlamaGen's sizes B, L, XL, XXL, 3B by their width.
+HEADS = {768: 12, 1024: 16, 1280: 20, 1536: 24, 3200: 32}
 
 
 class PublicFile:
@@ -94,11 +89,6 @@ class PublicFile:
             raise ValueError(f"{self.where}: {name}: missing; expected {self.what}")
         return tuple(self.state[name].shape)
 
-    def require(self, *names: str) -> None:
-        """Raise ValueError for a tensor that is not there."""
-        for name in names:
-            self.shape(name)
-
     def count(self, start: str) -> int:
         """Numbers that follow `start` in the names: layers of a list. Raises ValueError for none."""
         found = {match[1] for name in self.state if (match := re.match(rf"{re.escape(start)}(\d+)\.", name))}
@@ -123,10 +113,15 @@ class PublicFile:
         return net
 
 
-def sizes_of(state: State, levels: int) -> dict[str, Any]:
-    """Options of `nets.vq.VQGAN` that both tokenizers have, of weights with the names of these nets."""
+def sizes_of(file: PublicFile, state: State, levels: int) -> dict[str, Any]:
+    """Options of `nets.vq.VQGAN` that both tokenizers have, of weights with the names of these nets. Raises ValueError for one
+    that is not there."""
+    first = [f"encoder.down.{level}.block.0.conv1.weight" for level in range(levels)]
+    for name in ("encoder.conv_in.weight", "embedding.weight", *first):
+        if name not in state:
+            raise ValueError(f"{file.where}: {name} (as VAR calls it): missing; expected {file.what}")
     width, channels = state["encoder.conv_in.weight"].shape[:2]
-    outputs = [state[f"encoder.down.{level}.block.0.conv1.weight"].shape[0] for level in range(levels)]
+    outputs = [state[name].shape[0] for name in first]
     vocabulary, size = state["embedding.weight"].shape
     return {
         "channels": channels,
@@ -188,7 +183,6 @@ class Asked:
 def llamagen(model: PublicFile, tokenizer: PublicFile, asked: Asked) -> Networks:
     """LlamaGen's GPT and its tokenizer."""
     levels = tokenizer.count("encoder.conv_blocks.")
-    tokenizer.require("encoder.conv_in.weight", "quantize.embedding.weight")
     state = llamagen_names(tokenizer.state, levels)
     factor = 2 ** (levels - 1)
     if asked.resolution % factor or asked.resolution < factor:
@@ -196,7 +190,10 @@ def llamagen(model: PublicFile, tokenizer: PublicFile, asked: Asked) -> Networks
             f"resolution: found {asked.resolution}, expected a multiple of {factor}, the pixels of a token"
         )
     grid = asked.resolution // factor
-    options = sizes_of(state, levels) | {"grid": grid, "inner": tokenizer.shape("encoder.conv_out.weight")[0]}
+    options = sizes_of(tokenizer, state, levels) | {
+        "grid": grid,
+        "inner": tokenizer.shape("encoder.conv_out.weight")[0],
+    }
     vq = tokenizer.filled(lambda: VQTokenizer(**options), state)
 
     rows, width = model.shape("cls_embedding.embedding_table.weight")
@@ -233,13 +230,12 @@ def var(model: PublicFile, tokenizer: PublicFile, asked: Asked) -> Networks:
             f"scales: found {scales}, but {model.path} has {sizes[0]} scales of {sizes[1]} positions in all"
         )
     levels = tokenizer.count("encoder.down.")
-    tokenizer.require("encoder.conv_in.weight", "quantize.embedding.weight")
     old, new = "quantize.quant_resi.qresi_ls.", "scales.phis."
     state = {
         (new + name.removeprefix(old) if name.startswith(old) else name.removeprefix("quantize.")): value
         for name, value in tokenizer.state.items()
     }
-    options = sizes_of(state, levels) | {"scales": scales, "shared": tokenizer.count(old)}
+    options = sizes_of(tokenizer, state, levels) | {"scales": scales, "shared": tokenizer.count(old)}
     vq = tokenizer.filled(lambda: ScaleTokenizer(**options), state)
     made = {
         "depth": model.count("blocks."),

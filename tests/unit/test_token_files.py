@@ -170,6 +170,15 @@ def with_state(**changes: torch.Tensor | None) -> None:
     torch.save({"model": {name: value for name, value in state.items() if value is not None}}, "gpt.pt")
 
 
+def cut_tokenizer() -> None:
+    """`vq.pt` without the first block of a level."""
+    state = torch.load("vq.pt", weights_only=True)["model"]
+    torch.save(
+        {"model": {name: value for name, value in state.items() if "conv_blocks.1.res.0.conv1" not in name}},
+        "vq.pt",
+    )
+
+
 BAD = {
     "no file": (lambda: Path("gpt.pt").unlink(), {}, "path: gpt.pt: no such file; expected a class-conditional GPT"),
     "no tokenizer": (lambda: None, {"tokenizer": "x.pt"}, "tokenizer: x.pt: no such file; expected a tokenizer"),
@@ -183,6 +192,7 @@ BAD = {
     "type": (lambda: with_state(**{"norm.weight": torch.ones(32).long()}), {}, "norm.weight: found the type int64"),
     "not a GPT": (lambda: None, {"path": "vq.pt"}, "path: vq.pt: cls_embedding.embedding_table.weight: missing"),
     "swapped": (lambda: None, {"tokenizer": "gpt.pt"}, "tokenizer: gpt.pt: encoder.conv_blocks.0: missing; expected"),
+    "tokenizer": (cut_tokenizer, {}, r"tokenizer: vq.pt: encoder.down.1.block.0.conv1.weight \(as VAR calls it\): missing"),
     "a student": (lambda: files.llamagen(Path(), student=True), {}, "final_layer_conti.linear.bias: unexpected"),
     "no student": (lambda: None, {"student": STUDENT}, "final_layer_conti.linear.bias: missing"),
     "heads": (lambda: None, {"heads": None}, "heads: found null, but gpt.pt has the width 32"),
