@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -61,25 +62,33 @@ class Row:
 @dataclass
 class Memory:
     """Rows of all roles. `updates`: of each update, the gradients that exist while it runs; they are freed at its end.
-    `alternate`: the networks of the rows are in memory one after another."""
+    `alternate`: the networks of the rows are in memory one after another. `accumulated`: gradients are those of several micro
+    batches, which each process keeps whole until the last one, unless it reduces each."""
 
     rows: list[Row]
     updates: list[list[Size]] = field(default_factory=list)
     alternate: bool = False
+    accumulated: bool = False
 
-    def total(self, processes: int = 1) -> dict[str, int]:
+    def _over(self, kind: str, processes: int, reduce_each: bool) -> int:
+        """Processes that a kind is sharded over."""
+        return 1 if kind == "gradients" and self.accumulated and not reduce_each else processes
+
+    def total(self, processes: int = 1, reduce_each: bool = False) -> dict[str, int]:
         """kind -> bytes on one process; of gradients those of the update that has most."""
         added = max if self.alternate else sum
-        found = {kind: added([row.bytes(kind, processes) for row in self.rows] or [0]) for kind in KINDS}
-        gradients = [sum(size.bytes(processes) for size in sizes) for sizes in self.updates]
+        over = partial(self._over, processes=processes, reduce_each=reduce_each)
+        found = {kind: added([row.bytes(kind, over(kind)) for row in self.rows] or [0]) for kind in KINDS}
+        gradients = [sum(size.bytes(over("gradients")) for size in sizes) for sizes in self.updates]
         return found | {"gradients": max(gradients, default=0)}
 
-    def describe(self, processes: int = 1) -> list[str]:
+    def describe(self, processes: int = 1, reduce_each: bool = False) -> list[str]:
         """The lines of a table; of memory without training, of weights alone."""
         kinds = KINDS if self.updates else ("weights",)
         table = [["", "parameters", *(("trained",) if self.updates else ()), *kinds]]
         for row in self.rows:
-            cells = [_readable(row.bytes(kind, processes)) for kind in kinds]
+            over = {kind: self._over(kind, processes, reduce_each) for kind in kinds}
+            cells = [_readable(row.bytes(kind, over[kind])) for kind in kinds]
             if row.unknown:
                 cells[KINDS.index("optimizer")] = "?"
             trained = [f"{row.trained:,}" if row.trained else "-"] if self.updates else []
@@ -90,7 +99,7 @@ class Memory:
         ]
         if not self.updates:
             return lines
-        total = sum(self.total(processes).values())
+        total = sum(self.total(processes, reduce_each).values())
         where = f" on each of {processes} processes" if processes > 1 else ""
         return [*lines, f"{_readable(total)}{where}, without activations"]
 
@@ -103,8 +112,9 @@ def _readable(count: int) -> str:
     return "-" if not count else f"{count} B" if units[0] == "B" else f"{value:.2f} {units[0]}"
 
 
-def predicted(method: DistillModule) -> Memory:
-    """The memory of a method's networks, once `prepare` has run and before they are sharded."""
+def predicted(method: DistillModule, accumulate: int = 1) -> Memory:
+    """The memory of a method's networks, once `prepare` has run and before they are sharded; steps have `accumulate` micro
+    batches."""
     seen: set[int] = set()
     rows: dict[str, Row] = {}
     for role, network in [*method.frozen.items(), *method.networks.items()]:
@@ -127,7 +137,7 @@ def predicted(method: DistillModule) -> Memory:
     for name, average in method.averaged.items():
         followed = method.further[name].of if name in method.further else name
         rows[followed].sizes["averages"] += _fresh(_tensors(average.network), seen)
-    memory = Memory([*rows.values()], updates)
+    memory = Memory([*rows.values()], updates, accumulated=accumulate > 1)
     if decoder := decoder_row(method.student.decoder.weights()):
         memory.rows.append(decoder)
     return memory

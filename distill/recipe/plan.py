@@ -343,8 +343,11 @@ def refuse_changes(planned: Sequence[Planned], run_folder: Path) -> None:
     )
 
 
-def describe_plan(planned: Sequence[Planned], run_folder: Path, processes: int = 1) -> str:
-    """Return the table that `plan=true` prints. `processes`: those that networks are sharded over."""
+def describe_plan(
+    planned: Sequence[Planned], run_folder: Path, processes: int = 1, reduce_each: bool = False
+) -> str:
+    """Return the table that `plan=true` prints. `processes`: those that networks are sharded over; `reduce_each`: see
+    `engine.fit.Fit`."""
     width = max(len(entry.name) for entry in planned)
     kinds = max(len(type(entry.stage).__name__) for entry in planned)
     lines = [f"{run_folder}: {len(planned)} stages"]
@@ -361,5 +364,6 @@ def describe_plan(planned: Sequence[Planned], run_folder: Path, processes: int =
         )
         lines += [f"       {readable(line)}" for line in entry.changes[:5]]
         lines += [f"       {entry.broken}"] if entry.broken else []
-        lines += [f"       {line}" for line in entry.memory.describe(processes)] if entry.memory else []
+        if entry.memory:
+            lines += [f"       {line}" for line in entry.memory.describe(processes, reduce_each)]
     return printable("\n".join(lines))

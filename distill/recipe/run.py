@@ -68,7 +68,8 @@ def run(recipe: Mapping[str, Any], *, name: str, recipe_name: str) -> Path:
         planned = plan(recipe, run_folder, seed)
         redo(planned, recipe.get("redo"))
         sharded = settings.shard != "none" and isinstance(settings.devices, int)
-        print(describe_plan(planned, run_folder, settings.devices if sharded else 1))
+        processes = settings.devices if sharded else 1
+        print(describe_plan(planned, run_folder, processes, settings.reduce_each))
         print(refusal(planned, run_folder, settings), end="")
         return run_folder
     world = join(settings.device, settings.timeout)

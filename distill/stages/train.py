@@ -225,7 +225,7 @@ class Train(ModelStage):
                 raise ValueError(f"monitor.{error}") from error
             warn_of_judge(method.feature_space, meter.features)
         model, nodes = Generator(generator.denoiser, spec), tuple(method.snapshots())
-        return Made(model=model, nodes=nodes, trained=True, memory=predicted(method))
+        return Made(model=model, nodes=nodes, trained=True, memory=predicted(method, self.accumulate))
 
     def fingerprint(self) -> str:
         """The data's fingerprint, where it does not come from a stage, and what a monitor, a LoRA file and the method read."""
@@ -276,7 +276,8 @@ class Train(ModelStage):
         method.prepare(optim, seed=context.seed, stream=self.stream, world=context.world)
         if context.settings.activation_checkpointing:
             recompute_activations(method.frozen | method.networks)
-        foreseen = predicted(method).total(context.world.size if context.settings.shard == "world" else 1)
+        trainer, memory_of = context.settings, predicted(method, self.accumulate)
+        foreseen = memory_of.total(context.world.size if trainer.shard == "world" else 1, trainer.reduce_each)
 
         def save(folder: Path) -> None:
             """The student as it is now, as a model folder. Collective."""

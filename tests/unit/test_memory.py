@@ -79,6 +79,20 @@ def test_training_keeps_the_predicted_bytes(name: str, tmp_path: Path) -> None:
     )
 
 
+def test_gradients_of_several_micro_batches_are_whole_until_the_last_unless_each_is_reduced() -> None:
+    """`tests/distributed/test_two_processes.py` looks at them on two processes."""
+    method = METHODS["sid"](Path())
+    method.prepare({update.name: optim() for update in method.updates()}, seed=0)
+    once, several = predicted(method), predicted(method, accumulate=2)
+    whole, halves = once.total()["gradients"], once.total(2)["gradients"]
+    assert halves < 0.6 * whole
+    assert [several.total(2, each)["gradients"] for each in (False, True)] == [whole, halves]
+    others = ("weights", "optimizer", "averages")
+    assert [several.total(2)[kind] for kind in others] == [once.total(2)[kind] for kind in others]
+    assert several.describe(2, reduce_each=True) == once.describe(2)
+    assert several.describe(2) != once.describe(2)
+
+
 OPTIMIZERS = {
     path.stem: yaml.safe_load(path.read_text())["optimizer"]
     for path in (ROOT / "configs/optim").glob("*.yaml")
