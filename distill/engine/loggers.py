@@ -206,6 +206,27 @@ def replay(loggers: Sequence[Logger]) -> None:
                 logger.log_metrics(found, step=entry["step"])
 
 
+def summarize(loggers: Iterable[Logger], facts: Mapping[str, Any]) -> None:
+    """The facts of a stage as the summary of its W&B run."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.summary.update(dict(facts))
+
+
+def log_evaluation(logger: Logger, rows: Sequence[Mapping[str, Any]], picture: Path) -> None:
+    """The rows of an evaluation as a table of a W&B run, and its picture, where it has one."""
+    assert isinstance(logger, WandbLogger)
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    logger.log_table("rows", columns=columns, data=[[row.get(name) for name in columns] for row in rows])
+    if picture.is_file():
+        logger.log_image("grid", [str(picture)])
+
+
+def has_tables(target: Callable[..., Any]) -> bool:
+    """Whether evaluations are logged to a logger of this class."""
+    return isinstance(target, type) and issubclass(target, WandbLogger)
+
+
 def close(loggers: Iterable[Logger]) -> None:
     """End W&B runs: the next stage's logger would go on with a run that is open."""
     for logger in loggers:

@@ -104,7 +104,7 @@ class Evaluation:
         self, models: Mapping[str, Model], picture: Path, bar: Any, strips: Path | None = None
     ) -> list[dict[str, Any]]:
         """The rows of all models in their order, and the picture; [] and no picture on other processes than the main one.
-        bar: a tqdm bar over the rows. strips: a picture of samples of every row, without words."""
+        bar: a `stages.display.Bar` over the rows. strips: a picture of samples of every row, without words."""
         jobs = [(label, steps) for label, model in models.items() for steps in model.steps]
         self.prepare()
         rows: dict[tuple[str, int], dict[str, Any]] = {}
@@ -115,7 +115,7 @@ class Evaluation:
                 model, path = models[label], None
                 model.generator.to(self.device)  # one model at a time
                 for number, (_, steps) in enumerate(group):
-                    bar.set_postfix_str(f"{label} in {steps}", refresh=True)
+                    bar.note(f"{label} in {steps}")
                     if number == 0:
                         self._warm_up(model.generator)
                     made = self._sample(model, steps)

@@ -132,7 +132,7 @@ def _run_stages(
             settings=settings,
             loggers=tuple(recipe.get("loggers") or ()),
             callbacks=tuple(recipe.get("callbacks") or ()),
-            display=Display(entry.name, number, len(planned), silent=not world.main),
+            display=Display(entry.name, number, len(planned), not world.main, settings.progress),
             run_folder=entry.folder.parent,
             recipe=recipe_name,
             digest=entry.digest,

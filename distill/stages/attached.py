@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -70,12 +70,12 @@ def stage_options(
     assert inspect.isclass(target)
     names: dict[str, Any] = {}
     if context is not None:
-        run, method = context.run_folder.name, settings["method"]["_target_"].rpartition(".")[2]
+        run, method = context.run_folder.name, settings.get("method")
         names = {
             "name": f"{run}/{context.name}",
             "group": run,
-            "job_type": "train",
-            "tags": [context.recipe, method],
+            "job_type": "train" if method else "evaluate",
+            "tags": [context.recipe, *([method["_target_"].rpartition(".")[2]] if method else [])],
         }
         settings = {**settings, "recipe": context.recipe, "digest": context.digest, "seed": context.seed}
     given = loggers.stage_options(target, folder, settings, names)
@@ -97,6 +97,31 @@ def attachments(context: StageContext, settings: dict[str, Any]) -> dict[str, An
     elif isinstance(profiler, Mapping) and context.world.main:
         found["profiler"] = build(profiler, **stage_options(profiler, logs, {}))
     return found
+
+
+def log_evaluation(
+    context: StageContext,
+    settings: dict[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    picture: Path,
+    facts: Mapping[str, Any],
+) -> None:
+    """Log an evaluation into a W&B run of its own for each W&B logger of the recipe; on the main process."""
+    if not context.loggers:
+        return
+    from distill.engine import loggers
+
+    logs = context.folder / "logs"
+    for config in context.loggers:
+        if not loggers.has_tables(resolve(config, "loggers")):
+            continue
+        make_folder(logs)
+        logger = loggers.opened(build(config, **stage_options(config, logs, settings, context)))
+        try:
+            loggers.log_evaluation(logger, rows, picture)
+            loggers.summarize([logger], facts)
+        finally:
+            loggers.close([logger])
 
 
 def build(config: Mapping[str, Any], /, **options: Any) -> Any:

@@ -13,7 +13,7 @@ import torch
 
 from distill.engine.parallel import SHARD
 from distill.engine.stored import FILES as CHECKPOINT_FILES
-from distill.stages.display import Display
+from distill.stages.display import KINDS, Display
 from distill.stages.made import Made
 from distill.stages.ownership import RECORDS, patterns
 from distill.world import SECONDS, World
@@ -67,6 +67,7 @@ class Settings:
     workers: int | None = None
     prefetch: int = 2
     timeout: int = SECONDS
+    progress: str = "auto"
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -95,6 +96,8 @@ class Settings:
             raise ValueError(
                 f"max_nonfinite_share: expected a share in [0, 1], found {self.max_nonfinite_share}"
             )
+        if self.progress not in KINDS:
+            raise ValueError(f"progress: found {self.progress!r}, expected one of {list(KINDS)}")
         if self.shard not in SHARD:
             raise ValueError(f"shard: found {self.shard!r}, expected one of {list(SHARD)}")
 

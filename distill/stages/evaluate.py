@@ -16,6 +16,7 @@ from distill.models.generator import Generator
 from distill.models.native import load_model
 from distill.names import check_name
 from distill.stages.artifact import read_artifact
+from distill.stages.attached import log_evaluation
 from distill.stages.base import ModelStage, Stage, StageContext, check_which
 from distill.stages.made import Made
 from distill.stages.monitor import model_folder
@@ -24,6 +25,8 @@ from distill.stages.targets import resolve
 from distill.stages.threads import use_threads
 from distill.stages.trial import build_meter
 from distill.typed import settle
+
+GRID = "grid.png"
 
 
 @dataclass
@@ -42,7 +45,7 @@ class Evaluate(Stage):
         seed: of the samples' noise, so that runs of several seeds are measured alike; None: the run's.
     """
 
-    FILES: ClassVar[tuple[str, ...]] = patterns(*PUBLISHED, STRIPS)
+    FILES: ClassVar[tuple[str, ...]] = patterns(*PUBLISHED, STRIPS, "logs/wandb_id")
     NEEDED: ClassVar[tuple[str, ...]] = ("metrics.json", "report.md")
 
     models: dict[str, Row]
@@ -162,14 +165,18 @@ class Evaluate(Stage):
         threads = use_threads(context, max(sizes))
         evaluation = self._evaluation(context)
         with context.display.bar(sum(len(model.steps) for model in models.values()), unit="row") as bar:
-            rows = evaluation.run(models, context.folder / "grid.png", bar, context.folder / STRIPS)
+            rows = evaluation.run(models, context.folder / GRID, bar, context.folder / STRIPS)
         if not rows:
             return {}
         header = {"recipe": context.recipe, "digest": context.digest, "seed": context.seed, "note": self.note}
         balanced = evaluation.balanced(models)
         gates = evaluation.write(context.folder, context.recipe, rows, self._gates, header, balanced=balanced)
         passed = sum(gate.passed for gate in gates)
-        return {"rows": len(rows), "gates_passed": passed, "gates": len(gates), "threads": threads}
+        facts = {"rows": len(rows), "gates_passed": passed, "gates": len(gates), "threads": threads}
+        log_evaluation(
+            context, {"meter": self.meter, "count": self.count}, rows, context.folder / GRID, facts
+        )
+        return facts
 
     def _model(self, label: str, row: Row, context: StageContext) -> Model:
         """An evaluated model, from the folder of its stage."""

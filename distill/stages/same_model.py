@@ -13,11 +13,13 @@ from distill.models.description import Description
 from distill.models.model import Model
 from distill.stages.base import Stage
 from distill.stages.generate import Generate
+from distill.stages.targets import resolve
 
 
-def check_pairs_of(role: str | None, stage: Any, stages: Mapping[str, Stage]) -> None:
-    """Raise ValueError where the pairs that a training stage reads are samples of another stage's model than that of `role`, or
-    the one that its adapters stand on. `role`: `DistillModule.PAIRS_OF`."""
+def check_pairs_of(stage: Any, stages: Mapping[str, Stage]) -> None:
+    """Raise ValueError where the pairs that a training stage reads are samples of another stage's model than that of the role
+    `PAIRS_OF` of its method, or the one that its adapters stand on."""
+    role = getattr(resolve(stage.method, "method"), "PAIRS_OF", None)
     made = stages[stage.data] if role is not None and isinstance(stage.data, str) else None
     if role is None or not isinstance(made, Generate):
         return

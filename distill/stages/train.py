@@ -16,7 +16,7 @@ from distill.data.rng import stream_key
 from distill.data.source import Source
 from distill.engine import checkpoint
 from distill.engine.fit import PRECISIONS, Fit, train
-from distill.engine.loggers import close
+from distill.engine.loggers import close, summarize
 from distill.engine.memory import predicted
 from distill.engine.module import DistillModule
 from distill.engine.networks import recompute_activations
@@ -146,12 +146,6 @@ class Train(ModelStage):
         """Whether the student is an adapter."""
         return (self.adapt or {}).get("lora") is not None
 
-    @property
-    def _pairs_of(self) -> str | None:
-        """The role of the model whose samples pairs must be."""
-        found: str | None = getattr(resolve(self.method, "method"), "PAIRS_OF", None)
-        return found
-
     def inputs(self) -> dict[str, str]:
         """The references, and the further networks by their role."""
         return super().inputs() | dict(self.networks or {})
@@ -170,7 +164,7 @@ class Train(ModelStage):
             if name is not None and not isinstance(stages[name], ModelStage):
                 raise ValueError(f"{role}: {name!r} makes no model; expected a stage with a model")
         check_method(self.method, self._takes, {*ROLES, "nodes", *further})
-        check_pairs_of(self._pairs_of, self, stages)
+        check_pairs_of(self, stages)
         if self.nodes is not None and "nodes" not in self._takes:
             raise ValueError(
                 f"nodes: found {self.nodes!r}, but the method {self.method['_target_']} takes none"
@@ -264,7 +258,6 @@ class Train(ModelStage):
         models = load_models(folders, adapters=self._adapts)
         start = self._start(models, context.seed, source)
         student = start.denoiser
-        check_fingerprint(self._pairs_of, source, folders)
         check_decoder(student, source, trained=True)
         threads = use_threads(context, sum(p.numel() for p in student.parameters()))
         nodes: Sequence[Path] = ()
@@ -272,6 +265,7 @@ class Train(ModelStage):
             nodes = read_nodes(context.inputs["nodes"], context.inputs["teacher"])
             check_path(context.inputs["nodes"], context.inputs.get("init"), self.method)
         method = self._method(student, models, nodes)
+        check_fingerprint(method.PAIRS_OF, source, folders)
         optim = build_optim(self.optim, self.steps)
         method.prepare(optim, seed=context.seed, stream=self.stream, world=context.world)
         if context.settings.activation_checkpointing:
@@ -292,24 +286,28 @@ class Train(ModelStage):
         settings = {"method": self.method, "net": student.net_config(), "steps": self.steps}
         settings |= {"batch_size": self.batch_size, "threads": threads}
         keep = node_saver(context.folder, method.snapshots(), save, context.world.main)
-        self._fit(context, method, source, settings, monitor, keep)
+
+        def facts() -> dict[str, Any]:
+            return {
+                "train_seconds": method.progress.seconds,
+                "images": method.progress.images,
+                "steps": method.progress.step,
+                "skipped": {name: pair[0] for name, pair in method.nonfinite.to_dict().items()},
+                "parameters": sum(p.numel() for p in student.parameters()),
+                "peak_memory_bytes": memory.bytes(),
+                "threads": torch.get_num_threads(),  # of a stage that was continued, those of its checkpoint
+                "processes": context.world.size,
+                "predicted_bytes": foreseen,
+                "best": monitor.facts() if monitor is not None else {},
+                **replaced_of(source, context.world),
+            }
+
+        self._fit(context, method, source, settings, monitor, keep, facts)
         save(context.folder)
         if method.snapshots() and context.world.main:
             check_stored(context.folder, method.snapshots())
             write_manifest(context.folder, method.snapshots(), context.inputs["init"])
-        return {
-            "train_seconds": method.progress.seconds,
-            "images": method.progress.images,
-            "steps": method.progress.step,
-            "skipped": {name: pair[0] for name, pair in method.nonfinite.to_dict().items()},
-            "parameters": sum(p.numel() for p in student.parameters()),
-            "peak_memory_bytes": memory.bytes(),
-            "threads": torch.get_num_threads(),  # of a stage that was continued, those of its checkpoint
-            "processes": context.world.size,
-            "predicted_bytes": foreseen,
-            "best": monitor.facts() if monitor is not None else {},
-            **replaced_of(source, context.world),
-        }
+        return facts()
 
     def _fit(
         self,
@@ -319,8 +317,9 @@ class Train(ModelStage):
         settings: dict[str, Any],
         monitor: Monitor | None,
         snapshot: Callable[[int], None],
+        facts: Callable[[], dict[str, Any]],
     ) -> None:
-        """Train with the loggers, callbacks and profiler of the run, and a bar."""
+        """Train with the loggers, which get the facts at the end, callbacks and profiler of the run, and a bar."""
         attached = attachments(context, settings)
         fit = Fit(
             self.steps,
@@ -331,12 +330,12 @@ class Train(ModelStage):
             fast_dev_run=int(context.settings.fast_dev_run),
             **context.settings.fitting,
         )
-        with context.display.bar(self.steps) as bar:
+        with context.display.bar(self.steps, images=self.batch_size) as bar:
 
             def show(step: int, text: str) -> None:
                 if text:
-                    bar.set_postfix_str(text, refresh=False)
-                bar.update(step - bar.n)
+                    bar.note(text)
+                bar.reach(step)
 
             try:
                 train(
@@ -351,6 +350,7 @@ class Train(ModelStage):
                     evaluation=monitor,
                     snapshot=snapshot,
                 )
+                summarize(attached["loggers"], facts())
             except Refused as error:
                 raise ValueError(f"{error}; redo={context.name} trains from the start") from error
             finally:  # also where the run is stopped
@@ -360,7 +360,7 @@ class Train(ModelStage):
                     f"stages.{context.name}: trainer.fast_dev_run={fit.fast_dev_run}: ran that many iterations; nothing was "
                     "saved, and later stages did not run"
                 )
-            bar.update(self.steps - bar.n)
+            bar.reach(self.steps)
 
     def _models(self) -> dict[str, str]:
         """role -> stage, of the models that the method gets."""

@@ -14,7 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 from checkpoint_support import checkpoint_of
-from test_watching import TRAIN, recipe
+from test_watching import DATA, FEATURES, TRAIN, recipe
 from tests_support import SMALL, run_verb
 
 from distill.files import read_json
@@ -144,12 +144,16 @@ class FakeRun:
     """What W&B's `init` returns, as far as Lightning and the engine use it."""
 
     def __init__(self, calls: list[tuple[Any, ...]]) -> None:
-        self.calls = calls
+        self.calls, self.summary = calls, {}
+        calls.append(("summary", self.summary))
 
     def define_metric(self, name: str, **options: Any) -> None:
         self.calls.append(("define", name, options.get("step_metric")))
 
     def log(self, entry: dict[str, Any]) -> None:
+        if "step" not in entry:  # tables and pictures
+            self.calls.append(("show", entry))
+            return
         self.calls.append(("log", entry["step"], entry["images"], entry["trainer/global_step"]))
 
     def finish(self) -> None:
@@ -175,6 +179,7 @@ def fake_wandb(monkeypatch: pytest.MonkeyPatch, raised: Exception | None = None)
 
     modules = {name: ModuleType(name) for name in ("wandb", "wandb.sdk", "wandb.sdk.lib", "wandb.wandb_run")}
     modules["wandb"].__dict__.update(init=init, run=None, util=None, Error=WandbError)
+    modules["wandb"].__dict__.update(Table=lambda **given: given, Image=lambda path: Path(path).read_bytes())
     modules["wandb.sdk.lib"].__dict__["RunDisabled"] = type("RunDisabled", (), {})
     modules["wandb.wandb_run"].__dict__["Run"] = FakeRun
     for name, module in modules.items():
@@ -221,6 +226,38 @@ def test_wandb_continues_its_run_offline_and_is_closed(
 
 
 WANDB = {"_target_": "lightning.pytorch.loggers.WandbLogger"}
+
+
+def test_facts_are_the_summary_and_an_evaluation_is_a_run_with_table_and_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = fake_wandb(monkeypatch)
+    made = recipe(tmp_path, monitor=None, steps=2)
+    meter = {"_target_": "distill.evaluation.meters.images.ImageMeter", "data": DATA, "features": FEATURES}
+    made["stages"]["evaluate"] = {
+        "_target_": "distill.stages.evaluate.Evaluate",
+        "meter": meter,
+        "models": {"teacher": {"stage": "teacher", "steps": [2, 1]}},
+        "count": 32,
+        "grid": [["teacher", 2], ["teacher", 1]],
+    }
+    folder = run(made | {"loggers": [WANDB, *CSV]}, name="r", recipe_name="toy")
+    train, evaluate = (call[1] for call in calls if call[0] == "init")
+    assert (train["job_type"], evaluate["job_type"]) == ("train", "evaluate")
+    assert (evaluate["name"], evaluate["group"], evaluate["tags"]) == ("r/evaluate", "r", ["toy"])
+    assert evaluate["id"] == (folder / "evaluate/logs/wandb_id").read_text() != train["id"]
+    assert evaluate["config"]["digest"] == read_json(folder / "evaluate/artifact.json")["digest"]
+    facts = [read_json(folder / stage / "artifact.json")["facts"] for stage in ("teacher", "evaluate")]
+    ours, theirs = (call[1] for call in calls if call[0] == "summary")
+    assert (ours["steps"], ours["parameters"]) == (2, facts[0]["parameters"])
+    assert theirs == facts[1]
+    table, picture = (call[1] for call in calls if call[0] == "show")
+    rows = read_json(folder / "evaluate/metrics.json")["rows"]
+    assert table["rows"]["columns"] == list(rows[0])
+    assert table["rows"]["data"] == [list(row.values()) for row in rows]
+    assert picture["grid"] == [(folder / "evaluate/grid.png").read_bytes()]
+    assert [call[0] for call in calls][-1] == "finish"
+    assert [call[0] for call in calls].count("finish") == 2
 
 
 def test_wandb_that_cannot_be_reached_does_not_stop_training(
