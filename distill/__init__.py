@@ -27,8 +27,9 @@ if "MPLBACKEND" in os.environ:
 
 
 def load(path: str | Path, *, device: str = "cpu") -> Generator:
-    """Load an exported student, or any model folder of a run:
-    `distill.load("runs/instaflow/export").sample(8, label=3)`."""
+    """Load an exported student, any model folder of a run, or a student of the package:
+    `distill.load("runs/instaflow/export").sample(8, label=3)`, `distill.load("digits/dmd")`."""
     from distill.models.native import load_model  # imports torch
+    from distill.models.shipped import model_folder
 
-    return load_model(path, device=device)
+    return load_model(model_folder(path), device=device)

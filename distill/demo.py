@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 from distill import terminal
 from distill.models.native import load_model
+from distill.models.shipped import model_folder
 from distill.sample import check_device
 from distill.stages.demo import LOOPBACK, Shown, server
 
@@ -16,7 +16,7 @@ from distill.stages.demo import LOOPBACK, Shown, server
 class Options:
     """Options:
 
-    model: an export, or any model folder
+    model: an export, any model folder, or a student of the package, such as digits/dmd
     teacher: another model folder, shown beside it; null: none
     host: address to listen on; other computers reach the page only with one of this computer's, and then anybody can sample
     port: 0: a free one
@@ -33,7 +33,9 @@ def parse(arguments: list[str]) -> Options:
     """Parse `key=value` arguments. Raises ValueError naming the key."""
     options = terminal.read_options(Options, arguments)
     if not options.model:
-        raise ValueError("model: missing; expected a model folder, such as model=runs/instaflow/export")
+        raise ValueError(
+            "model: missing; expected a model folder, such as model=runs/instaflow/export or model=digits/dmd"
+        )
     if not 0 <= options.port < 2**16:
         raise ValueError(f"port: found {options.port}, expected 0 .. 65535")
     check_device(options.device)
@@ -44,7 +46,7 @@ def models(options: Options) -> list[Shown]:
     """The student and, if there is one, the teacher. Raises ValueError for models of points or of other conditions."""
     named = {"student": options.model} | ({} if options.teacher is None else {"teacher": options.teacher})
     found = [
-        Shown(name, path, load_model(Path(path).expanduser(), device=options.device))
+        Shown(name, path, load_model(model_folder(path), device=options.device))
         for name, path in named.items()
     ]
     for shown in found:

@@ -12,6 +12,7 @@ from distill.files import read_json
 from distill.models.conditions import classes
 from distill.models.decoder import Decoder, Pixels, Points
 from distill.models.spec import SamplerSpec
+from distill.models.weights import FLOATS
 from distill.typed import parse
 
 SCHEMA = 2
@@ -21,12 +22,16 @@ DENOISER = "distill.models.denoiser.Denoiser"
 
 @dataclass(frozen=True)
 class Weights:
-    """The file of the weights, a name beside the description, and its sha256."""
+    """The file of the weights, a name beside the description, its sha256, and, where they are stored in another float type than
+    the net's, that type: they are converted without a warning. None: not said."""
 
     file: str
     sha256: str
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
+        if self.dtype not in (None, *FLOATS.values()):
+            raise ValueError(f"dtype: found {self.dtype!r}, expected one of {list(FLOATS.values())}")
         if not re.fullmatch("[0-9a-f]{64}", self.sha256):
             raise ValueError(f"sha256: found {self.sha256!r}, expected 64 hexadecimal digits")
 

@@ -275,7 +275,7 @@ def _sketch(folder: Path, description: Description, path: Path) -> Model:
     with torch.device("meta"), at_most(len(stored)):
         model = _built(folder, description, base).to("meta")
     _check_sampler(model, description.sampler, where)
-    check_tensors(_tensors(model), stored, path, DESCRIPTION)
+    check_tensors(_tensors(model), stored, path, DESCRIPTION, description.weights.dtype)
     _check_samples(model, description, where)
     return model
 

@@ -64,9 +64,11 @@ def check_finite(weights: Mapping[str, Tensor], path: Path) -> None:
             )
 
 
-def check_tensors(tensors: Mapping[str, Tensor], stored: Header, path: Path, description: str) -> None:
+def check_tensors(
+    tensors: Mapping[str, Tensor], stored: Header, path: Path, description: str, dtype: str | None = None
+) -> None:
     """Raise ValueError unless a weights file holds exactly `tensors`, those of the net in the file `description`; warn about
-    types that are converted."""
+    types that are converted, other than `dtype`."""
     wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     wrong = [f"{name}: missing, expected {list(wanted[name])}" for name in wanted.keys() - stored.keys()]
     wrong += [f"{name}: unexpected" for name in stored.keys() - wanted.keys()]
@@ -79,7 +81,7 @@ def check_tensors(tensors: Mapping[str, Tensor], stored: Header, path: Path, des
             f"{path}: does not fit the net that {description} describes: {'; '.join(sorted(wrong)[:3])}{more}"
         )
     types = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
-    if cast := [name for name, (_, dtype) in stored.items() if FLOATS[dtype] != types[name]]:
+    if cast := [name for name, (_, kind) in stored.items() if FLOATS[kind] not in (types[name], dtype)]:
         warnings.warn(
             f"{path}: {len(cast)} tensors are {FLOATS[stored[cast[0]][1]]} and are converted to {types[cast[0]]}",
             stacklevel=4,

@@ -28,6 +28,7 @@ from distill.files import copy, make_folder, read_json, sha256_file, write_json
 from distill.models.description import WEIGHTS
 from distill.models.generator import Generator
 from distill.models.native import load_model
+from distill.models.shipped import model_folder
 from distill.models.spec import SamplerSpec
 from distill.stages.artifact import digest_of, read_artifact
 from distill.stages.display import Display
@@ -103,7 +104,7 @@ def evaluate(request: Request, configs: Mapping[str, Path]) -> Path:
     configs: name -> file of the data sets that `reference` may name. Raises ValueError or OSError naming the option
     or the file, before anything is sampled where that can be known.
     """
-    path = Path(str(request.model)).expanduser()
+    path = model_folder(str(request.model))
     out, reference = place(request, path), reference_config(request, configs)
     with warnings.catch_warnings(record=True) as caught:
         plan = plan_model if is_model(path) else plan_images
