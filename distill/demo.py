@@ -5,9 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
-from distill import terminal
-from distill.models.native import load_model
-from distill.models.shipped import model_folder
+from distill import load, terminal
 from distill.sample import check_device
 from distill.stages.demo import LOOPBACK, Shown, server
 
@@ -33,9 +31,7 @@ def parse(arguments: list[str]) -> Options:
     """Parse `key=value` arguments. Raises ValueError naming the key."""
     options = terminal.read_options(Options, arguments)
     if not options.model:
-        raise ValueError(
-            "model: missing; expected a model folder, such as model=runs/instaflow/export or model=digits/dmd"
-        )
+        raise ValueError("model: missing; expected a folder, or a student of the package: model=digits/dmd")
     if not 0 <= options.port < 2**16:
         raise ValueError(f"port: found {options.port}, expected 0 .. 65535")
     check_device(options.device)
@@ -45,10 +41,7 @@ def parse(arguments: list[str]) -> Options:
 def models(options: Options) -> list[Shown]:
     """The student and, if there is one, the teacher. Raises ValueError for models of points or of other conditions."""
     named = {"student": options.model} | ({} if options.teacher is None else {"teacher": options.teacher})
-    found = [
-        Shown(name, path, load_model(model_folder(path), device=options.device))
-        for name, path in named.items()
-    ]
+    found = [Shown(name, path, load(path, device=options.device)) for name, path in named.items()]
     for shown in found:
         if not shown.generator.decoder.images:
             raise ValueError(f"model: {shown.path}: makes points, expected images")

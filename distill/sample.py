@@ -8,10 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from distill import terminal
+from distill import load, terminal
 from distill.evaluation.grid import save_samples
-from distill.models.native import load_model
-from distill.models.shipped import model_folder
 from distill.stages.outputs import SAMPLED, output_picture
 
 PASSED_ON = ("label", "prompt", "seed", "steps", "force", "guidance_scale", "guidance_w", "noise_scale")
@@ -56,9 +54,7 @@ def parse(arguments: list[str]) -> Options:
     """Parse `key=value` arguments. Raises ValueError naming the key."""
     options = terminal.read_options(Options, arguments)
     if not options.model:
-        raise ValueError(
-            "model: missing; expected a model folder, such as model=runs/instaflow/export or model=digits/dmd"
-        )
+        raise ValueError("model: missing; expected a folder, or a student of the package: model=digits/dmd")
     for name in ("count", "columns", "steps"):
         if (found := getattr(options, name)) is not None and found < 1:
             raise ValueError(f"{name}: expected at least 1, found {found}")
@@ -83,7 +79,7 @@ def main() -> None:
             return
         options = parse(sys.argv[1:])
         out = output_picture(options.out, "grid.png")
-        loaded = load_model(model_folder(options.model), device=options.device)
+        loaded = load(options.model, device=options.device)
         generator = loaded.with_strength(options.strength)
         samples = generator.sample(options.count, **{name: getattr(options, name) for name in PASSED_ON})
         columns = options.columns or min(options.count, generator.conditions.period or 10, 16)
