@@ -31,7 +31,7 @@ def parse(arguments: list[str]) -> Options:
     """Parse `key=value` arguments. Raises ValueError naming the key."""
     options = terminal.read_options(Options, arguments)
     if not options.model:
-        raise ValueError("model: missing; expected a folder, or a student of the package: model=digits/dmd")
+        raise ValueError("model: missing; expected a model folder, or a student of the package: digits/dmd")
     if not 0 <= options.port < 2**16:
         raise ValueError(f"port: found {options.port}, expected 0 .. 65535")
     check_device(options.device)

@@ -54,7 +54,7 @@ def parse(arguments: list[str]) -> Options:
     """Parse `key=value` arguments. Raises ValueError naming the key."""
     options = terminal.read_options(Options, arguments)
     if not options.model:
-        raise ValueError("model: missing; expected a folder, or a student of the package: model=digits/dmd")
+        raise ValueError("model: missing; expected a model folder, or a student of the package: digits/dmd")
     for name in ("count", "columns", "steps"):
         if (found := getattr(options, name)) is not None and found < 1:
             raise ValueError(f"{name}: expected at least 1, found {found}")
