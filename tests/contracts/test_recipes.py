@@ -38,7 +38,8 @@ from distill.process.flow import Flow
 from distill.process.vp import VPCosine, VPScaledLinear
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+# Those on other data than the package has are run by tests of the data.
+RECIPES = sorted(p for p in (ROOT / "recipes").glob("*.yaml") if not p.stem.startswith("fashion_"))
 METHOD_CONFIGS = sorted((ROOT / "configs" / "method").glob("*.yaml"))
 NET = {"_target_": "distill.nets.unet.UNet", "width": 8, "embedding": 16, "groups": 4}
 

@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 import torch
 from shard_support import png
+from tests_support import ROOT, SMALL, call_verb, run_verb
 
 from distill.data.idx import FashionMnist
 from distill.data.webdataset import Shards
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts" / "data"
+SCRIPTS = ROOT / "scripts" / "data"
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -77,6 +78,31 @@ def test_fashion_mnist(tmp_path: Path) -> None:
 def script(monkeypatch: pytest.MonkeyPatch, name: str):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     return importlib.import_module(name)
+
+
+FASHION = sorted(path.stem for path in (ROOT / "recipes").glob("fashion_*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", FASHION)
+def test_recipes_of_fashion_mnist_plan(tmp_path: Path, recipe: str) -> None:
+    write_fashion(tmp_path / "data", side=28)
+    given = (f"recipe={recipe}", f"data.path={tmp_path / 'data'}", "plan=true")
+    planned = call_verb(tmp_path, "train", *given, check=True).stdout
+    assert "4,600,961  4,600,961" in planned
+    missing = call_verb(tmp_path, "train", f"recipe={recipe}", "data.path=none").stderr
+    assert "python scripts/data/fashion_mnist.py" in missing
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", FASHION)
+def test_recipes_of_fashion_mnist_run(tmp_path: Path, recipe: str) -> None:
+    write_fashion(tmp_path / "data", count=60, side=28)
+    given = (f"recipe={recipe}", f"data.path={tmp_path / 'data'}", "profile=smoke", "teacher.net.groups=8")
+    run_verb(tmp_path, "train", *given, *SMALL)
+    run = tmp_path / "runs" / f"{recipe}-smoke"
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["protocol"]["reference_count"] == 60
+    assert (run / "export/model.safetensors").is_file()
 
 
 @pytest.mark.skipif(
