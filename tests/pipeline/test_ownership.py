@@ -531,6 +531,7 @@ def test_digests_keep_the_names_that_stages_had_first(x: Path) -> None:
         "distill.stages.encode.Encode",  # these two have their first names
         "distill.stages.pretrained.Pretrained",
         "distill.stages.encode_images.EncodeImages",
+        "distill.stages.token_files.TokenFiles",
         "distill.stages.token_models.Filter",
         "distill.stages.token_models.Involve",
         "distill.stages.token_models.Marginals",
