@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,18 +65,6 @@ class CodeFlow(Model):
         """The net, of its type."""
         assert isinstance(self.net, CodeFlowNet)
         return self.net
-
-    def config(self) -> dict[str, Any]:
-        """See `Model`."""
-        return {
-            "_target_": f"{CodeFlow.__module__}.{CodeFlow.__qualname__}",
-            "net": self.net_config(),
-            "sample_shape": list(self.sample_shape),
-            "conditions": self.conditions.config(),
-            "decoder": self.decoder.config(),
-            "coupling": self.coupling,
-            "guidable": self.guidable,
-        }
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """Velocities [B,L,C] at times [B], or [B,L], one a position; see `CodeFlowNet`."""

@@ -119,10 +119,18 @@ class Model(nn.Module, ABC):
             )
         return self.net.config()
 
-    @abstractmethod
     def config(self) -> dict[str, Any]:
-        """What `models.build.build_model` makes the same model from, without its weights, in plain containers. Raises like
-        `net_config`."""
+        """What `models.build.build_model` makes the same model from, without its weights, in plain containers; classes with
+        further arguments write it anew. Raises like `net_config`."""
+        return {
+            "_target_": f"{type(self).__module__}.{type(self).__qualname__}",
+            "net": self.net_config(),
+            "sample_shape": list(self.sample_shape),
+            "conditions": self.conditions.config(),
+            "decoder": self.decoder.config(),
+            "coupling": self.coupling,
+            "guidable": self.guidable,
+        }
 
     def with_(self, **meaning: Any) -> Self:
         """The same net, shared and not copied, with another meaning; `self` stays as it is.

@@ -333,18 +333,6 @@ class Tokenizer(Model):
             )
         super().__init__(net, Flow(), sample_shape, conditions or Nothing(), decoder, coupling, guidable)
 
-    def config(self) -> dict[str, Any]:
-        """See `Model`."""
-        return {
-            "_target_": f"{Tokenizer.__module__}.{Tokenizer.__qualname__}",
-            "net": self.net_config(),
-            "sample_shape": list(self.sample_shape),
-            "conditions": self.conditions.config(),
-            "decoder": self.decoder.config(),
-            "coupling": self.coupling,
-            "guidable": self.guidable,
-        }
-
     def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """Reconstructed images of images x [B,*S]."""
         images: Tensor = self.net(x, t, cond)
