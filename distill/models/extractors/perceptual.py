@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import pickle
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,7 +142,7 @@ class Stages(nn.Module):
         return (F.conv2d(x.square(), blur, stride=2, padding=1, groups=x.shape[1]) + 1e-12).sqrt()
 
 
-class Perceptual(ImageExtractor):
+class Perceptual(ImageExtractor, ABC):
     """Images at their own size through the stages of a classifier: as features, the mean of each channel of each stage
     [B, D]; between two images, `distance`, which subclasses write.
 
@@ -176,9 +177,9 @@ class Perceptual(ImageExtractor):
         """Images [B, 1 or 3, H, W] in [-1, 1] to features [B, D] in float32."""
         return torch.cat([layer.mean((2, 3)) for layer in self.layers(images)], 1)
 
+    @abstractmethod
     def distance(self, pred: Tensor, target: Tensor) -> Tensor:
         """[B], 0 for equal images."""
-        raise NotImplementedError
 
 
 class LPIPS(Perceptual):
