@@ -29,6 +29,34 @@ def kind_of(path: str, root: str, stages: list[str]) -> str | None:
     return re.sub(r"\d+|\.[0-9a-f]{8}(?=\.part)", "#", named)
 
 
+# The path that a function works on, from its arguments.
+
+
+def first(path: Any, *_: Any, **__: Any) -> Any:
+    """Of `unlink`, `mkdir`, ..."""
+    return path
+
+
+def second(_: Any, target: Any, **__: Any) -> Any:
+    """Of `replace`, `rename`, ..."""
+    return target
+
+
+def flushed(handle: Any) -> str:
+    """Of `fsync`."""
+    return os.readlink(f"/proc/self/fd/{handle if isinstance(handle, int) else handle.fileno()}")
+
+
+def written(path: Any, mode: str = "r", *_: Any, **__: Any) -> Any:
+    """Of `open`; None where it only reads."""
+    return path if isinstance(mode, str) and set(mode) & set("wxa+") else None
+
+
+def opened(path: Any, flags: int, *_: Any, **__: Any) -> Any:
+    """Of `os.open`; None where it only reads."""
+    return path if flags & (os.O_WRONLY | os.O_RDWR) else None
+
+
 def install(spec: dict[str, Any]) -> None:
     """Patch the functions for file operations.
 
@@ -70,21 +98,6 @@ def install(spec: dict[str, Any]) -> None:
             return result
 
         setattr(owner, name, call)
-
-    def second(_: Any, target: Any, **__: Any) -> Any:
-        return target
-
-    def first(path: Any, *_: Any, **__: Any) -> Any:
-        return path
-
-    def flushed(handle: Any) -> str:
-        return os.readlink(f"/proc/self/fd/{handle if isinstance(handle, int) else handle.fileno()}")
-
-    def written(path: Any, mode: str = "r", *_: Any, **__: Any) -> Any:
-        return path if isinstance(mode, str) and set(mode) & set("wxa+") else None
-
-    def opened(path: Any, flags: int, *_: Any, **__: Any) -> Any:
-        return path if flags & (os.O_WRONLY | os.O_RDWR) else None
 
     for name in ("replace", "rename", "link", "symlink"):
         around(os, name, name, second)
