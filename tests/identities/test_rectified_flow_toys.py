@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import exact_bench
 import pytest
 import torch
 from torch import Tensor
 
-from distill.data.batch import Batch
 from distill.data.cond import Cond
 from distill.data.points import Points
 from distill.data.rng import sample_noise
@@ -81,25 +81,14 @@ def squared(x: Tensor, y: Tensor) -> float:
     return float((x - y).square().sum(1).mean())
 
 
-class Ends:
+class Ends(exact_bench.Ends):
     """Pairs (z, x0): 8192 noises and where a model's 100 Euler steps take them; shuffled, x0 of another noise."""
-
-    sample_shape, num_classes = (2,), 0
 
     def __init__(self, model: Denoiser, stream: str, *, shuffled: bool = False) -> None:
         self.z = sample_noise(0, stream, torch.arange(8192), (2,))
         self.x0 = samples(model, self.z, STEPS)
         if shuffled:
             self.x0 = self.x0[torch.randperm(8192, generator=torch.Generator().manual_seed(0))]
-
-    def __len__(self) -> int:
-        return len(self.z)
-
-    def fetch(self, rows: Tensor, index: Tensor) -> Batch:
-        return Batch(rows, index, Cond.nothing(len(rows)), x0=self.x0[rows], z=self.z[rows])
-
-    def fingerprint(self) -> str:
-        return ""
 
 
 def fresh_student(seed: int) -> Denoiser:
