@@ -49,7 +49,7 @@ class DistillModule(L.LightningModule):
     # Options of the constructor that name model folders. Checkpoints record their weights, not their paths.
     FOLDERS: ClassVar[tuple[str, ...]] = ()
     PAIRS_OF: ClassVar[str | None] = None  # role of the model whose samples pairs must be; None: any
-    MODELS: ClassVar[type[Model]] = Denoiser  # class of the student and of other models that it is given
+    MODELS: ClassVar[tuple[type[Model], ...]] = (Denoiser,)  # classes of the models that it is given
     # Fields of a batch that the losses always need beside its conditions, see `needs`.
     reads: ClassVar[tuple[str, ...]] = ()
     guidance_range: tuple[float, float] | None = None  # of each pair's own guidance scale, if read

@@ -56,8 +56,8 @@ def check_apart(role: str, network: nn.Module, student: nn.Module) -> None:
         )
 
 
-def check_model(role: str, network: nn.Module, wanted: type[Model]) -> None:
-    """Raise ValueError naming `role` for a model of another class than a method works on, or that no method trains."""
+def check_model(role: str, network: nn.Module, wanted: tuple[type[Model], ...]) -> None:
+    """Raise ValueError naming `role` for a model of other classes than a method works on, or that no method trains."""
     if role == "student" and isinstance(network, Model) and network.kind == "score":
         raise ValueError(
             "student: predicts 'score', which is unbounded at the clean end; expected a net that predicts x0, eps, v or "
@@ -65,8 +65,8 @@ def check_model(role: str, network: nn.Module, wanted: type[Model]) -> None:
         )
     if isinstance(network, Model) and not isinstance(network, wanted):
         raise ValueError(
-            f"{role}: found a {type(network).__name__}, but the method needs a {wanted.__name__}; expected a "
-            f"stage that makes one"
+            f"{role}: found a {type(network).__name__}, but the method needs a {' or '.join(k.__name__ for k in wanted)}; "
+            "expected a stage that makes one"
         )
 
 

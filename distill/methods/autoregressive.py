@@ -39,7 +39,7 @@ class Autoregressive(DistillModule):
         steps: of the flow of each token when it is sampled (Heun).
     """
 
-    MODELS: ClassVar[type[Model]] = TokenTeacher
+    MODELS: ClassVar[tuple[type[Model], ...]] = (TokenTeacher,)
     reads = ("x0", "tokens")
 
     def __init__(

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,7 +29,6 @@ from distill.engine.update import Diagnostics, Loss, Step, Update
 from distill.methods.losses.tokens import code_error, cross_entropy, mean_behind
 from distill.models.decoder import codebook_of
 from distill.models.denoiser import Denoiser
-from distill.models.model import Model
 from distill.models.result import Result
 from distill.models.spec import SamplerSpec
 from distill.nets.token_net import TokenNet
@@ -49,7 +47,6 @@ class DistilledDecoding(DistillModule):
         ce, emb, perceptual: weights of the three terms.
     """
 
-    MODELS: ClassVar[type[Model]] = Denoiser
     reads = ("tokens", "z")
 
     def __init__(

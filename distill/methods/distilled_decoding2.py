@@ -34,6 +34,7 @@ from distill.models.denoiser import check_same
 from distill.models.model import Model
 from distill.models.result import Result
 from distill.models.spec import SamplerSpec
+from distill.models.tokens import TokenTeacher
 
 
 class DistilledDecoding2(DistillModule):
@@ -48,7 +49,7 @@ class DistilledDecoding2(DistillModule):
         nearest: the codes before a position are the nearest ones; false: the vectors as they are.
     """
 
-    MODELS: ClassVar[type[Model]] = Model  # type: ignore[type-abstract]  # of two kinds, which `CodeScores` checks
+    MODELS: ClassVar[tuple[type[Model], ...]] = (CodeFlow, TokenTeacher)
 
     def __init__(
         self,
@@ -143,7 +144,9 @@ class DistilledDecoding2(DistillModule):
     def diagnostics(self, batch: Batch, draws: Draws) -> Diagnostics:
         """Of samples of the average: the gap between teacher and guidance network at a quarter of the positions each, and the
         distance to the nearest codes."""
-        q = self.generated(self.best(), batch.cond, draws)  # type: ignore[arg-type]
+        best = self.best()
+        assert isinstance(best, CodeFlow)
+        q = self.generated(best, batch.cond, draws)
         y_teacher, y_fake = self.predictions(q, batch.cond, draws)
         gap = (y_teacher - y_fake).square().mean(-1).view(q.shape[:2])
         parts = gap.chunk(min(4, gap.shape[1]), 1)

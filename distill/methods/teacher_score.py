@@ -21,10 +21,11 @@ from distill.engine.module import DistillModule
 from distill.engine.update import Loss, Step, Update
 from distill.methods.families.code_scores import CodeScores
 from distill.methods.losses.tokens import mean_where
-from distill.models.code_flow import with_context
+from distill.models.code_flow import CodeFlow, with_context
 from distill.models.model import Model
 from distill.models.result import Result
 from distill.models.spec import SamplerSpec
+from distill.models.tokens import TokenTeacher
 
 
 class TeacherScore(DistillModule):
@@ -37,7 +38,7 @@ class TeacherScore(DistillModule):
         steps: of the flow of each group when it is sampled (Euler).
     """
 
-    MODELS: ClassVar[type[Model]] = Model  # type: ignore[type-abstract]  # of two kinds, which `CodeScores` checks
+    MODELS: ClassVar[tuple[type[Model], ...]] = (CodeFlow, TokenTeacher)
     reads = ("x0",)
 
     def __init__(

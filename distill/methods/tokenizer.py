@@ -43,7 +43,7 @@ class Tokenizer(DistillModule):
         revive: weight of the distance of codes to their nearest vectors, for codes that a sample does not use.
     """
 
-    MODELS: ClassVar[type[Model]] = TokenizerModel
+    MODELS: ClassVar[tuple[type[Model], ...]] = (TokenizerModel,)
     reads = ("x0",)
 
     def __init__(self, student: Model, *, commitment: float = 0.25, revive: float = 0.1) -> None:
