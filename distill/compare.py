@@ -31,24 +31,13 @@ class Options:
 
 def parse(arguments: list[str]) -> Options:
     """Paths and key=value arguments -> Options; errors name the key and the nearest valid one."""
-    keys = ("metric", "out")
-    paths = [argument for argument in arguments if not _is_option(argument, keys)]
-    named = [argument for argument in arguments if _is_option(argument, keys)]
+    paths, named = terminal.split_arguments(arguments, Options)
     try:
         options = terminal.read_options(Options, named)
     except ValueError as error:
         raise ValueError(f"{error}, or a path") from error
     options.paths = [os.path.expanduser(terminal.check_utf8(path, "runs")) for path in paths]
     return options
-
-
-def _is_option(argument: str, keys: tuple[str, ...]) -> bool:
-    key, equals, _ = argument.partition("=")
-    return (
-        bool(equals and key in keys)
-        or argument.startswith("-")
-        or (bool(equals) and not Path(argument).exists())
-    )
 
 
 def main() -> None:

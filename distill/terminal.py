@@ -102,6 +102,19 @@ def read_options(schema: type[Options], given: Sequence[str]) -> Options:
     return schema(**found)
 
 
+def split_arguments(arguments: Sequence[str], schema: type[Any]) -> tuple[list[str], list[str]]:
+    """(paths, `key=value` arguments for `read_options`): a path may have an equals sign, where there is such a file."""
+    keys = [field.name for field in fields(schema) if field.init]
+
+    def is_option(argument: str) -> bool:
+        key, equals, _ = argument.partition("=")
+        known = bool(equals) and (key in keys or not os.path.exists(argument))
+        return known or argument.startswith("-")
+
+    named = [argument for argument in arguments if is_option(argument)]
+    return [argument for argument in arguments if not is_option(argument)], named
+
+
 def check_utf8(text: str, where: str) -> str:
     """Return `text`; raise ValueError if it is not valid UTF-8, which reports and JSON need."""
     if any("\ud800" <= letter <= "\udfff" for letter in text):

@@ -53,7 +53,7 @@ BELOW = {
     "recipe": {"stages", "engine", *BASE},
     "cluster": {"recipe", "stages", *BASE},
 }
-VERBS = {"train", "submit", "sample", "evaluate", "compare", "export", "demo"}
+VERBS = {"train", "submit", "sample", "evaluate", "compare", "export", "demo", "doctor"}
 FOREIGN = {
     "hydra": {"cluster", "recipe", "stages", "train", "evaluate"},
     "omegaconf": {"cluster", "recipe", "stages", "train", "evaluate"},
