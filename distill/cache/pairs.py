@@ -26,6 +26,7 @@ from distill.models.autoencoder import read_decoder
 from distill.models.build import build_conditions
 from distill.models.decoder import codebook_of, codes_of
 from distill.models.model import LARGEST_SAMPLE
+from distill.models.precision import check_precision
 from distill.names import inside
 from distill.samplers.solvers import CALLS
 from distill.samplers.token_filters import Filters
@@ -47,7 +48,7 @@ class Header:
     `sample_noise(seed, stream, i)`) or "stored" (a column z); `grid` is the time grid of the transport, as a recipe names
     it, or None for the process's own; `times` are those of the states that are stored, from the noise to the data, or None;
     `guidance_range` is the range that guidance scales are drawn from (`guidance_of`), beside a `guidance_scale` of 1, or None
-    for one scale of all."""
+    for one scale of all; `precision` is that of the teacher's network."""
 
     sample_shape: tuple[int, ...]
     count: int
@@ -71,6 +72,7 @@ class Header:
     settings: dict[str, Any] | None = None
     times: tuple[float, ...] | None = None
     guidance_range: tuple[float, float] | None = None
+    precision: str = "float32"
 
     def __post_init__(self) -> None:
         shape = self.sample_shape
@@ -83,6 +85,7 @@ class Header:
                 raise ValueError(f"{name}: found {getattr(self, name)}, expected at least 1")
         if self.solver not in CALLS:
             raise ValueError(f"solver: found {self.solver!r}, expected one of {list(CALLS)}")
+        check_precision(self.precision)
         if self.times is not None and (
             len(self.times) < 2 or any(not a > b for a, b in pairwise(self.times))
         ):
@@ -123,6 +126,7 @@ class Header:
         plain = asdict(self) | {"sample_shape": list(self.sample_shape)}
         # As in caches of older versions.
         later = {"grid": None, "column": "x0", "settings": None, "times": None, "guidance_range": None}
+        later |= {"precision": "float32"}
         for name, default in later.items():
             if plain[name] == default:
                 plain.pop(name)

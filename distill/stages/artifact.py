@@ -40,7 +40,8 @@ FIRST_NAMES = {
 # Options that later versions added, with the values that change nothing: digests leave them out.
 ADDED: dict[str, dict[str, Any]] = {
     "distill.stages.train.Train": {"model": None},
-    "distill.stages.generate.Generate": {"states": False},
+    "distill.stages.generate.Generate": {"states": False, "precision": "float32"},
+    "distill.stages.evaluate.Evaluate": {"precision": "float32"},
     "distill.stages.export.Export": {"format": "native", "merged": False, "pipeline": None, "variant": None},
     "distill.stages.pretrained.Pretrained": {"solver": None, "grid": None},
 }

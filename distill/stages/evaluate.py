@@ -14,6 +14,7 @@ from distill.evaluation.rows import Row, Straightness, check_follows, check_row,
 from distill.files import copy
 from distill.models.generator import Generator
 from distill.models.native import load_model
+from distill.models.precision import check_precision, in_precision
 from distill.names import check_name
 from distill.stages.artifact import read_artifact
 from distill.stages.attached import log_evaluation
@@ -43,6 +44,7 @@ class Evaluate(Stage):
         gates: see `evaluation.gates.Gate`; null is none.
         note: a sentence that stands above the numbers.
         seed: of the samples' noise, so that runs of several seeds are measured alike; None: the run's.
+        precision: of the models' networks, see `models.precision.in_precision`; samples and metrics are float32.
     """
 
     FILES: ClassVar[tuple[str, ...]] = patterns(*PUBLISHED, STRIPS, "logs/wandb_id")
@@ -59,9 +61,11 @@ class Evaluate(Stage):
     stream: str = "evaluate"
     note: str = ""
     seed: int | None = None
+    precision: str = "float32"
 
     def __post_init__(self) -> None:
         settle(self)
+        check_precision(self.precision)
         kind = resolve(self.meter, "meter")
         if not (isinstance(kind, type) and issubclass(kind, Meter)):
             raise ValueError(f"meter._target_: found {self.meter['_target_']!r}, expected a meter")
@@ -90,6 +94,12 @@ class Evaluate(Stage):
     @property
     def _gates(self) -> list[Gate]:
         return [gate for gate in self.gates if gate is not None]
+
+    @property
+    def _note(self) -> str:
+        """What stands above the numbers."""
+        of_nets = "" if self.precision == "float32" else f" Networks computed in {self.precision}."
+        return f"{self.note}{of_nets}".strip()
 
     def inputs(self) -> dict[str, str]:
         """Every evaluated model is an input, by its label."""
@@ -168,7 +178,12 @@ class Evaluate(Stage):
             rows = evaluation.run(models, context.folder / GRID, bar, context.folder / STRIPS)
         if not rows:
             return {}
-        header = {"recipe": context.recipe, "digest": context.digest, "seed": context.seed, "note": self.note}
+        header = {
+            "recipe": context.recipe,
+            "digest": context.digest,
+            "seed": context.seed,
+            "note": self._note,
+        }
         balanced = evaluation.balanced(models)
         gates = evaluation.write(context.folder, context.recipe, rows, self._gates, header, balanced=balanced)
         passed = sum(gate.passed for gate in gates)
@@ -182,6 +197,7 @@ class Evaluate(Stage):
         """An evaluated model, from the folder of its stage."""
         folder = context.inputs[label]
         generator = row.sampled(load_model(model_folder(folder, row.which)))
+        in_precision(generator.denoiser, self.precision)
         record = read_artifact(folder)
         return Model(generator, row.steps, row.follows_teacher, record["facts"] if record is not None else {})
 

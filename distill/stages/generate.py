@@ -17,6 +17,7 @@ from distill.models.denoiser import SOLVERS
 from distill.models.description import WEIGHTS
 from distill.models.generator import Generator
 from distill.models.native import load_model
+from distill.models.precision import check_precision, in_precision
 from distill.models.prompts import FILES as PROMPT_FILES
 from distill.models.time_grid import TimeGrid
 from distill.process.times import MAX_STEPS, default_grid
@@ -44,6 +45,7 @@ class Generate(Stage):
         stream: name of the noise. Stages with the same stream and seed use the same noise.
         batch_size: samples per network call.
         path: an existing pair cache to copy; it must have been made by this teacher with these options.
+        precision: of the teacher's network, see `models.precision.in_precision`; states of the solver are float32.
     """
 
     REFERENCES: ClassVar[tuple[str, ...]] = ("teacher",)
@@ -61,10 +63,12 @@ class Generate(Stage):
     stream: str = "pairs"
     batch_size: int = 256
     path: str | None = None
+    precision: str = "float32"
     _found: str | None = field(default=None, init=False, repr=False)  # digest of the cache at `path`
 
     def __post_init__(self) -> None:
         check_types(self)
+        check_precision(self.precision)
         self._guidance()
         if self.count < 1 or self.batch_size < 1:
             raise ValueError(f"count, batch_size: expected at least 1, found {self.count}, {self.batch_size}")
@@ -149,7 +153,7 @@ class Generate(Stage):
     def run(self, context: StageContext) -> dict[str, Any]:
         """Write the cache, starting at the first missing shard, and check it by reading it once."""
         teacher = load_model(context.inputs["teacher"])
-        denoiser = teacher.denoiser
+        denoiser = in_precision(teacher.denoiser, self.precision)
         self._check_teacher(teacher)
         use_threads(context, sum(p.numel() for p in denoiser.parameters()))
         header = self._header(teacher, context.seed, sha256_file(context.inputs["teacher"] / WEIGHTS))
@@ -220,6 +224,7 @@ class Generate(Stage):
             grid=None if grid is None else grid.to_dict(),
             column=teacher.column,
             settings=teacher.transport_settings(),
+            precision=self.precision,
         )
 
     def _check_header(self, header: Header, wanted: Header, later: tuple[str, ...] = ()) -> None:
