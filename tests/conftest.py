@@ -5,18 +5,28 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from tests_support import copied_run, refusal, shared_run
+from tests_support import copied_run, refusal, shared_run, start_server
 
 torch.set_num_threads(1)
 gc.set_threshold(
     50_000, 20, 20
 )  # composing configs makes many objects; looking through all of torch's as often takes longer
 pytest_plugins = ["budget"]
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> Iterator[Any]:
+    """Start what runs the verbs, after all tests were imported and before one of them runs. Not in the process that only tells
+    those of xdist what to run."""
+    if os.environ.get("PYTEST_XDIST_WORKER") or not session.config.getoption("numprocesses", None):
+        start_server()
+    return (yield)
 
 
 @pytest.fixture(scope="session")

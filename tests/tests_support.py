@@ -5,9 +5,12 @@ from __future__ import annotations
 import atexit
 import contextlib
 import fcntl
+import gc
+import importlib
 import io
 import json
 import os
+import pkgutil
 import runpy
 import shutil
 import signal
@@ -19,8 +22,10 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NoReturn, TextIO
 from unittest import mock
 
+import forks
 import torch
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -41,43 +46,6 @@ def environment() -> dict[str, str]:
     return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-# Runs `python -m distill.<verb>` in forks of a process that has imported everything, since that takes longer than most runs of
-# the tests. One line of JSON a call; answers with the number of the fork, then with its exit code and its seconds of CPU.
-SERVER = """
-import gc, importlib, json, os, pkgutil, sys
-import distill.compare, distill.evaluate, distill.sample, distill.train
-import distill.data, distill.evaluation.meters, distill.evaluation.metrics, distill.exporters, distill.methods, distill.nets
-import distill.stages, scipy.linalg, sklearn.datasets, torch.distributed.fsdp, torch.distributed.tensor
-
-for part in ("data", "evaluation.meters", "evaluation.metrics", "exporters", "methods", "nets", "stages"):
-    package = sys.modules[f"distill.{part}"]
-    for found in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
-        importlib.import_module(found.name)
-sys.path.append(os.path.join(os.environ["PYTHONPATH"], "scripts"))
-import forks
-del sys.path[-1]
-
-forks.fork_processes()
-gc.collect()
-gc.freeze()  # else the forks' collector would copy all pages
-for line in sys.stdin:
-    call = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os.setsid()
-            os.chdir(call["folder"])
-            os.environ.clear()
-            os.environ.update(call["env"])
-            for number, name in enumerate([os.devnull, call["out"], call["err"]]):
-                os.dup2(os.open(name, os.O_WRONLY if number else os.O_RDONLY), number)
-        except BaseException:
-            os._exit(1)
-        forks.run(call["module"], call["arguments"], call["before"])
-    print(pid, flush=True)
-    _, status, used = os.wait4(pid, 0)
-    print(os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime, flush=True)
-"""
 # For `before`: the processes of a run are started as by a user.
 STARTED_ANEW = "import distill.launch, subprocess; distill.launch.subprocess = subprocess"
 # The package of another folder, in a fork that has imported that of the checkout.
@@ -87,21 +55,62 @@ for name in [n for n in sys.modules if n.partition(".")[0] == "distill"]:
     del sys.modules[name]
 sys.path[:] = [{!r}, *(p for p in sys.path if p not in ("", {!r}))]
 """
-_server: list[subprocess.Popen[str]] = []
+# Rooms whose modules a verb may import when it needs them.
+ROOMS = ("data", "evaluation.meters", "evaluation.metrics", "exporters", "methods", "nets", "stages")
+_server: list[tuple[TextIO, TextIO]] = []  # where calls are written, and answers read
 cpu_of_forks = [0.0]  # seconds; this process is not their parent, so that its own times leave them out
 
 
-def server() -> subprocess.Popen[str]:
-    """The process of `SERVER`; one for each process of pytest."""
-    if not _server:
-        command = [sys.executable, "-c", SERVER]
-        _server.append(
-            subprocess.Popen(
-                command, env=environment(), text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-            )
-        )
-        atexit.register(_server[0].kill)
-    return _server[0]
+def start_server() -> None:
+    """Fork the process that runs verbs, in the state in which this one is: call it before the first test.
+
+    It forks for every verb in its turn, since the imports take longer than most runs of the tests."""
+    calls, answers = os.pipe(), os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(calls[1])
+        os.close(answers[0])
+        serve(os.fdopen(calls[0]), os.fdopen(answers[1], "w", buffering=1))
+    os.close(calls[0])
+    os.close(answers[1])
+    _server.append((os.fdopen(calls[1], "w", buffering=1), os.fdopen(answers[0])))
+    atexit.register(os.kill, pid, signal.SIGKILL)
+
+
+def serve(calls: TextIO, answers: TextIO) -> NoReturn:
+    """Answer each call, a line of JSON, by the number of the fork that runs it, then by its exit code and its CPU seconds."""
+    for room in ROOMS:
+        package = importlib.import_module(f"distill.{room}")
+        for found in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            importlib.import_module(found.name)
+    forks.fork_processes()
+    gc.collect()
+    gc.freeze()  # else the forks' collector would copy all pages
+    for line in calls:
+        call = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            with contextlib.suppress(OSError):
+                start_verb(call)
+            os._exit(1)
+        print(pid, file=answers)
+        _, status, used = os.wait4(pid, 0)
+        print(os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime, file=answers)
+    os._exit(0)
+
+
+def start_verb(call: dict[str, Any]) -> NoReturn:
+    """Run a verb in this process as the shell of a user would."""
+    os.setsid()
+    os.chdir(call["folder"])
+    os.environ.clear()
+    os.environ.update(call["env"])
+    for number, name in enumerate([os.devnull, call["out"], call["err"]]):
+        os.dup2(os.open(name, os.O_WRONLY if number else os.O_RDONLY), number)
+    # In place of those that pytest captures with.
+    sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
+    forks.run(call["module"], call["arguments"], call["before"])
 
 
 class Started:
@@ -115,12 +124,8 @@ class Started:
             file.touch()
         call = {"folder": str(folder), "module": f"distill.{verb}", "arguments": arguments, "before": before}
         call |= {"env": environment(), "out": str(self._out), "err": str(self._err)}
-        process = server()
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.write(json.dumps(call) + "\n")
-        process.stdin.flush()
-        self._told = process.stdout
+        ((calls, self._told),) = _server
+        print(json.dumps(call), file=calls)
         self.pid = int(self._told.readline())
 
     def ended(self) -> bool:

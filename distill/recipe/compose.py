@@ -24,7 +24,7 @@ from omegaconf.errors import (
 )
 
 from distill.recipe.arguments import arguments, check_choice, quoted, slug, swept, to_argument
-from distill.recipe.sources import SUFFIXES, register_sources
+from distill.recipe.sources import SUFFIXES, plain, register_sources
 from distill.stages.renamed import moved_option
 from distill.terminal import report_errors
 from distill.typed import NOT_IMPLEMENTED
@@ -198,7 +198,7 @@ def _group_behind(where: str) -> str | None:
     places = [(file, where) for file in recipes().values()]
     places += [(file, inside) for file in sorted((CONFIGS / group).glob("*.yaml")) if inside]
     for file, place in places:
-        node: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+        node = plain(file)
         for part in place.split("."):
             node = node.get(part) if isinstance(node, dict) else None
         if isinstance(node, str) and node.startswith("${"):
@@ -216,7 +216,7 @@ def _own_option(group: str, option: str) -> str:
 
 def _recipes_with(key: str) -> list[str]:
     """Return the recipes of the package that have `key` at the top level."""
-    return [name for name, file in recipes().items() if key in OmegaConf.load(file)]
+    return [name for name, file in recipes().items() if key in plain(file)]
 
 
 def _near(found: str, valid: Sequence[str], where: str = "") -> str:

@@ -90,7 +90,9 @@ def student(teacher: Path, folder: Path, spec: SamplerSpec, changes: Any = None,
     return folder
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", pytest.param("pixart", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["sd", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sdxl", "sd3", "pixart"))]
+)
 def test_an_adapter_is_the_same_in_diffusers(of: Callable[[str], Path], tmp_path: Path, name: str) -> None:
     folder = of(name)
     start = 1.0 if name == "sd3" else 999.0

@@ -26,23 +26,33 @@ def tables(page: str, last_head: str) -> list[list[list[str]]]:
 
 
 @cache
-def marks_of(file: str, partly: bool = False) -> dict[str, bool]:
-    """Name of each test of a file -> whether it is slow; with `partly`, whether one of its cases is."""
+def marks_of(file: str) -> dict[str, str]:
+    """Name of each test of a file -> what marks it: the module's mark, its decorators and those of its fixtures."""
     tree = ast.parse((ROOT / file).read_text())
-    everything = any(
-        isinstance(node, ast.Assign) and "pytestmark" in ast.unparse(node.targets[0]) and is_slow(node.value)
+    assigned = {
+        ast.unparse(node.targets[0]): ast.unparse(node.value)
         for node in tree.body
-    )
-    return {
-        node.name: everything or any(is_slow(decorator, partly) for decorator in node.decorator_list)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+        if isinstance(node, ast.Assign)
     }
+    functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+
+    def decorators(node: ast.FunctionDef) -> str:
+        texts = [ast.unparse(decorator) for decorator in node.decorator_list]
+        return "\n".join(assigned.get(text, text) for text in texts)
+
+    found = {}
+    for name, node in functions.items():
+        if name.startswith("test_"):
+            fixtures = [functions[a.arg] for a in node.args.args if a.arg in functions]
+            marks = [assigned.get("pytestmark", ""), *map(decorators, [node, *fixtures])]
+            found[name] = "\n".join(marks)
+    return found
 
 
-def is_slow(node: ast.expr, partly: bool = False) -> bool:
-    text = ast.unparse(node)
-    return text.endswith("mark.slow") or (partly and "mark.slow" in text)
+def slow(file: str, partly: bool = False) -> list[str]:
+    """The slow tests of a file; with `partly`, also those of which some cases are slow."""
+    whole = re.compile(r"^pytest\.mark\.slow$", flags=re.MULTILINE)
+    return [name for name, m in marks_of(file).items() if whole.search(m) or (partly and "mark.slow" in m)]
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -58,27 +68,18 @@ def test_every_promise_names_its_test() -> None:
     for *promise, held in promises:
         found = NAMED.findall(held)
         assert found, f"{promise}: names no test"
-        for file, name in found:
-            assert name, f"{promise}: {file}: which of its tests?"
-            assert not marks_of(file)[name], f"{promise}: {name} is slow: not run with every change"
+        assert all(name for _, name in found), f"{promise}: which of the tests of a file?"
+        assert any(name not in slow(file) for file, name in found), f"{promise}: slow tests alone hold it"
 
 
 def test_every_slow_test_is_in_the_table() -> None:
+    """By its name, or by that of its file."""
     (table,) = tables("CONTRIBUTING.md", "minutes")
+    rows = [row[0].strip("`") for row in table]
     files = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("test_*.py"))
-    # `marks(...)` of the score methods is not seen here: the row names the file.
-    slow = [
-        f"{file}::{name}" for file in files for name, is_it in marks_of(file, partly=True).items() if is_it
-    ]
-    slow.append("tests/distributed/test_score_two_processes.py")
-    assert sorted(row[0].strip("`") for row in table) == sorted(slow)
+    there = {f"{file}::{name}" for file in files for name in slow(file, partly=True)}
+    covered = {row: {name for name in there if row in (name, name.partition("::")[0])} for row in rows}
+    assert not [row for row, names in covered.items() if not names], "rows of tests that are not slow"
+    assert there == set().union(*covered.values())
+    assert len(rows) == len(set(rows))
     assert all(proves and float(minutes) > 0 for _, proves, minutes in table)
-
-
-def test_the_readers_of_tables_and_marks_work() -> None:
-    """Else the tests above could not fail."""
-    assert marks_of("tests/identities/test_score_toy.py")
-    assert all(marks_of("tests/identities/test_score_toy.py").values()), "marked as a whole"
-    found = marks_of("tests/pipeline/test_run.py")
-    assert found["test_the_full_recipe_passes_its_gates"]
-    assert not found["test_plan_runs_nothing"]

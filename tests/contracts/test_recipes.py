@@ -214,10 +214,21 @@ def test_one_step_trains_what_the_updates_name_alone_and_is_exported(path, tmp_p
     assert torch.equal(original.sample(3), again.sample(3))
 
 
-@pytest.fixture(scope="module", params=RECIPES, ids=lambda path: path.stem)
+# Of each kind of recipe: pairs, given data, score distillation with a second network, tokens. Every method is also
+# trained below, every recipe composed and planned by test_docs.py.
+DEFAULT = ("instaflow", "lcm", "disback", "distilled_decoding")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=() if name in DEFAULT else pytest.mark.slow)
+        for name in (path.stem for path in RECIPES)
+    ],
+)
 def smoke(request, shared):
     """A recipe, run once with tiny numbers; the run folder."""
-    return shared(request.param.stem)
+    return shared(request.param)
 
 
 def test_recipe_ends_in_an_exported_evaluated_student(smoke):

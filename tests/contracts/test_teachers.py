@@ -129,7 +129,8 @@ def test_all_families_have_a_test() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prediction", "zero_snr"), [("epsilon", False), ("v_prediction", False), ("v_prediction", True)]
+    ("prediction", "zero_snr"),
+    [("epsilon", False), ("v_prediction", False), pytest.param("v_prediction", True, marks=pytest.mark.slow)],
 )
 def test_stable_diffusion_is_its_pipeline(tmp_path: Path, prediction: str, zero_snr: bool) -> None:
     pipeline = teacher_support.sd(tmp_path, prediction=prediction, zero_snr=zero_snr)

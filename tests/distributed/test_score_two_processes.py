@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,6 @@ from score_worker import (
     Build,
     make,
     plateau,
-    sid,
     write_nodes,
 )
 from test_two_processes import assert_close, load, start
@@ -39,16 +38,10 @@ from distill.world import World
 BUILDS = {build.__name__: build for build in METHODS}
 
 
-def methods(quick: Sequence[Build], everything: Sequence[Build] = tuple(METHODS)) -> pytest.MarkDecorator:
-    """A test of each method; slow but for those in `quick`."""
-    return pytest.mark.parametrize(
-        "name", [pytest.param(b.__name__, marks=[] if b in quick else [pytest.mark.slow]) for b in everything]
-    )
-
-
-CONTINUED = [build for build in QUICK if QUICK[build]]
-every_method = methods(tuple(QUICK))
-continued_methods = methods(CONTINUED)
+# A test of each method; slow but for those in `QUICK`.
+every_method = pytest.mark.parametrize(
+    "name", [pytest.param(b.__name__, marks=() if b in QUICK else pytest.mark.slow) for b in METHODS]
+)
 
 
 @pytest.fixture(scope="module")
@@ -79,32 +72,34 @@ def test_losses_norms_nodes_weights_and_averages_of_two_are_those_of_one(results
     assert_close(one, two)
 
 
-@continued_methods
+@every_method
 def test_so_are_those_of_two_that_are_not_sharded(results, name):
     assert_close(found(results, name, "one"), found(results, name, "none"))
 
 
-@methods((sid,), IN_UNITS)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [build.__name__ for build in IN_UNITS])
 def test_also_where_blocks_of_the_nets_are_gathered_on_their_own(results, name):
     assert len(units(METHODS[BUILDS[name]]().net, UNIT)) > 1
     assert_close(found(results, name, "one"), found(results, name, "units"))
 
 
 @pytest.mark.parametrize("run", ["one-on-two", "two-on-one"])
-@continued_methods
+@every_method
 def test_checkpoints_of_one_continue_on_two_and_the_reverse(results, name, run):
     continued = found(results, name, run)
     assert_close(ends(found(results, name, "one"), continued), continued)
 
 
 @pytest.mark.parametrize(("whole", "run"), [("one", "one-on-one"), ("world", "two-on-two")])
-@continued_methods
+@every_method
 def test_a_continued_run_is_bit_equal_to_an_unbroken_one(results, name, whole, run):
     continued = found(results, name, run)
     for key, value in ends(found(results, name, whole), continued).items():
         assert torch.equal(value, continued[key]), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", ["one", "none", "world", "one-on-two", "two-on-one"])
 def test_the_checkpoint_lies_on_the_way_inside_a_window(results, run):
     """Else the tests above say nothing of the walk. Rows of it: node, steps at it, the last window's mean (-1: none), sum and
@@ -118,6 +113,7 @@ def test_the_checkpoint_lies_on_the_way_inside_a_window(results, run):
     assert at_checkpoint["sum"] > 0
 
 
+@pytest.mark.slow
 def test_the_window_of_two_processes_is_saved_as_the_mean_of_both(results):
     """Not as that of the process that writes: their losses differ by far more than by rounding."""
     one, two = (checkpoint_of(results / "plateau" / run / "half")["method"] for run in ("one", "world"))
@@ -171,7 +167,7 @@ def test_the_teacher_s_bytes_stay_those_of_its_file(results, name):
     torch.manual_seed(1)
     files = {"disback": nodes[0], "plateau": nodes[2]}
     own = read_weights(files[name]) if name in files else METHODS[BUILDS[name]]().net.state_dict()
-    for run in ("one", "world", *(("none", "one-on-two", "two-on-one") if BUILDS[name] in CONTINUED else ())):
+    for run in ("one", "world", "none", "one-on-two", "two-on-one"):
         kept = load(results / name / run, "found")
         assert {key.removeprefix("teacher.net.") for key in kept if key.startswith("teacher.")} == set(own)
         for key, value in own.items():
@@ -181,8 +177,7 @@ def test_the_teacher_s_bytes_stay_those_of_its_file(results, name):
 @every_method
 def test_sharding_cuts_the_teacher_as_well(results, name):
     (whole,) = load(results / name / "one", "found")["held"].tolist()
-    if BUILDS[name] in CONTINUED:
-        assert load(results / name / "none", "found")["held"].tolist() == [whole, whole]
+    assert load(results / name / "none", "found")["held"].tolist() == [whole, whole]
     shares = load(results / name / "world", "found")["held"].tolist()
     assert sum(shares) == whole
     assert max(shares) < 0.55 * whole

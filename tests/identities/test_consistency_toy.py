@@ -88,6 +88,7 @@ def trained(method: DistillModule, steps: int, seed: int) -> Denoiser:
     return exact_bench.fit(method, data, steps=steps, batch=512, optim=optim, seed=seed)
 
 
+@pytest.mark.slow
 def test_the_naive_step(toy: Measure) -> None:
     """What the specification measured of the teacher alone; a one-step student has to be far from it."""
     nothing = Cond.nothing(COUNT)

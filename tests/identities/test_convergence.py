@@ -119,6 +119,7 @@ def test_order_on_one_gaussian(process: Process, name: str) -> None:
     assert all(low < slope < high for slope in found), (found, errors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("process", PROCESSES, ids=repr)
 def test_order_on_the_ring(process: Process) -> None:
     """Against RK45 at 1e-12: eight narrow Gaussians bend the trajectories, so the orders set in later."""

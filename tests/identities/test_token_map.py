@@ -91,6 +91,7 @@ def joint_distance(tokens: Tensor) -> float:
     return distance(tokens[:, 0] * 4 + tokens[:, 1], torch.diag(P).flatten())
 
 
+@pytest.mark.slow
 def test_a_student_learns_what_independent_tokens_cannot():
     torch.manual_seed(1)
     independent = torch.multinomial(P, 40_000, replacement=True).view(-1, 2)

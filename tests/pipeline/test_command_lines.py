@@ -253,6 +253,7 @@ def in_an_odd_shell(folder: Path, command: list[str]) -> bytes:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_shells_and_notebooks(shared, tmp_path):
     """An ASCII terminal and a backend that is not installed; a closed pipe: no traceback."""
     run = copied_run(shared("toy_instaflow"), tmp_path) / "runs" / "run"

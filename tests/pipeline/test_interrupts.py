@@ -130,6 +130,7 @@ def train_and_die(folder: Path, at: int | None) -> None:
     torch.save(worker.fit(method, folder / "c", steps=10, checkpoint_every=2), folder / "end.pt")
 
 
+@pytest.mark.slow
 def test_killed_between_the_two_optimizer_steps_of_an_iteration(tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir()

@@ -48,6 +48,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_latents_are_those_of_the_images_normalised(toy: Path) -> None:
     latents, digits, rows = Latents(Digits(), toy), Digits(), torch.tensor([5, 1700, 5])
     batch = latents.fetch(rows, torch.arange(3))

@@ -83,9 +83,8 @@ Monitor.__call__ = dying
 """
 
 
-@pytest.mark.parametrize(
-    "after", [pytest.param(1, marks=pytest.mark.slow), 2]
-)  # before any checkpoint; after one at step 5
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [1, 2])  # before any checkpoint; after one at step 5
 def test_a_kill_right_after_an_evaluation_changes_nothing(whole, tmp_path, after):
     killed = run_verb(tmp_path, "train", *OPTIONS, check=False, before=KILL.format(after=after))
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]

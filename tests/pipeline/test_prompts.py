@@ -112,6 +112,7 @@ def test_instaflow_from_a_folder_of_stable_diffusion(sd: Path, tmp_path: Path) -
     assert torch.equal(moved.sample(1, prompt="a cat on a table", seed=3), cat)
 
 
+@pytest.mark.slow
 def test_score_distillation_needs_prompts_alone(sd: Path, tmp_path: Path) -> None:
     encoders = ("data.encoder_dtype=bfloat16", "data.encoder_batch_size=2")
     run_verb(tmp_path, "train", *options(sd, "name=sid", "stages.distill.steps=2", *encoders, recipe="sid"))
@@ -331,6 +332,7 @@ def adapters_of_sid(sd: Path) -> list[str]:
     return options(sd, "name=run", *more, "~stages.evaluate", "~stages.export", recipe="sid")
 
 
+@pytest.mark.slow
 def test_adapters_on_prompts_continue_bit_equal_after_a_kill(sd: Path, tmp_path: Path) -> None:
     """Of SiD, whose student, fake score, average and teacher have one base."""
     command, whole, parts = adapters_of_sid(sd), tmp_path / "whole", tmp_path / "parts"
@@ -378,7 +380,8 @@ def test_adapters_on_prompts_are_the_same_on_two_processes(sd: Path, tmp_path: P
     assert all((one[name] - two[name]).abs().max() < 5e-5 for name in one)
 
 
-@pytest.mark.parametrize("recipe", ["hipa", pytest.param("lcm_lora", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["hipa", "lcm_lora"])
 def test_adapters_of_one_step_make_the_same_images_in_plain_diffusers(
     sd: Path, tmp_path: Path, recipe: str
 ) -> None:
@@ -457,10 +460,8 @@ ALL = {
 BOTH = [(name, adapters) for name in ALL for adapters in (False, True) if not (adapters and "lcm" in name)]
 
 
-@pytest.mark.parametrize(
-    ("recipe", "adapters"),
-    [pytest.param(*each, marks=[] if each[0] == "lcm_lora" else pytest.mark.slow) for each in BOTH],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("recipe", "adapters"), BOTH)
 def test_every_recipe_takes_prompts(sd: Path, tmp_path: Path, recipe: str, adapters: bool) -> None:
     """With all weights and with adapters, from the folder to the export."""
     more = [*ALL[recipe], *(["student=lora", "student.lora.rank=2"] if adapters else [])]

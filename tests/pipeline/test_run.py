@@ -58,6 +58,7 @@ def test_execution_options_change_nothing(finished):
     assert again.stderr.count("already finished, skipped") == 7
 
 
+@pytest.mark.slow
 def test_redo_makes_a_stage_and_what_depends_on_it_again(finished):
     before = {stage: weights(finished, stage) for stage in ("teacher", "reflow", "distill")}
     again = run_verb(finished, "train", *SMOKE, "redo=reflow")

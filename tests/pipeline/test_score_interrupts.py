@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -85,15 +86,18 @@ DEATHS: dict[str, list[tuple[Any, ...]]] = {
 FURTHER = {"hipa": (), "agd": (), "mmd": ("~stages.second",)}
 
 
+# The last has all that the others have: kills before and after a checkpoint, a fake score, an average.
+every_recipe = pytest.mark.parametrize(
+    "name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("sid", "dmd")), "disback"]
+)
+
+
 @pytest.fixture(scope="module")
-def ended(tmp_path_factory) -> tuple[Path, dict[str, list[Any]]]:
-    """A folder with RECIPE-whole and RECIPE-parts, and how the starts ended: [(files of the nodes, steps that were saved)]."""
+def ended(tmp_path_factory) -> Callable[[str], tuple[Path, dict[str, list[Any]]]]:
+    """By recipe: a folder with RECIPE-whole and RECIPE-parts, and how the starts ended: [(files of the nodes, steps that were
+    saved)]."""
     folder = tmp_path_factory.mktemp("score")
-    ends: dict[str, list[Any]] = {}
-    for name, options in RECIPES.items():
-        ends |= killed(folder, name, options, DEATHS[name])
-    ends["disback-parts"].pop()  # of the end there are the files
-    return folder, ends
+    return cache(lambda name: (folder, killed(folder, name, RECIPES[name], DEATHS[name])))
 
 
 def killed(
@@ -143,15 +147,17 @@ def tensors(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
         yield name, value
 
 
-@pytest.mark.parametrize("name", list(RECIPES))
+@every_recipe
 def test_models_are_bit_equal(ended, name):
     stages = ["distill", "record", "teacher"] if name == "disback" else ["distill", "teacher"]
-    assert same_files(ended[0], name, "*/model.safetensors") == [f"{s}/model.safetensors" for s in stages]
+    assert same_files(ended(name)[0], name, "*/model.safetensors") == [
+        f"{s}/model.safetensors" for s in stages
+    ]
 
 
-@pytest.mark.parametrize("name", list(RECIPES))
+@every_recipe
 def test_so_are_fake_score_head_average_and_optimizers(ended, name):
-    networks = same_checkpoints(ended[0], name)
+    networks = same_checkpoints(ended(name)[0], name)
     assert set(networks) == {"student", "fake"} | ({"head"} if name == "dmd" else set())
 
 
@@ -180,18 +186,18 @@ def test_so_are_adapters_and_trained_samplers(name, tmp_path):
     assert all(".lora_" in key or "terms." in key for key in student) == (name != "mmd")
 
 
-@pytest.mark.parametrize("name", list(RECIPES))
+@every_recipe
 def test_the_kill_fell_between_a_checkpoint_and_the_end_inside_the_path(ended, name):
-    saved = [steps for _, steps in ended[1][f"{name}-parts"]]
-    assert saved == {"sid": [3, 8], "dmd": [0, 3, 8], "disback": [0, 0, 0, 3]}[name]
+    saved = [steps for _, steps in ended(name)[1][f"{name}-parts"]]
+    assert saved == {"sid": [3, 8], "dmd": [0, 3, 8], "disback": [0, 0, 0, 3, 8]}[name]
     assert Backtrack(4, 2).switches() == [(0, 3), (2, 2), (4, 1), (6, 0)]
 
 
 def test_nodes_of_a_killed_recording_are_neither_lost_nor_doubled_nor_half_written(ended):
-    folder, ends = ended
+    folder, ends = ended("disback")
     files = [f"nodes/{n:03d}/{name}" for n in (1, 2, 3, 4) for name in ("model.json", "model.safetensors")]
     half = "nodes/004/.model.safetensors.part"
-    after_second, in_fourth, before_manifest, later = (kept for kept, _ in ends["disback-parts"])
+    after_second, in_fourth, before_manifest, later, _ = (kept for kept, _ in ends["disback-parts"])
     assert after_second == files[:4]
     assert in_fourth == sorted([*files[:6], half]), "half a file does not have the name of a whole one"
     assert before_manifest == files, "a recording without manifest is unfinished"

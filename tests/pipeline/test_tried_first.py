@@ -176,6 +176,7 @@ def test_a_trial_changes_neither_the_stages_nor_the_random_state():
     assert torch.equal(before, torch.random.get_rng_state())
 
 
+@pytest.mark.slow
 def test_guided_students_are_compared_with_the_guided_teacher(tmp_path):
     """`teacher_mse` and the teacher's row, computed again from the models that the run left."""
     overrides = (

@@ -204,6 +204,7 @@ def test_bad_numbers_are_refused(overhead, capsys):
     assert "--blocks: expected a whole number of at least 1, found '0'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_reliability_prints_its_table(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(BENCH))
     monkeypatch.setattr(

@@ -239,6 +239,7 @@ def exact(process: Process, kind: str, boundary: Boundary | None, end: float) ->
     return Generator(student, spec)
 
 
+@pytest.mark.slow
 def test_a_perfect_student_draws_the_data_in_any_number_of_steps() -> None:
     for generator in (
         exact(EDM(), "x0", Boundary("cm", sigma_min=0.002), 0.002),

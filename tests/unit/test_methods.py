@@ -175,6 +175,7 @@ def reflowed(folder: Path, shuffled: bool) -> tuple[float, float]:
     return float(straightness(path, velocities)[0]), float((jump - exact.x0).square().sum(1).mean())
 
 
+@pytest.mark.slow
 def test_reflow_straightens_true_pairs_and_not_shuffled_ones(tmp_path):
     """T3 of the specification in miniature: the test that catches a broken pair loader."""
     straight, error = reflowed(tmp_path / "true", shuffled=False)
