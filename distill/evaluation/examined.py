@@ -40,13 +40,14 @@ def mean(values: Sequence[float | None]) -> float | None:
 
 @dataclass(frozen=True)
 class Spread:
-    """Statistics of samples of the data: their smallest and largest value, mean, and spread of a pixel (within a class).
+    """Statistics of samples of the data: their smallest and largest value, their spread over all values, and of a pixel
+    over samples (of a class).
 
     `ranged`: the samples are images, whose values are in [-1, 1]."""
 
     low: float
     high: float
-    mean: float
+    std: float
     pixel_std: float
     class_std: float | None
     count: int
@@ -59,7 +60,7 @@ def spread_of(samples: Tensor, labels: Tensor | None, ranged: bool) -> Spread:
     return Spread(
         low=float(samples.min()),
         high=float(samples.max()),
-        mean=float(samples.double().mean()),
+        std=float(samples.double().std()),
         pixel_std=pixel_std(samples),
         class_std=class_std(samples, labels) if known and labels is not None else None,
         count=len(samples),
@@ -79,7 +80,6 @@ class Trained:
         start_share: share of the weights that training began with in the student's average at the end of training; None
             without an average.
         data: statistics of its data; None where it has none of its own, or they could not be read.
-        times_logged: log entries so far.
     """
 
     name: str

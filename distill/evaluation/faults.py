@@ -31,6 +31,7 @@ MANY, POOR = (
     8,
     3.0,
 )  # steps in which a teacher should be good; distance of a poor one, in units of that of two real halves
+TOO_LARGE = 1.4  # spread of all values of the first samples, in units of the data's
 HALF_WAY = 0.5  # share of the planned steps from which on a student should have left its start
 
 
@@ -153,6 +154,11 @@ def _data_range(look: Look) -> Found:
 
 
 def _wrong_sampler(look: Look) -> Found:
+    for stage in look.run.stages.values():
+        first = stage.values("student/x_std")[:1]
+        if first and stage.data is not None and first[0] > TOO_LARGE * stage.data.std:
+            what = "student/x_std when training begins, as a copy of the teacher"
+            yield stage.name, Evidence(what, first[0], high=TOO_LARGE * stage.data.std)
     measured = look.run.measured
     for row in [] if measured is None else measured.rows:
         assert measured is not None
@@ -162,12 +168,10 @@ def _wrong_sampler(look: Look) -> Found:
             for r in measured.rows
             if r["model"] == row["model"] and _number(r, "steps") < _number(row, "steps")
         ]
-        best = min((_number(r, "fd") for r in fewer), default=math.nan)
-        if _number(row, "fd") > 2 * best + unit:
-            yield (
-                place,
-                Evidence("fd, in more steps worse than in fewer", _number(row, "fd"), high=2 * best + unit),
-            )
+        factor = 1.0 if _number(row, "steps") >= MANY else 2.0
+        limit = factor * min((_number(r, "fd") for r in fewer), default=math.nan) + unit
+        if _number(row, "fd") > limit:
+            yield place, Evidence("fd, although fewer steps do better", _number(row, "fd"), high=limit)
         stage = look.run.stages.get(measured.stages.get(row["model"], ""))
         monitored = stage.values(MONITORED_FD) if stage is not None and not fewer else []
         if monitored and _number(row, "fd") > 2 * monitored[-1] + unit:
