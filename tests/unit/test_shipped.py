@@ -19,7 +19,7 @@ STUDENTS = shipped()
 
 
 def test_they_are_small_and_named_by_their_recipes() -> None:
-    assert {"digits/instaflow", "digits/dmd", "digits/consistency"} <= set(STUDENTS)
+    assert {"digits/instaflow", "digits/sid", "digits/dmd", "digits/consistency"} <= set(STUDENTS)
     sizes = [file.stat().st_size for folder in STUDENTS.values() for file in folder.iterdir()]
     assert sum(sizes) < 2_000_000
     for name, folder in STUDENTS.items():
