@@ -32,6 +32,10 @@ MANY, POOR = (
     3.0,
 )  # steps in which a teacher should be good; distance of a poor one, in units of that of two real halves
 TOO_LARGE = 1.4  # spread of all values of the first samples, in units of the data's
+SAME, BEGUN = (
+    0.05,
+    0.1,
+)  # gap of two scores that are the same, in units of the teacher's error; from this share of steps on
 HALF_WAY = 0.5  # share of the planned steps from which on a student should have left its start
 
 
@@ -96,6 +100,11 @@ class Look:
         for key, value, (low, high) in self._banded(stage, keys):
             if value < low:
                 yield Evidence(_now(stage, key), value, low, high, reference=True)
+
+    def outside(self, stage: Trained, *keys: str) -> Iterator[Evidence]:
+        """Evidence for each curve that is now outside its band."""
+        yield from self.above(stage, *keys)
+        yield from self.below(stage, *keys)
 
     def _banded(
         self, stage: Trained, keys: tuple[str, ...]
@@ -216,9 +225,15 @@ def _exploding(look: Look) -> Found:
 
 def _fake_lagging(look: Look) -> Found:
     for stage in look.run.stages.values():
-        if stage.values("fake/loss"):
-            for evidence in look.above(stage, "fake/loss", "student/gap", "diagnostics/gap_1"):
-                yield stage.name, evidence
+        gap, error = stage.recent("student/gap"), stage.recent("student/teacher_error")
+        if gap is not None and error is not None and stage.at >= BEGUN and gap < SAME * error:
+            what = (
+                _now(stage, "student/gap")
+                + ": the fake score is still the teacher, so the student is not told where to go"
+            )
+            yield stage.name, Evidence(what, gap, low=SAME * error)
+        for evidence in look.outside(stage, "student/gap", "fake/loss", "diagnostics/gap_1"):
+            yield stage.name, evidence
 
 
 def _average_behind(look: Look) -> Found:
@@ -382,7 +397,7 @@ CHECKS = (
         _collapse,
         "lower guidance.teacher and the student's learning rate, give the fake score more updates, or stop at the best "
         "evaluation (which=best)",
-        after=("learning rate too low", "data range wrong"),
+        after=("learning rate too low", "data range wrong", "exploding gradients"),
     ),
 )
 
