@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from distill.evaluation.band import Band, differing
+from distill.evaluation.band import Band
 from distill.evaluation.examined import Examined, Measured, Trained
+from distill.evaluation.look import Evidence, Look, now
 
 TEACHER = "teacher"
 MONITORED_FD = "eval/fd"
@@ -40,28 +41,6 @@ HALF_WAY = 0.5  # share of the planned steps from which on a student should have
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """A number that was found, and the limits that were expected (None: none on that side); `reference`: those of the band."""
-
-    what: str
-    found: float
-    low: float | None = None
-    high: float | None = None
-    reference: bool = False
-
-    def describe(self) -> str:
-        """One line."""
-        ends = [None if end is None else f"{end:.4g}" for end in (self.low, self.high)]
-        if ends[0] is None:
-            limits = f"at most {ends[1]}"
-        elif ends[1] is None or ends[0] == ends[1]:
-            limits = f"at least {ends[0]}" if ends[1] is None else f"{ends[0]}"
-        else:
-            limits = f"{ends[0]} to {ends[1]}"
-        return f"{self.what}: {self.found:.4g}, {'reference' if self.reference else 'expected'} {limits}"
-
-
-@dataclass(frozen=True)
 class Finding:
     """A fault in a stage or a row, with its evidence and what to try."""
 
@@ -72,81 +51,6 @@ class Finding:
 
 
 Found = Iterator[tuple[str, Evidence]]  # (stage or row, evidence)
-
-
-@dataclass(frozen=True)
-class Look:
-    """A run and the reference band of its recipe, if there is one."""
-
-    run: Examined
-    band: Band | None
-
-    def recent(
-        self, stage: Trained, key: str, low: float | None = None, high: float | None = None
-    ) -> Iterator[Evidence]:
-        """Evidence where a curve is now outside fixed limits."""
-        value = stage.recent(key)
-        if value is not None and ((low is not None and value < low) or (high is not None and value > high)):
-            yield Evidence(_now(stage, key), value, low, high)
-
-    def above(self, stage: Trained, *keys: str) -> Iterator[Evidence]:
-        """Evidence for each curve that is now above its band."""
-        for key, value, (low, high) in self._banded(stage, keys):
-            if value > high:
-                yield Evidence(_now(stage, key), value, low, high, reference=True)
-
-    def below(self, stage: Trained, *keys: str) -> Iterator[Evidence]:
-        """Evidence for each curve that is now below its band."""
-        for key, value, (low, high) in self._banded(stage, keys):
-            if value < low:
-                yield Evidence(_now(stage, key), value, low, high, reference=True)
-
-    def outside(self, stage: Trained, *keys: str) -> Iterator[Evidence]:
-        """Evidence for each curve that is now outside its band."""
-        yield from self.above(stage, *keys)
-        yield from self.below(stage, *keys)
-
-    def _banded(
-        self, stage: Trained, keys: tuple[str, ...]
-    ) -> Iterator[tuple[str, float, tuple[float, float]]]:
-        for key in keys:
-            value = stage.recent(key)
-            limits = self.band.limits(stage, key) if self.band is not None else None
-            if value is not None and limits is not None:
-                yield key, value, limits
-
-    def row(self, measured: Measured, row: Mapping[str, Any]) -> Mapping[str, list[float]]:
-        """metric -> limits of the band for a row; empty where it does not hold for the stage that made the model."""
-        if self.band is None:
-            return {}
-        name = measured.stages.get(row["model"], "")
-        stage, known = self.run.stages.get(name), self.band.stages.get(name)
-        if stage is not None and known is not None and differing(known.settings, stage.settings):
-            return {}
-        return self.band.row(measured, row["model"], row["steps"])
-
-    def real(self, name: str) -> float | None:
-        """A value of the real images: of the evaluation, or of a training stage's data."""
-        found = self.run.measured.real.get(name) if self.run.measured is not None else None
-        spreads = [getattr(s.data, name) for s in self.run.stages.values() if s.data is not None]
-        return found if found is not None else next(iter(spreads), None)
-
-    def rates(self, stage: Trained) -> tuple[float, float] | None:
-        """(found, reference) of the student's learning rate."""
-        known = self.band.stages.get(stage.name) if self.band is not None else None
-        found = None if known is None else (_rate(stage.optim), _rate(known.optim))
-        return None if found is None or None in found else found  # type: ignore[return-value]
-
-
-def _rate(optim: Mapping[str, Any]) -> float | None:
-    rate = optim.get("student", {}).get("optimizer", {}).get("lr")
-    return float(rate) if isinstance(rate, int | float) else None
-
-
-def _now(stage: Trained, key: str) -> str:
-    """What `stage.recent(key)` is, in words."""
-    end = round(stage.at * stage.steps)
-    return f"{key}, mean of steps {max(0, end - round(stage.steps * 5 / 20))} to {end}"
 
 
 def _data_range(look: Look) -> Found:
@@ -181,8 +85,8 @@ def _wrong_sampler(look: Look) -> Found:
         limit = factor * min((_number(r, "fd") for r in fewer), default=math.nan) + unit
         if _number(row, "fd") > limit:
             yield place, Evidence("fd, although fewer steps do better", _number(row, "fd"), high=limit)
-        stage = look.run.stages.get(measured.stages.get(row["model"], ""))
-        monitored = stage.values(MONITORED_FD) if stage is not None and not fewer else []
+        maker = look.run.stages.get(measured.stages.get(row["model"], ""))
+        monitored = maker.values(MONITORED_FD) if maker is not None and not fewer else []
         if monitored and _number(row, "fd") > 2 * monitored[-1] + unit:
             limit = 2 * monitored[-1] + unit
             yield place, Evidence(f"fd, while training {monitored[-1]:.4g}", _number(row, "fd"), high=limit)
@@ -228,7 +132,7 @@ def _fake_lagging(look: Look) -> Found:
         gap, error = stage.recent("student/gap"), stage.recent("student/teacher_error")
         if gap is not None and error is not None and stage.at >= BEGUN and gap < SAME * error:
             what = (
-                _now(stage, "student/gap")
+                now(stage, "student/gap")
                 + ": the fake score is still the teacher, so the student is not told where to go"
             )
             yield stage.name, Evidence(what, gap, low=SAME * error)
@@ -404,7 +308,8 @@ CHECKS = (
 
 def diagnose(run: Examined, band: Band | None) -> list[Finding]:
     """What is off, causes before consequences."""
-    look, found = Look(run, band), []
+    look = Look(run, band)
+    found: list[Finding] = []
     for check in CHECKS:
         places: dict[str, list[Evidence]] = {}
         for place, evidence in check.find(look):

@@ -19,6 +19,8 @@ GOOD = ("consistency", "dmd", "instaflow")
 FAULTS = {
     "data_range": ("data range wrong", "teacher"),
     "exploding": ("exploding gradients", "distill"),
+    "lagging": ("fake score lagging", "distill"),
+    "sampler": ("wrong sampler", "distill"),
     "rate_too_high": ("learning rate too high", "distill"),
     "rate_too_low": ("learning rate too low", "distill"),
 }
