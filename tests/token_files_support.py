@@ -96,9 +96,10 @@ def llamagen(folder: Path, *, student: bool = False) -> tuple[LlamaGen, VQTokeni
     return net, vq
 
 
-def var(folder: Path, *, student: bool = False) -> tuple[VAR, ScaleTokenizer]:
+def var(folder: Path, *, student: bool = False, shared: bool = False) -> tuple[VAR, ScaleTokenizer]:
     """`var.pth`, of a student as its training writes it, and `vae.pth`."""
-    net, vq = random(VAR(**TRANSFORMER, student=student), 3), random(ScaleTokenizer(scales=SCALES, **VQ), 4)
+    net = random(VAR(**TRANSFORMER, student=student, shared_adaln=shared), 3)
+    vq = random(ScaleTokenizer(scales=SCALES, **VQ), 4)
     if not student:
         net.quantize.load_state_dict(vq.scales.state_dict())
     state = without(net, "codebook", "quantize.")

@@ -246,6 +246,7 @@ def var(model: PublicFile, tokenizer: PublicFile, asked: Asked) -> Networks:
         "size": options["size"],
         "num_classes": model.shape("class_emb.weight")[0] - 1,
         "shared": options["shared"],
+        "shared_adaln": "shared_ada_lin.1.weight" in model.state,
     } | ({"student": True, "split": asked.split} if asked.student else {})
     net = model.filled(lambda: VAR(**made), model.state, ("codebook", "quantize."))
     if not asked.student:  # the transformer's inputs are maps of the tokenizer

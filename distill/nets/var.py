@@ -28,6 +28,7 @@ class VAR(TokenNet):
     Args:
         depth: blocks; the width is 64 depth and the heads are as many, unless given. scales: positions a side of each.
         vocabulary: V. size: C. num_classes: classes; the table has a null row more. shared: convolutions of the map.
+        shared_adaln: one linear layer of the class for all blocks, each of which adds numbers of its own (d36, 512 pixels).
         student: see above. split: of a student, scales whose tokens come from the logits; null: all. logits: see `TokenNet`.
 
     With `student` it reads code vectors and noise as they are, behind a start of its own scale, with a flag of data and noise
@@ -48,6 +49,7 @@ class VAR(TokenNet):
         size: int = 32,
         num_classes: int = 1000,
         shared: int = 4,
+        shared_adaln: bool = False,
         student: bool = False,
         split: int | None = None,
         logits: bool = True,
@@ -73,7 +75,10 @@ class VAR(TokenNet):
         self.pos_start = nn.Parameter(torch.randn(1, 1, width) * std)
         self.pos_1LC = nn.Parameter(torch.randn(1, len(level), width) * std)
         self.lvl_embed = nn.Embedding(len(levels), width)
-        self.blocks = nn.ModuleList([VARBlock(width, heads) for _ in range(depth)])
+        self.shared_adaln = shared_adaln
+        if shared_adaln:
+            self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.blocks = nn.ModuleList([VARBlock(width, heads, shared_adaln) for _ in range(depth)])
         self.width = width
         self.head_nm, self.head = AdaLN(width), self.last_layer(logits)
         self.register_buffer("codebook", torch.zeros(vocabulary, size))
@@ -100,8 +105,9 @@ class VAR(TokenNet):
             len(self.level), dtype=torch.bool, device=x.device
         )
         *inside, last = self.layerwise_n_d_embed
+        shared = self._of_blocks(first)
         for block, layer in zip(self.blocks, inside, strict=True):
-            hidden, _ = block(hidden, first, visible, None, layer(flags))
+            hidden, _ = block(hidden, shared, visible, None, layer(flags))
         hidden = hidden + last(flags)
         logits = self.head(self.head_nm(hidden, first))[:, 1:]
         made = self.final_layer_conti(hidden, first)[:, 1:]
@@ -123,13 +129,18 @@ class VAR(TokenNet):
         """Logits [B,L,V] of inputs [B,L - 1,C] of all scales but the first, with a mask over scales."""
         hidden = self._embedded(self.word_embed(inputs.to(first.dtype)), first)
         visible = self.level[:, None] >= self.level
+        shared = self._of_blocks(first)
         for block in self.blocks:
-            hidden, _ = block(hidden, first, visible, None)
+            hidden, _ = block(hidden, shared, visible, None)
         out: Tensor = self.head(self.head_nm(hidden, first))
         return out
 
     def _class(self, cond: Cond) -> Tensor:
         return class_rows(label_of(cond, self.num_classes), self.class_emb, self.num_classes)
+
+    def _of_blocks(self, first: Tensor) -> Tensor:
+        """What the blocks are conditioned on: the class [B,width], or the numbers [B,1,6,width] that they share."""
+        return self.shared_ada_lin(first).view(-1, 1, 6, self.width) if self.shared_adaln else first
 
     def _embedded(self, words: Tensor, first: Tensor) -> Tensor:
         start = first[:, None] + self.pos_start
@@ -139,7 +150,7 @@ class VAR(TokenNet):
         """The class, an empty map and an empty cache of keys and values."""
         first = self._class(cond)
         f_hat = self.quantize.start(len(first), first)
-        return VARState(first, f_hat, [None] * len(self.blocks))
+        return VARState(first, self._of_blocks(first), f_hat, [None] * len(self.blocks))
 
     def advance(self, state: Any, codes: Tensor | None) -> Tensor:
         """A scale sees all before it through the cache. Several known scales are added one after the other, so that no scale
@@ -165,7 +176,7 @@ class VAR(TokenNet):
         place = slice(begin, begin + words.shape[1])
         hidden = words + self.lvl_embed(self.level[place]) + self.pos_1LC[:, place]
         for number, block in enumerate(self.blocks):
-            hidden, state.cache[number] = block(hidden, state.first, None, state.cache[number])
+            hidden, state.cache[number] = block(hidden, state.cond, None, state.cache[number])
         state.scale += 1
         out: Tensor = self.head(self.head_nm(hidden, state.first))
         return out
@@ -173,24 +184,32 @@ class VAR(TokenNet):
 
 @dataclass
 class VARState:
-    """Generation so far: class [B,width], map [B,C,h,h], keys and values of each block, scales in them."""
+    """Generation so far: class [B,width], what the blocks are conditioned on, map [B,C,h,h], keys and values of each block,
+    scales in them."""
 
     first: Tensor
+    cond: Tensor
     f_hat: Tensor
     cache: list[tuple[Tensor, Tensor] | None] = field(default_factory=list)
     scale: int = 0
 
 
 class Conditioned(nn.Module):
-    """`parts` scales, shifts and gates of a linear layer of the condition."""
+    """Scales, shifts and gates, `parts` in all: a linear layer of the condition [B,width] makes them, or, with `shared`, they
+    are the condition [B,1,parts,width] plus learned numbers."""
 
-    def __init__(self, width: int, parts: int) -> None:
+    def __init__(self, width: int, parts: int, shared: bool = False) -> None:
         super().__init__()
-        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, parts * width))
-        self.parts, self.width = parts, width
+        self.parts, self.width, self.shared = parts, width, shared
+        if shared:
+            self.ada_gss = nn.Parameter(torch.randn(1, 1, parts, width) / math.sqrt(width))
+        else:
+            self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, parts * width))
 
     def split(self, cond: Tensor) -> tuple[Tensor, ...]:
-        """`parts` tensors [B,1,width] of the condition."""
+        """`parts` tensors [B,1,width]."""
+        if self.shared:
+            return (self.ada_gss + cond).unbind(2)
         return self.ada_lin(cond).view(-1, 1, self.parts, self.width).unbind(2)
 
 
@@ -213,8 +232,8 @@ def normed(x: Tensor) -> Tensor:
 class VARBlock(Conditioned):
     """Attention of unit queries and keys, and a two-layer perceptron; scale, shift and gate of both come from the condition."""
 
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__(width, 6)
+    def __init__(self, width: int, heads: int, shared: bool = False) -> None:
+        super().__init__(width, 6, shared)
         self.attn, self.ffn = VARAttention(width, heads), FeedForward(width)
 
     def forward(

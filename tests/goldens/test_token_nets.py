@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from distill.data.cond import Cond
+from distill.models.build import build_net
 from distill.models.conditions import Labels
 from distill.models.decoder import Codes, indices
 from distill.models.denoiser import Denoiser
@@ -233,6 +234,30 @@ def test_var(load):
     assert_close(net.advance(state, second), net.advance(again, torch.cat([first, second], 1)), **NEAR)
 
 
+@torch.no_grad()
+def test_blocks_with_a_shared_layer_are_those_of_layers_that_each_add_its_own_numbers(load):
+    """W silu(c) + b of all blocks, and g of each, is a layer of the block with the bias b + g."""
+    found = load(FAMILY, "var_transformer")
+    own = var(found)
+    shared = build_net(own.config() | {"shared_adaln": True})
+    one = shared.shared_ada_lin[1]
+    state = dict(own.state_dict())
+    for number in range(len(own.blocks)):
+        bias = f"blocks.{number}.ada_lin.1.bias"
+        state[f"blocks.{number}.ada_lin.1.weight"] = one.weight
+        state[bias] = one.bias + shared.blocks[number].ada_gss.flatten()
+    assert not torch.equal(*(state[f"blocks.{number}.ada_lin.1.bias"] for number in (0, 1)))
+    own.load_state_dict(state)
+    filled = {name: value for name, value in state.items() if ".ada_lin." not in name or "head_nm" in name}
+    assert not shared.load_state_dict(filled, strict=False).unexpected_keys
+    codes, cond = own.codebook[found["idx"]], Cond.of_labels(found["label"])
+    assert_close(
+        shared(codes, torch.zeros(len(codes)), cond), own(codes, torch.zeros(len(codes)), cond), **NEAR
+    )
+    made = [made_by(teacher(net, Filters(temperature=0)), cond, 2.5) for net in (shared, own)]
+    assert torch.equal(*made)
+
+
 @pytest.mark.parametrize(
     ("make", "millions"),
     [
@@ -243,6 +268,10 @@ def test_var(load):
         (lambda: VAR(depth=16), 310),
         (lambda: VAR(depth=16, student=True), 327),
         (lambda: VAR(depth=20, student=True), 635),
+        (
+            lambda: VAR(depth=36, scales=(1, 2, 3, 4, 6, 9, 13, 18, 24, 32), shared_adaln=True),
+            2354,
+        ),  # the paper: 2.3 B
         (lambda: VQTokenizer(), 72),
         (lambda: ScaleTokenizer(), 109),
     ],
@@ -254,6 +283,7 @@ def test_var(load):
         "VAR-d16",
         "VAR-d16-DD",
         "VAR-d20-DD",
+        "VAR-d36",
         "VQ-16",
         "VAE",
     ],

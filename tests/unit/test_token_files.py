@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,9 @@ OPTIONS = {
     "llamagen": {"family": "llamagen", "path": "gpt.pt", "tokenizer": "vq.pt", "heads": 2, "resolution": 8},
     "var": {"family": "var", "path": "var.pth", "tokenizer": "vae.pth", "scales": list(files.SCALES)},
 }
-MAKE = {"llamagen": files.llamagen, "var": files.var}
+OPTIONS["var_shared"] = OPTIONS["var"]
+MAKE = {"llamagen": files.llamagen, "var": files.var, "var_shared": partial(files.var, shared=True)}
+families = pytest.mark.parametrize("family", ["llamagen", "var", "var_shared"])
 STUDENT = {"timesteps": [0, 2], "split": 2, "guidance_scale": 2.0, "top_k": 8000}
 
 
@@ -67,7 +70,7 @@ def test_names_of_the_public_files(here: Path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["llamagen", "var"])
+@families
 def test_a_teacher_comes_back_from_its_files(here: Path, family: str):
     net, vq = MAKE[family](here)
     loaded = stage(family)._load()
@@ -93,7 +96,7 @@ def test_a_teacher_comes_back_from_its_files(here: Path, family: str):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["llamagen", "var"])
+@families
 def test_a_student_comes_back_from_its_files(here: Path, family: str):
     """Of a checkpoint with averages these are read. Guidance of its pairs is recorded, and refused."""
     net, vq = MAKE[family](here, student=True)
