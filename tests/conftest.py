@@ -18,6 +18,16 @@ gc.set_threshold(
     50_000, 20, 20
 )  # composing configs makes many objects; looking through all of torch's as often takes longer
 pytest_plugins = ["budget"]
+OF_DIFFUSERS = (
+    "captioned_images",
+    "exports",
+    "latent_files",
+    "lora_files",
+    "prompts",
+    "recomputed_activations",
+    "teachers",
+    "token_files",
+)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -27,6 +37,19 @@ def pytest_runtestloop(session: pytest.Session) -> Iterator[Any]:
     if os.environ.get("PYTEST_XDIST_WORKER") or not session.config.getoption("numprocesses", None):
         start_server()
     return (yield)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """One process takes all files that need the pipelines of diffusers, whose imports take as long as many tests."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Together(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "diffusers" if Path(file).stem.removeprefix("test_") in OF_DIFFUSERS else file
+
+    return Together(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,5 @@
-"""Distilled Decoding of a Markov source whose joint distribution is known: 4 tokens of 8 codes, each of which depends on the one
-before (toys C and D)."""
+"""Distilled Decoding of a Markov source whose joint distribution is known: 4 tokens of 8 codes, each given the one before
+(toys C and D)."""
 
 from __future__ import annotations
 

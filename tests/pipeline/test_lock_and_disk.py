@@ -216,7 +216,10 @@ def dying(monkeypatch: pytest.MonkeyPatch, after: int) -> list[str]:
     return done
 
 
-@pytest.mark.parametrize("command", [{}, {"redo": "pairs"}, {"redo": "teacher"}])
+@pytest.mark.parametrize(
+    "command",
+    [{}, *(pytest.param({"redo": stage}, marks=pytest.mark.slow) for stage in ("pairs", "teacher"))],
+)
 def test_a_kill_between_any_two_operations_is_continued(
     whole: Path, tmp_path: Path, command: dict[str, Any]
 ) -> None:

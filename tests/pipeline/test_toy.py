@@ -260,6 +260,7 @@ def test_later_rounds_may_differ_from_the_first():
         expand({"stages": stages, "repeat": block | {"then": {"reflwo": {}}}})
 
 
+@pytest.mark.slow
 def test_one_mixture_is_the_data_and_the_teacher(tmp_path):
     options = ("profile=smoke", "rounds=2", "data.ring.count=3", "data.std=0.01")
     run_verb(tmp_path, "train", "recipe=toy_instaflow", *options)

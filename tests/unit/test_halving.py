@@ -358,6 +358,7 @@ def test_every_round_starts_from_the_one_before_and_is_sampled_in_its_steps(fini
     assert (finished / "export" / "model.safetensors").read_bytes() == last
 
 
+@pytest.mark.slow
 def test_a_round_asks_the_round_before(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
