@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from distill import terminal
@@ -25,6 +25,8 @@ class Options:
     merged: of a model with an adapter, add its terms to the weights
     pipeline: folder of the diffusers pipeline that the model was made from; null: the one that encoded its prompts
     variant: of the weights in that folder: fp16 for model.fp16.safetensors
+    export_dtype: type that the network's parameters are stored in: float32, float16 or bfloat16; null: their own
+    file_bytes: the most bytes of weights in one file; above it there are several, and an index
     push_to_hub: OWNER/NAME of a model on the Hugging Face hub that the folder is uploaded to
     dry_run: only say what would be uploaded"""
 
@@ -34,6 +36,8 @@ class Options:
     merged: bool = False
     pipeline: str | None = None
     variant: str | None = None
+    export_dtype: str | None = None
+    file_bytes: int = 5_000_000_000
     push_to_hub: str | None = None
     dry_run: bool = True
 
@@ -65,7 +69,7 @@ def main() -> None:
             return
         options = parse(sys.argv[1:])
         source, out = Path(options.model).expanduser(), Path(options.out).expanduser().absolute()
-        wanted = export.Options(options.format, options.merged, options.pipeline, options.variant)
+        wanted = export.Options(**{f.name: getattr(options, f.name) for f in fields(export.Options)})
         part = out.with_name(f".{out.name}.{os.getpid()}.part")
         try:
             make_folder(part)

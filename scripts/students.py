@@ -21,10 +21,11 @@ sys.path.insert(0, str(ROOT))
 from distill.data.digits import Digits  # noqa: E402
 from distill.evaluation.measure import Reference, measure  # noqa: E402
 from distill.files import make_folder, read_json, sha256_file, write_json, write_safetensors  # noqa: E402
-from distill.models.description import DESCRIPTION, WEIGHTS  # noqa: E402
+from distill.models.description import DESCRIPTION  # noqa: E402
 from distill.models.features import load_digits64  # noqa: E402
 from distill.models.native import load_model  # noqa: E402
 from distill.models.shipped import MADE  # noqa: E402
+from distill.models.weights import WEIGHTS  # noqa: E402
 
 COUNT = 2000
 KEPT = ("fd", "recall", "coverage", "class_std", "class_accuracy")

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from distill.data.source import Source
 from distill.engine.module import DistillModule
-from distill.files import sha256_file, sha256_text
-from distill.models.description import WEIGHTS
+from distill.files import sha256_text
 from distill.models.model import Model
+from distill.models.weights import weights_digest, weights_path
 from distill.process.base import Process
 
 DEPTH = 8  # of nested objects that are looked into
@@ -118,7 +118,7 @@ def _options(method: DistillModule) -> dict[str, Any]:
     told: dict[str, Any] = {}
     for name, value in list(given.items())[1:]:
         if name in method.FOLDERS:
-            told[name] = [sha256_file(Path(folder) / WEIGHTS) for folder in value]
+            told[name] = [weights_digest(weights_path(Path(folder))) for folder in value]
         elif isinstance(value, nn.Module) and {id(tensor) for tensor in _tensors(value)} - known:
             told[name] = {**describe(value), "weights": weights_of(value)}
         elif callable(fingerprint := getattr(value, "fingerprint", None)):

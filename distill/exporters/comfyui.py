@@ -23,7 +23,7 @@ from distill.models.families.sd import SD
 from distill.models.families.sd3 import SD3
 from distill.models.families.sdxl import SDXL
 from distill.models.generator import Generator
-from distill.models.pretrained import Folder
+from distill.models.pretrained import DTYPES, Folder
 from distill.models.prompts import Prompts
 from distill.process.flow import Flow
 from distill.process.vp import VPScaledLinear
@@ -33,8 +33,12 @@ SAMPLING = {"eps": "eps", "v": "v_prediction", "x0": "x0"}
 Node = dict[str, Any]
 
 
-def write(folder: Path, generator: Generator, pipeline: Folder, facts: Mapping[str, Any]) -> dict[str, float]:
+def write(
+    folder: Path, generator: Generator, pipeline: Folder, facts: Mapping[str, Any], *, dtype: str | None
+) -> dict[str, float]:
     """Write the workflow, and the adapter of a model or its network, with the names that ComfyUI knows.
+
+    dtype: of the stored network; None: its own.
 
     Returns:
         file -> see `exporters.lora.write`, of an adapter.
@@ -47,7 +51,10 @@ def write(folder: Path, generator: Generator, pipeline: Folder, facts: Mapping[s
     check_network(pipeline, core)
     found: dict[str, float] = {}
     if adapter_of(generator.denoiser.net) is None:
-        write_safetensors(folder / MODEL, core.net.state_dict())
+        weights = core.net.state_dict()
+        if dtype is not None:
+            weights |= {name: p.to(DTYPES[dtype]) for name, p in core.net.named_parameters()}
+        write_safetensors(folder / MODEL, weights)
     else:
         found = lora.write(folder, generator.denoiser, pipeline, facts, kohya=LORA)
     write_json(folder / WORKFLOW, workflow(generator, pipeline, sigmas))

@@ -7,21 +7,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from distill.exporters import comfyui, lora, pipeline, usage
 from distill.models.adapters import adapter_of, merged
-from distill.models.description import DESCRIPTION, WEIGHTS
+from distill.models.description import DESCRIPTION
 from distill.models.families import family_of
 from distill.models.generator import Generator
 from distill.models.native import load_model, save_model
-from distill.models.pretrained import INDEX, Folder
+from distill.models.pretrained import DTYPES, Folder
+from distill.models.pretrained import INDEX as PIPELINE
 from distill.models.prompts import Prompts
+from distill.models.weights import FILE_BYTES, INDEX, WEIGHTS
 
 FORMATS = ("native", "diffusers", "lora", "comfyui")
 NEEDED = {
-    "native": (WEIGHTS, DESCRIPTION),
+    "native": (f"{WEIGHTS}|{INDEX}", DESCRIPTION),
     "lora": (lora.PEFT,),
-    "diffusers": (INDEX,),
-}  # format -> files that it always has
+    "diffusers": (PIPELINE,),
+}  # format -> files that it always has; of those in "A|B" one
 TOLERANCE = 1e-3  # of images in [-1, 1], where an export is not bit-equal
 
 
@@ -32,18 +37,28 @@ class Options:
     Attributes:
         format: one of `FORMATS`. merged: add an adapter's terms to the weights of its base first.
         pipeline: folder of the diffusers pipeline that the model was made from. variant: of the weights in it.
+        export_dtype: the type that the network's parameters are stored in; None: their own. file_bytes: the most in one file of
+            weights, see `models.weights.write_weights`.
     """
 
     format: str = "native"
     merged: bool = False
     pipeline: str | None = None
     variant: str | None = None
+    export_dtype: str | None = None
+    file_bytes: int = FILE_BYTES
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
             raise ValueError(f"format: found {self.format!r}, expected one of {', '.join(FORMATS)}")
         if self.merged and self.format == "lora":
             raise ValueError("merged: found true, but format=lora writes the adapter; expected false")
+        if self.export_dtype not in (None, *DTYPES):
+            raise ValueError(
+                f"export_dtype: found {self.export_dtype!r}, expected one of {', '.join(DTYPES)}, or null"
+            )
+        if self.file_bytes < 1:
+            raise ValueError(f"file_bytes: found {self.file_bytes}, expected at least 1")
 
 
 @dataclass
@@ -79,6 +94,13 @@ def check(generator: Generator, options: Options) -> None:
         raise ValueError(
             f"{option}, but the adapter takes the guidance w as an input, which only this package's model folders hold; "
             "expected format=native"
+        )
+    if options.export_dtype is not None and (
+        options.format == "lora" or (options.format == "comfyui" and adapter and not options.merged)
+    ):
+        raise ValueError(
+            f"export_dtype: found {options.export_dtype!r}, but format={options.format} writes the adapter, in float32; "
+            "expected null"
         )
     if options.format in ("diffusers", "comfyui"):
         pipeline.core_of(generator, options.format)
@@ -142,15 +164,35 @@ def facts_of(generator: Generator, recipe: str) -> dict[str, Any]:
 def _native(generator: Generator, folder: Path, options: Options, recipe: str) -> Exported:
     model = generator.denoiser
     net = merged(model.net) if options.merged else model.net
-    conditions = generator.conditions.exported(folder)
-    save_model(folder, model.with_(net=net, conditions=conditions), generator.spec)
+    made, tolerance = model.with_(net=net, conditions=generator.conditions.exported(folder)), 0.0
+    if options.export_dtype is not None:
+        round_parameters(net, options.export_dtype)
+        generator = Generator(model.with_(net=net, conditions=model.conditions), generator.spec)
+    elif options.merged:
+        tolerance = TOLERANCE
+    save_model(folder, made, generator.spec, file_bytes=options.file_bytes, dtype=options.export_dtype)
     again, wanted = load_model(folder), generator.sample(4)
     found = float((again.sample(4) - wanted).abs().max())
-    if found > (TOLERANCE if options.merged else 0):
+    if found > tolerance:
         raise RuntimeError(
             f"{folder}: the export does not reproduce the samples of the model: they differ by {found:.2g}"
         )
     return Exported(generator, {"parameters": sum(p.numel() for p in again.denoiser.parameters())})
+
+
+@torch.no_grad()
+def round_parameters(net: nn.Module, dtype: str) -> None:
+    """Round the parameters of a net to a type, in place; they keep their own.
+
+    Raises ValueError naming `export_dtype` and the parameter that it cannot hold."""
+    for name, parameter in net.named_parameters():
+        rounded = parameter.to(DTYPES[dtype])
+        if not bool(rounded.isfinite().all()):
+            raise ValueError(
+                f"export_dtype: found {dtype!r}, which cannot hold {name} with numbers up to "
+                f"{float(parameter.abs().max()):.4g}; expected bfloat16 or float32"
+            )
+        parameter.copy_(rounded)
 
 
 def _lora(generator: Generator, folder: Path, options: Options, recipe: str) -> Exported:
@@ -162,14 +204,21 @@ def _lora(generator: Generator, folder: Path, options: Options, recipe: str) -> 
 
 def _diffusers(generator: Generator, folder: Path, options: Options, recipe: str) -> Exported:
     found, plain = _pipeline(generator, options), _whole(generator)
-    stock, call, difference = pipeline.write(folder, plain, found)
+    if options.export_dtype is not None:
+        round_parameters(plain.denoiser.net, options.export_dtype)
+    stock, call, difference = pipeline.write(
+        folder, plain, found, dtype=options.export_dtype, file_bytes=options.file_bytes
+    )
     facts = {"scheduler": None if stock is None else stock.name, "differences": {"images": difference}}
     return Exported(plain, facts, usage.of_pipeline(plain, call, stock))
 
 
 def _comfyui(generator: Generator, folder: Path, options: Options, recipe: str) -> Exported:
     made = _whole(generator) if options.merged else generator
-    found = comfyui.write(folder, made, _pipeline(made, options), facts_of(made, recipe))
+    if options.export_dtype is not None:
+        round_parameters(made.denoiser.net, options.export_dtype)
+    facts = facts_of(made, recipe)
+    found = comfyui.write(folder, made, _pipeline(made, options), facts, dtype=options.export_dtype)
     return Exported(
         made, {"differences": found}, usage.of_workflow(made, comfyui.LORA if found else comfyui.MODEL)
     )

@@ -23,7 +23,7 @@ from distill.models.families.flux import Flux
 from distill.models.families.sdxl import SDXL
 from distill.models.generator import Generator
 from distill.models.lora_files import network_in, part_of
-from distill.models.pretrained import CONFIGS, INDEX, Folder, class_named
+from distill.models.pretrained import CONFIGS, DTYPES, INDEX, Folder, class_named
 from distill.models.prompts import Prompts, Table
 
 SCRIPT = "pipeline.py"
@@ -45,11 +45,11 @@ def core_of(generator: Generator, format: str = "diffusers") -> Core:
 
 
 def write(
-    folder: Path, generator: Generator, pipeline: Folder
+    folder: Path, generator: Generator, pipeline: Folder, *, dtype: str | None, file_bytes: int
 ) -> tuple[schedulers.Stock | None, dict[str, Any], float]:
     """Write the folder, load it with diffusers and compare images of the same noise. The model's weights become float32.
 
-    generator: without an adapter.
+    generator: without an adapter. dtype: of the stored network; None: its own. file_bytes: the most in one file of its weights.
 
     Returns:
         (the stock scheduler in the folder, or None where `pipeline.py` is needed for the exact steps; arguments of the
@@ -70,7 +70,11 @@ def write(
         )
     for name in [name for name in pipeline.index if name in pipeline and name not in (part, SCHEDULER)]:
         _copy_part(pipeline, name, folder)
-    core.net.save_pretrained(folder / part, variant=pipeline.variant, safe_serialization=True)
+    if dtype is not None:
+        core.net.to(DTYPES[dtype])
+    core.net.save_pretrained(
+        folder / part, variant=pipeline.variant, safe_serialization=True, max_shard_size=file_bytes
+    )
     _write_scheduler(folder, pipeline, stock)
     if exact is not None:
         write_text(folder / SCRIPT, program.script(exact, called(call, generator)))

@@ -12,18 +12,18 @@ from distill.files import read_json
 from distill.models.conditions import classes
 from distill.models.decoder import Decoder, Pixels, Points
 from distill.models.spec import SamplerSpec
-from distill.models.weights import FLOATS
+from distill.models.weights import FLOATS, WEIGHTS
 from distill.typed import parse
 
 SCHEMA = 2
-WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
+DESCRIPTION = "model.json"
 DENOISER = "distill.models.denoiser.Denoiser"
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The file of the weights, a name beside the description, its sha256, and, where they are stored in another float type than
-    the net's, that type: they are converted without a warning. None: not said."""
+    """The file of the weights or their index, a name beside the description, its sha256, and, where they are stored in another
+    float type than the net's, that type: they are converted without a warning. None: not said."""
 
     file: str
     sha256: str

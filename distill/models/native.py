@@ -1,5 +1,5 @@
-"""Models as folders: `model.safetensors` (the weights of the net, and of a decoder that has some) and `model.json` (what they
-mean), nothing else needed.
+"""Models as folders: `model.safetensors` (the weights of the net, and of a decoder that has some; of large ones several files
+and an index, see `models.weights`) and `model.json` (what they mean), nothing else needed.
 
 Of an adapted net the weights are those of the adapter alone; `model.json` names the folder of the base and the sha256 of its
 weights. The base is searched in the sub-folder `base`, and where the description says."""
@@ -15,14 +15,23 @@ import torch
 from torch import Tensor, nn
 
 from distill.data.plain import plain_torch
-from distill.files import canonical_json, sha256_file, write_json, write_safetensors
+from distill.files import canonical_json, write_json
 from distill.models.adapters import Adapted, adapter_of, own_names
 from distill.models.build import REFUSALS, TARGET, at_most, build_model
-from distill.models.description import DESCRIPTION, SCHEMA, WEIGHTS, Base, Description
+from distill.models.description import DESCRIPTION, SCHEMA, Base, Description
 from distill.models.generator import Generator
 from distill.models.model import Model
 from distill.models.spec import SamplerSpec
-from distill.models.weights import check_tensors, read_header, read_tensors
+from distill.models.weights import (
+    FILE_BYTES,
+    check_tensors,
+    files_of,
+    read_header,
+    read_tensors,
+    remove_others,
+    weights_digest,
+    write_weights,
+)
 from distill.names import inside
 from distill.nets.net import Net, Origin
 
@@ -37,11 +46,18 @@ def describe(model: Model, spec: SamplerSpec) -> dict[str, Any]:
 
 
 def save_model(
-    folder: Path, model: Model, spec: SamplerSpec, weights: Mapping[str, Tensor] | None = None
+    folder: Path,
+    model: Model,
+    spec: SamplerSpec,
+    weights: Mapping[str, Tensor] | None = None,
+    *,
+    file_bytes: int = FILE_BYTES,
+    dtype: str | None = None,
 ) -> None:
-    """Write a model folder: the weights, then their description; both atomically.
+    """Write a model folder: the weights, then their description; all files atomically.
 
-    weights: the net's own tensors, where they are not those of `model` (a sharded net's whole tensors).
+    weights: the net's own tensors, where they are not those of `model` (a sharded net's whole tensors). file_bytes: see
+    `write_weights`. dtype: the type that the net's parameters are stored in; None: their own.
 
     Raises ValueError for an adapter of a base that was not loaded from a model folder."""
     base: dict[str, Any] = {}
@@ -56,9 +72,22 @@ def save_model(
                 "sha256": origin.sha256,
             }
         }
-    write_safetensors(folder / WEIGHTS, _tensors(model, weights))
-    digest = {"file": WEIGHTS, "sha256": sha256_file(folder / WEIGHTS)}
+    tensors = _tensors(model, weights)
+    if dtype is not None:
+        kind = getattr(torch, dtype)
+        tensors |= {
+            name: tensors[name].to(kind) for name, _ in model.net.named_parameters() if name in tensors
+        }
+    path = write_weights(folder, tensors, file_bytes)
+    digest = {"file": path.name, "sha256": weights_digest(path)} | ({} if dtype is None else {"dtype": dtype})
     write_json(folder / DESCRIPTION, describe(model, spec) | {"weights": digest} | base)
+    remove_others(path)
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files of a model folder, `model.json` last. Raises FileNotFoundError or ValueError where it is none."""
+    weights = inside(folder, Description.read(folder).weights.file, f"{folder / DESCRIPTION}: weights.file")
+    return [*files_of(weights), folder / DESCRIPTION]
 
 
 def _tensors(model: Model, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -97,7 +126,7 @@ def weights_for(net: nn.Module, folder: Path | str) -> dict[str, Tensor]:
         return {name: torch.zeros(state[name].shape) for name in own}
     header = read_header(folder / description.weights.file)
     stored = {name: entry for name, entry in header.items() if not name.startswith(DECODER)}
-    check_tensors({name: state[name] for name in own}, stored, folder / WEIGHTS, "net")
+    check_tensors({name: state[name] for name in own}, stored, folder / description.weights.file, "net")
     return weights
 
 
@@ -281,12 +310,12 @@ def _sketch(folder: Path, description: Description, path: Path) -> Model:
 
 
 def _weights_file(folder: Path, description: Description) -> Path:
-    """The weights beside the description that names them, with the sha256 that it expects."""
+    """The weights, or their index, beside the description that names them, with the sha256 that it expects."""
     named = description.weights
     path = inside(folder, named.file, f"{folder / DESCRIPTION}: weights.file")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: missing; {folder / DESCRIPTION} names it as the weights")
-    if (found := sha256_file(path)) != named.sha256:
+    if (found := weights_digest(path)) != named.sha256:
         raise ValueError(f"{path}: sha256: found {found}, {DESCRIPTION} expects {named.sha256}")
     return path
 

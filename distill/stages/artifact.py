@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,10 @@ ADDED: dict[str, dict[str, Any]] = {
     "distill.stages.train.Train": {"model": None},
     "distill.stages.generate.Generate": {"states": False, "precision": "float32"},
     "distill.stages.evaluate.Evaluate": {"precision": "float32"},
-    "distill.stages.export.Export": {"format": "native", "merged": False, "pipeline": None, "variant": None},
+    "distill.stages.export.Export": {
+        **{"format": "native", "merged": False, "pipeline": None, "variant": None},
+        "export_dtype": None,
+    },
     "distill.stages.pretrained.Pretrained": {"solver": None, "grid": None},
 }
 
@@ -164,7 +167,7 @@ def write_artifact(
         content: its identity.
         facts: returned by `Stage.run`.
         made: patterns of its files.
-        needed: files that must exist.
+        needed: files that must exist; of those in "A|B" one.
         input_files: see `Record`.
         skip: subfolders that are not recorded.
 
@@ -172,8 +175,8 @@ def write_artifact(
         FileNotFoundError: names the missing file of `needed`.
     """
     names = [n for n in files_of(folder, made) if n != ARTIFACT and n.partition("/")[0] not in skip]
-    if missing := [name for name in needed if name not in names]:
-        raise FileNotFoundError(f"{folder / missing[0]}: missing at the end of its stage")
+    if (missing := _lacking(needed, names)) is not None:
+        raise FileNotFoundError(f"{folder / missing}: missing at the end of its stage")
     record = {
         "schema": SCHEMA,
         "digest": digest_of(content),
@@ -217,14 +220,20 @@ def read_artifact(folder: Path, stage: type[Stage] | None = None) -> dict[str, A
             raise ValueError(
                 f"{path}: files: found {unknown[0]!r}, which a {stage.__name__} stage does not make"
             )
-        needed = stage.needed(record["identity"]["config"])
-        if missing := [name for name in needed if name not in record["files"]]:
-            raise ValueError(f"{path}: files: {missing[0]}: missing; expected the sha256 of this file")
+        missing = _lacking(stage.needed(record["identity"]["config"]), record["files"])
+        if missing is not None:
+            raise ValueError(f"{path}: files: {missing}: missing; expected the sha256 of this file")
     return record
 
 
 class NewerSchema(ValueError):
     """A record was written by a newer version."""
+
+
+def _lacking(needed: Iterable[str], names: Collection[str]) -> str | None:
+    """The first of the files that are needed ("A|B": one of both) and not there."""
+    choices = [entry.split("|") for entry in needed]
+    return next((each[0] for each in choices if not any(name in names for name in each)), None)
 
 
 def _fits(name: str, made: tuple[str, ...]) -> bool:

@@ -13,6 +13,8 @@ import torch
 
 from distill.engine.parallel import SHARD
 from distill.engine.stored import FILES as CHECKPOINT_FILES
+from distill.models.description import DESCRIPTION
+from distill.models.weights import FILE_BYTES, INDEX, PART, WEIGHTS
 from distill.stages.display import KINDS, Display
 from distill.stages.made import Made
 from distill.stages.ownership import RECORDS, patterns
@@ -20,7 +22,7 @@ from distill.world import SECONDS, World
 
 WHICH = ("last", "best")
 PROFILERS = ("simple", "advanced", "pytorch")
-MODEL_FILES = patterns("model.safetensors", "model.json")
+MODEL_FILES = (*patterns(WEIGHTS, INDEX, DESCRIPTION), PART)
 TRAINED_FILES = (
     *MODEL_FILES,
     *(f"checkpoints/{name}" for name in CHECKPOINT_FILES),
@@ -68,6 +70,7 @@ class Settings:
     prefetch: int = 2
     timeout: int = SECONDS
     progress: str = "auto"
+    file_bytes: int = FILE_BYTES
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -80,6 +83,7 @@ class Settings:
             "threads",
             "prefetch",
             "timeout",
+            "file_bytes",
         )
         for name in counts:
             if getattr(self, name) is not None and getattr(self, name) < 1:
@@ -171,7 +175,7 @@ class Stage(ABC):
         BY_CONTENT: fields that are no part of the digest; the fingerprint has the content that they name.
         FILES: files that the stage makes, relative to its folder: regular expressions that match each path component.
             Only these are recorded when the stage finishes, and deleted when it is made again.
-        NEEDED: files that must exist when it finishes.
+        NEEDED: files that must exist when it finishes; of those in "A|B" one.
     """
 
     LENGTH: ClassVar[str] = ""
@@ -257,7 +261,7 @@ class ModelStage(Stage):
     """A stage whose output is a model folder (`models.native`)."""
 
     FILES: ClassVar[tuple[str, ...]] = MODEL_FILES
-    NEEDED: ClassVar[tuple[str, ...]] = ("model.safetensors", "model.json")
+    NEEDED: ClassVar[tuple[str, ...]] = (f"{WEIGHTS}|{INDEX}", DESCRIPTION)
 
     @property
     def keeps_best(self) -> bool:

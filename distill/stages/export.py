@@ -27,8 +27,8 @@ class Export(Stage):
         student: name of the stage whose model is exported.
         evaluate: name of the Evaluate stage whose table and picture the card contains, or None.
         which: "last", the model at the end of training, or "best", the one chosen by its `monitor`.
-        format, merged, pipeline, variant: see `exporters.export.Options`; pipeline and variant null: those of the run's
-            Pretrained stage, or of the text encoders of the model's prompts.
+        format, merged, pipeline, variant, export_dtype: see `exporters.export.Options`; pipeline and variant null: those of the
+            run's Pretrained stage, or of the text encoders of the model's prompts.
     """
 
     REFERENCES: ClassVar[tuple[str, ...]] = ("student", "evaluate")
@@ -45,10 +45,13 @@ class Export(Stage):
     merged: bool = False
     pipeline: str | None = None
     variant: str | None = None
+    export_dtype: str | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
-        self._options = export.Options(self.format, self.merged, self.pipeline, self.variant)
+        self._options = export.Options(
+            self.format, self.merged, self.pipeline, self.variant, self.export_dtype
+        )
 
     @classmethod
     def needed(cls, config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -89,7 +92,8 @@ class Export(Stage):
             return {}
         with context.display.bar(1, unit="check") as bar:
             source = model_folder(context.inputs["student"], self.which)
-            made = export.export(source, context.folder, self._options, context.recipe)
+            options = replace(self._options, file_bytes=context.settings.file_bytes)
+            made = export.export(source, context.folder, options, context.recipe)
             bar.update()
         rows, picture, note = [], False, ""
         protocol: Protocol | None = None

@@ -14,12 +14,12 @@ from distill.files import copy, sha256_file
 from distill.models.autoencoder import WEIGHTS as DECODER_WEIGHTS
 from distill.models.autoencoder import entry_of
 from distill.models.denoiser import SOLVERS
-from distill.models.description import WEIGHTS
 from distill.models.generator import Generator
 from distill.models.native import load_model
 from distill.models.precision import check_precision, in_precision
 from distill.models.prompts import FILES as PROMPT_FILES
 from distill.models.time_grid import TimeGrid
+from distill.models.weights import weights_digest, weights_path
 from distill.process.times import MAX_STEPS, default_grid
 from distill.stages.base import ModelStage, Stage, StageContext, check_types
 from distill.stages.made import Made, PairsMade
@@ -156,7 +156,7 @@ class Generate(Stage):
         denoiser = in_precision(teacher.denoiser, self.precision)
         self._check_teacher(teacher)
         use_threads(context, sum(p.numel() for p in denoiser.parameters()))
-        header = self._header(teacher, context.seed, sha256_file(context.inputs["teacher"] / WEIGHTS))
+        header = self._header(teacher, context.seed, weights_digest(weights_path(context.inputs["teacher"])))
         if self.path is not None:
             self._adopt(context, header)
         else:

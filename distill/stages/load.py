@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from distill.files import canonical_json, copy, read_json, sha256_file, sha256_text, write_json
-from distill.models.description import DESCRIPTION, WEIGHTS, Description
-from distill.models.native import load_model, placed, sketch_model
+from distill.models.description import DESCRIPTION, Description
+from distill.models.native import load_model, model_files, placed, sketch_model
 from distill.models.prompts import FILES as PROMPT_FILES
+from distill.models.weights import weights_digest, weights_path
 from distill.stages.base import MODEL_FILES, ModelStage, StageContext
 from distill.stages.made import Made, try_model
 from distill.stages.ownership import needed, patterns
@@ -21,7 +22,7 @@ class Load(ModelStage):
     """Load an existing model: a training stage of another run, or an export.
 
     Attributes:
-        path: a model folder (model.safetensors and model.json).
+        path: a model folder (model.json, and model.safetensors or several files with an index).
     """
 
     FILES: ClassVar[tuple[str, ...]] = (*MODEL_FILES, *patterns(*PROMPT_FILES))
@@ -42,7 +43,8 @@ class Load(ModelStage):
         """Copy the model into the run, and check the copy."""
         source = Path(self.path)
         if context.world.main:
-            copy(source / WEIGHTS, context.folder / WEIGHTS)
+            for path in model_files(source)[:-1]:
+                copy(path, context.folder / path.name)
             if Description.read(source).base is None:
                 copy(source / DESCRIPTION, context.folder / DESCRIPTION)
             else:
@@ -58,9 +60,10 @@ class Load(ModelStage):
     @staticmethod
     def _digest(folder: Path) -> str:
         base = Description.read(folder).base
-        files = [needed(folder / name, "a model folder") for name in (WEIGHTS, DESCRIPTION)]
+        files = [needed(path, "a model folder") for path in (weights_path(folder), folder / DESCRIPTION)]
+        weights = weights_digest(files[0])
         if base is None:
-            return "".join(sha256_file(file) for file in files)
+            return weights + sha256_file(files[1])
         # Wherever the base lies, it is the same.
         described = read_json(folder / DESCRIPTION) | {"base": base.sha256}
-        return sha256_file(files[0]) + sha256_text(canonical_json(described))
+        return weights + sha256_text(canonical_json(described))

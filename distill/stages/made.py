@@ -19,11 +19,11 @@ from distill.models.conditions import of_source as conditions_of
 from distill.models.decoder import Decoder
 from distill.models.decoder import of_source as decoder_of
 from distill.models.denoiser import Denoiser
-from distill.models.description import WEIGHTS
 from distill.models.generator import Generator
 from distill.models.model import Model
 from distill.models.native import load_model, sketch_model
 from distill.models.spec import SamplerSpec
+from distill.models.weights import WEIGHTS, weights_path
 
 if TYPE_CHECKING:
     from distill.engine.module import DistillModule
@@ -64,7 +64,8 @@ class Made:
 
 def try_model(folder: Path) -> Generator:
     """Load the model of a folder; above `LARGE_PARAMETERS` without its weights, on the meta device."""
-    small = (folder / WEIGHTS).is_file() and (folder / WEIGHTS).stat().st_size < 4 * LARGE_PARAMETERS
+    weights = weights_path(folder)  # weights in several files are large
+    small = weights.name == WEIGHTS and weights.is_file() and weights.stat().st_size < 4 * LARGE_PARAMETERS
     return load_model(folder) if small else sketch_model(folder)
 
 

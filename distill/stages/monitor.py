@@ -23,12 +23,12 @@ from distill.evaluation.grid import image_grid, save_png, tile
 from distill.evaluation.meters.images import ImageMeter
 from distill.evaluation.metric import metrics
 from distill.files import make_folder, read_json, remove, sha256_file, write_json, write_text
-from distill.models.description import DESCRIPTION, WEIGHTS
+from distill.models.description import DESCRIPTION
+from distill.models.native import model_files
 from distill.stages.base import StageContext, check_types
 from distill.stages.trial import build_part
 from distill.typed import parse
 
-MODEL_FILES = (WEIGHTS, DESCRIPTION)
 PICTURE = r"(step|diagnostics)_(\d{7,})\.png"  # no other picture is ours
 STREAM = "monitor"  # of the samples' noise
 FOLDER, BEST, RECORD, SUMMARY = "monitor", "best", "evaluations.jsonl", "best.json"
@@ -171,9 +171,10 @@ class Monitor:
                 f"{path}: found {summary.metric} {summary.value} of step {summary.step}, which does not fit "
                 f"{self.folder / RECORD}; {again}"
             )
-        for name in MODEL_FILES:
+        files = summary.files or {}
+        for name in files if DESCRIPTION in files else (DESCRIPTION,):
             file = self.context.folder / BEST / name
-            if not file.is_file() or sha256_file(file) != (summary.files or {}).get(name):
+            if not file.is_file() or sha256_file(file) != files.get(name):
                 raise ValueError(f"{file}: is not the file that {path} was written for; {again}")
         self._best = (summary.step, summary.value)
 
@@ -281,9 +282,8 @@ class Monitor:
 
     def _summarize(self, module: DistillModule, value: float, *, done: bool) -> None:
         """Write `best.json`: without `files` before the model is replaced, so that a kill in between is noticed; then with."""
-        files = (
-            {name: sha256_file(self.context.folder / BEST / name) for name in MODEL_FILES} if done else None
-        )
+        best = self.context.folder / BEST
+        files = {path.name: sha256_file(path) for path in model_files(best)} if done else None
         options = asdict(self.options)
         assert self.options.metric is not None
         summary = Summary(self.options.metric, value, module.progress.step, options, files)

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from distill.files import read_json, sha256_file, write_json
-from distill.models.description import DESCRIPTION, WEIGHTS, Description
-from distill.models.native import without_adapter
+from distill.models.description import DESCRIPTION, Description
+from distill.models.native import model_files, without_adapter
+from distill.models.weights import weights_digest, weights_path
 from distill.stages.ownership import ARTIFACT, read_object
 from distill.stages.renamed import MOVED, former_names
 from distill.typed import parse
@@ -67,7 +68,7 @@ def node_saver(
         folder = node_folder(stage, numbers[step])
         save(folder)
         if main:
-            files = {name: sha256_file(folder / name) for name in (WEIGHTS, DESCRIPTION)}
+            files = {path.name: sha256_file(path) for path in model_files(folder)}
             write_json(stage / STORED, read_object(stage / STORED) | {str(numbers[step]): files})
 
     return keep
@@ -80,8 +81,10 @@ def check_stored(stage: Path, steps: Sequence[int]) -> None:
     stored = read_object(stage / STORED)
     for number, step in enumerate(steps, 1):
         files = stored.get(str(number))
-        for name in (WEIGHTS, DESCRIPTION):
-            file = node_folder(stage, number) / name
+        folder = node_folder(stage, number)
+        told = isinstance(files, dict) and DESCRIPTION in files
+        for name in files if told else (weights_path(folder).name, DESCRIPTION):
+            file = folder / name
             known = files.get(name) if isinstance(files, dict) else None
             if known is None or not file.is_file() or sha256_file(file) != known:
                 raise ValueError(
@@ -93,10 +96,12 @@ def write_manifest(stage: Path, steps: Sequence[int], start: Path) -> None:
     """Write the manifest of a finished stage: its nodes, and the weights (of the model folder `start`) at the start of the
     path."""
     nodes = [
-        {"number": number, "step": step, "sha256": sha256_file(node_folder(stage, number) / WEIGHTS)}
+        {"number": number, "step": step, "sha256": weights_digest(weights_path(node_folder(stage, number)))}
         for number, step in enumerate(steps, 1)
     ]
-    write_json(stage / MANIFEST, {"schema": SCHEMA, "start": sha256_file(start / WEIGHTS), "nodes": nodes})
+    write_json(
+        stage / MANIFEST, {"schema": SCHEMA, "start": weights_digest(weights_path(start)), "nodes": nodes}
+    )
 
 
 def read_nodes(stage: Path, start: Path) -> list[Path]:
@@ -111,19 +116,17 @@ def read_nodes(stage: Path, start: Path) -> list[Path]:
         )
     manifest = _manifest(path)
     teacher = Description.read(start).model
-    if manifest.start != (found := sha256_file(start / WEIGHTS)):
+    if manifest.start != (found := weights_digest(weights_path(start))):
         raise ValueError(
             f"{path}: start: found weights {manifest.start[:12]}, expected the teacher's {found[:12]}"
         )
     folders = [start]
     for node in manifest.nodes:
         folder = node_folder(stage, node.number)
-        if not (folder / WEIGHTS).is_file():
-            raise FileNotFoundError(f"{folder / WEIGHTS}: missing; {path} lists it as node {node.number}")
-        if (found := sha256_file(folder / WEIGHTS)) != node.sha256:
-            raise ValueError(
-                f"{folder / WEIGHTS}: sha256: found {found[:12]}, {path} expects {node.sha256[:12]}"
-            )
+        if not (weights := weights_path(folder)).is_file():
+            raise FileNotFoundError(f"{weights}: missing; {path} lists it as node {node.number}")
+        if (found := weights_digest(weights)) != node.sha256:
+            raise ValueError(f"{weights}: sha256: found {found[:12]}, {path} expects {node.sha256[:12]}")
         told = Description.read(folder).model
         told = told | {"net": without_adapter(told.get("net"))}  # a node may be an adapter of the teacher
         for key in MEANING:

@@ -85,7 +85,7 @@ class Pretrained(ModelStage):
         if context.world.main:
             prompts = None if self.prompts is None else Prompts.of_folder(context.inputs["prompts"])
             loaded = self._load(prompts)
-            save_model(context.folder, loaded.denoiser, loaded.spec)
+            save_model(context.folder, loaded.denoiser, loaded.spec, file_bytes=context.settings.file_bytes)
         context.world.barrier()
         load_model(context.folder)
         return {"train_seconds": None, "peak_memory_bytes": None}

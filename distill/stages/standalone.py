@@ -24,12 +24,12 @@ from distill.evaluation.meters.images import ImageMeter, one_a_class
 from distill.evaluation.meters.meter import Shown
 from distill.evaluation.protocol import Protocol
 from distill.evaluation.report import table
-from distill.files import copy, make_folder, read_json, sha256_file, write_json
-from distill.models.description import WEIGHTS
+from distill.files import copy, make_folder, read_json, write_json
 from distill.models.generator import Generator
 from distill.models.native import load_model
 from distill.models.shipped import model_folder
 from distill.models.spec import SamplerSpec
+from distill.models.weights import weights_digest, weights_path
 from distill.stages.artifact import digest_of, read_artifact
 from distill.stages.display import Display
 from distill.stages.ownership import PUBLISHED, patterns, sweep
@@ -228,7 +228,7 @@ def plan_model(request: Request, path: Path, reference: Mapping[str, Any], real:
         2000 if request.count is None else request.count,
         {
             "model": utf8_path(str(request.model)),
-            "sha256": sha256_file(path / WEIGHTS),
+            "sha256": weights_digest(weights_path(path)),
             "sampler": generator.spec.to_dict(),
         },
         " ".join([*notes, *remarks(real, None)]),

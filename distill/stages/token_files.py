@@ -80,7 +80,7 @@ class TokenFiles(ModelStage):
         """Save the model folder, and load it once."""
         if context.world.main:
             loaded = self._load()
-            save_model(context.folder, loaded.denoiser, loaded.spec)
+            save_model(context.folder, loaded.denoiser, loaded.spec, file_bytes=context.settings.file_bytes)
         context.world.barrier()
         load_model(context.folder)
         return dict(NO_COST)

@@ -78,7 +78,7 @@ class Filter(ModelStage):
         """Save the model folder."""
         made = self._made(load_model(context.inputs["teacher"]))
         if context.world.main:
-            save_model(context.folder, made.denoiser, made.spec)
+            save_model(context.folder, made.denoiser, made.spec, file_bytes=context.settings.file_bytes)
         return dict(NO_COST)
 
 
@@ -141,7 +141,7 @@ class Marginals(ModelStage):
             (counts / counts.sum(2, keepdim=True).clamp(min=1)).clamp(min=1e-30).log().flatten(1)
         )
         if context.world.main:
-            save_model(context.folder, model, SPEC)
+            save_model(context.folder, model, SPEC, file_bytes=context.settings.file_bytes)
         return dict(NO_COST)
 
 
@@ -203,5 +203,5 @@ class Involve(ModelStage):
         """Save the model folder."""
         made = self._made(load_model(context.inputs["student"]), load_model(context.inputs["teacher"]))
         if context.world.main:
-            save_model(context.folder, made.denoiser, made.spec)
+            save_model(context.folder, made.denoiser, made.spec, file_bytes=context.settings.file_bytes)
         return dict(NO_COST)

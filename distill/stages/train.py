@@ -280,7 +280,7 @@ class Train(ModelStage):
             if isinstance(source, Pairs) and self.teacher is None:  # else the data are not what is learned
                 spec = of_pairs(spec, made.denoiser, source.header)
             if context.world.main:
-                save_model(folder, made.denoiser, spec, weights)
+                save_model(folder, made.denoiser, spec, weights, file_bytes=trainer.file_bytes)
 
         monitor = None if self._monitor is None else Monitor(self._monitor, context, save, source)
         settings = {"method": self.method, "net": student.net_config(), "steps": self.steps}
