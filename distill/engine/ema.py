@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from distill.engine.parallel import local
 from distill.engine.params import ParameterSet
 
 
@@ -24,6 +25,14 @@ class EmaUpdater:
         if len(self.kept) != len(self.current):
             raise ValueError(
                 f"average: found {len(self.kept)} parameters, the network that it follows has {len(self.current)}"
+            )
+        places = [
+            (local(kept), local(current)) for kept, current in zip(self.kept, self.current, strict=True)
+        ]
+        if any(a.numel() and a.data_ptr() == b.data_ptr() for a, b in places):
+            raise ValueError(
+                "average: lies on the memory of the network that it follows: `prepare` was called with sharded=True, but the "
+                "networks were not sharded; expected sharded=False"
             )
         pairs = zip(average.buffers(), followed.buffers(), strict=True)
         self.buffers = [(kept, current, name) for (_, kept, name), (_, current, _) in pairs]

@@ -134,9 +134,12 @@ def predicted(method: DistillModule, accumulate: int = 1) -> Memory:
             row.sizes["optimizer"] += state
             row.unknown |= states is None
         updates.append([size_of(parameter) for parameter in own])
+    owned = {id(t) for n in [*method.frozen.values(), *method.networks.values()] for t, _ in _tensors(n)}
     for name, average in method.averaged.items():
         followed = method.further[name].of if name in method.further else name
-        rows[followed].sizes["averages"] += _fresh(_tensors(average.network), seen)
+        # Known by themselves: before networks are sharded, averages may lie on the memory of what they follow.
+        found = (pair for pair in _tensors(average.network) if id(pair[0]) not in owned)
+        rows[followed].sizes["averages"] += [size_of(tensor, sharded=sharded) for tensor, sharded in found]
     memory = Memory([*rows.values()], updates, accumulated=accumulate > 1)
     if decoder := decoder_row(method.student.decoder.weights()):
         memory.rows.append(decoder)

@@ -21,7 +21,7 @@ from distill.engine.ema import EmaUpdater
 from distill.engine.hooks import StepHooks
 from distill.engine.networks import check_apart, check_model, frozen_copy
 from distill.engine.nonfinite import NonFinite, bad_step, step_unless
-from distill.engine.parallel import full, make_mesh, net_of, shard_networks
+from distill.engine.parallel import full, net_of, place
 from distill.engine.params import ParameterSet
 from distill.engine.progress import Progress
 from distill.engine.running import Running
@@ -156,9 +156,11 @@ class DistillModule(L.LightningModule):
         seed: int,
         stream: str = "train",
         world: World | None = None,
+        sharded: bool = False,
     ) -> None:
         """Set up trained parameters, averages and counters from the updates. `optim` maps the name of each update to an `Optim`
-        or its fields."""
+        or its fields. sharded: networks will be distributed over the processes of `world` before anything is written to them,
+        so that averages need no memory until then."""
         self.seed, self.stream, self.world = seed, stream, world or World()
         self._forget()
         self.plan = list(self.updates())
@@ -186,7 +188,7 @@ class DistillModule(L.LightningModule):
                         "the same, or another name for them"
                     )
                 if self.optim[update.name].averaged and role not in self.averaged:
-                    self.averaged[role] = found.copy()
+                    self.averaged[role] = found.copy(sharded)
                 if found.whole:
                     forget_origin(net_of(found.network))
         self.networks = {role: parameters.network for role, parameters in self.trained.items()}
@@ -196,7 +198,7 @@ class DistillModule(L.LightningModule):
                 raise ValueError(
                     f"averages: {name!r} of {average.of!r}: expected a new name and one of {sorted(self.networks)}"
                 )
-            self.averaged[name] = self.trained[average.of].copy()
+            self.averaged[name] = self.trained[average.of].copy(sharded)
         self.ema = nn.ModuleDict({name: average.network for name, average in self.averaged.items()})
         self.student_update = next(update for update in self.plan if STUDENT in update.trains)
         if (told := self.result().boundary) != self.student.boundary:
@@ -210,15 +212,9 @@ class DistillModule(L.LightningModule):
         self._reduce_each = reduce_each
         self._forget()  # sharding replaces parameters
         trained, frozen = [*self.networks.values(), *self.ema.values()], list(self.frozen.values())
-        for network in [*trained, *frozen]:
-            network.to(device)
         sets = [*self.trained.values(), *self.averaged.values()]
         receiving = {id(p) for parameters in sets for p in parameters.parameters()}
-        mesh = make_mesh(self.world, shard, device)
-        # A network that shares modules with a sharded one runs within it.
-        own = {module for network in trained for module in network.modules()}
-        placed = [n for n in frozen if shard != "none" or any(module in own for module in n.modules())]
-        shard_networks([*trained, *placed], mesh, receiving)
+        place(trained, frozen, self.world, shard, device, receiving)
 
     def _forget(self) -> None:
         """Drop cached parameters, because they may be replaced."""

@@ -12,6 +12,7 @@ from torch import nn
 
 from distill.engine.params import trained_by
 from distill.models.adapters import adapter_of
+from distill.models.mapped import mapped_copy
 from distill.models.model import Model
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -36,7 +37,7 @@ def trainable_copy(model: Copied, like: Model) -> Copied:
     adapters of the same options on the model's weights."""
     adapter = adapter_of(like.net)
     if adapter is None or adapter_of(model.net) is not None:
-        return copy.deepcopy(model)
+        return mapped_copy(model)
     return model.with_(net=adapter.like(model.net), conditions=model.conditions)
 
 

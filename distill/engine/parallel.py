@@ -60,6 +60,27 @@ def units(net: nn.Module, least: int = UNIT_PARAMETERS) -> list[nn.Module]:
     return large[::-1]  # `modules` gives parents first, sharding wants children first
 
 
+def place(
+    trained: Sequence[nn.Module],
+    frozen: Sequence[nn.Module],
+    world: World,
+    shard: str,
+    device: torch.device,
+    receiving: Container[int],
+) -> None:
+    """Shard the networks of a training over its processes, or with `shard` "none" the trained ones, and move them to their
+    device: of a sharded network one block at a time, so that no process has it whole.
+
+    `receiving`: ids of the parameters that receive gradients. Raises like `make_mesh` and `shard_networks`."""
+    mesh = make_mesh(world, shard, device)
+    # A network that shares modules with a sharded one runs within it.
+    own = {module for network in trained for module in network.modules()}
+    placed = [n for n in frozen if shard != "none" or any(module in own for module in n.modules())]
+    shard_networks([*trained, *placed], mesh, receiving)
+    for network in [*trained, *frozen]:
+        network.to(device)
+
+
 def shard_networks(
     networks: Sequence[nn.Module], mesh: DeviceMesh | None, trained: Container[int] = frozenset()
 ) -> None:

@@ -87,8 +87,9 @@ class ParameterSet:
             for path, module in self.network.named_modules():
                 module.training = modes[path]
 
-    def copy(self) -> ParameterSet:
-        """The same set of a network with copies of these parameters, frozen and in eval mode. Modules and parameters that
+    def copy(self, on_same_memory: bool = False) -> ParameterSet:
+        """The same set of a network with copies of these parameters, frozen and in eval mode; or, with `on_same_memory`, with
+        other parameters on the same memory, of which sharding makes copies. Modules and parameters that
         are not trained are the same objects in both: they need no second copy, and sharding places them once. Modules with
         forward hooks, which may call what is trained, are others."""
         shared: dict[int, object] = {}
@@ -100,7 +101,9 @@ class ParameterSet:
                 id(m): m for path, m in modules.items() if not modes[path] and path not in {"", *hooked}
             }
             shared |= {id(p): p for name, p in self.network.named_parameters() if name not in own}
-        twin = ParameterSet(copy.deepcopy(self.network, dict(shared)), self.names)
+        twins = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in self.parameters()}
+        memo: dict[int, object] = {**shared, **(twins if on_same_memory else {})}
+        twin = ParameterSet(copy.deepcopy(self.network, memo), self.names)
         for module in twin.network.modules():
             if id(module) not in shared:
                 module.training = False

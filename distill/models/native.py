@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, MutableMapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from distill.models.adapters import Adapted, adapter_of, own_names
 from distill.models.build import REFUSALS, TARGET, at_most, build_model
 from distill.models.description import DESCRIPTION, SCHEMA, Base, Description
 from distill.models.generator import Generator
+from distill.models.mapped import assign, without_weights
 from distill.models.model import Model
 from distill.models.spec import SamplerSpec
 from distill.models.weights import (
@@ -136,6 +138,7 @@ def load_model(
     *,
     device: torch.device | str = "cpu",
     known: MutableMapping[str, Model] | None = None,
+    mapped: bool = False,
 ) -> Generator:
     """Read a model folder into a `Generator` in eval mode.
 
@@ -145,6 +148,7 @@ def load_model(
 
     known: models by the sha256 of their weights; theirs are used and not loaded again, and this folder's model is added.
     For models whose weights nothing changes, such as the base of adapters.
+    mapped: the weights of the net stay in their file until they are written to, see `models.mapped`.
 
     Raises FileNotFoundError or ValueError; the message names the file and the entry."""
     folder = Path(folder)
@@ -153,32 +157,37 @@ def load_model(
     adapter = description.base is not None  # trained on: of it the base alone is shared
     model = None if known is None or adapter else _again(folder, description, known)
     if model is None:
-        model = _loaded(folder, description, path, known)
+        model = _loaded(folder, description, path, known, mapped)
         if known is not None and not adapter:
             known[description.weights.sha256] = model
     return Generator(model.eval(), description.sampler).to(device)
 
 
-def load_models(folders: Mapping[str, Path], *, adapters: bool) -> dict[str, Generator]:
-    """The models of a method by role. With `adapters` (to be added to the model "init"), or where "init" has some, weights of
-    one sha256 are loaded once for all roles: nothing trains them. Raises like `load_model`."""
+def load_models(folders: Mapping[str, Path], *, adapters: bool, mapped: bool = False) -> dict[str, Generator]:
+    """The models of a method by role; `mapped`: see `load_model`. With `adapters` (to be added to the model "init"), or where
+    "init" has some, weights of one sha256 are loaded once for all roles: nothing trains them. Raises like `load_model`."""
     if "init" in folders and Description.read(folders["init"]).base is not None:
         adapters = True
     known: dict[str, Model] | None = {} if adapters else None
-    return {role: load_model(folder, known=known) for role, folder in folders.items()}
+    return {role: load_model(folder, known=known, mapped=mapped) for role, folder in folders.items()}
 
 
 def _loaded(
-    folder: Path, description: Description, path: Path, known: MutableMapping[str, Model] | None
+    folder: Path, description: Description, path: Path, known: MutableMapping[str, Model] | None, mapped: bool
 ) -> Model:
     _sketch(folder, description, path)
     base = None
     if description.base is not None:
-        base = load_model(base_folder(folder, description.base), known=known).denoiser
-    model = _built(folder, description, base)
+        base = load_model(base_folder(folder, description.base), known=known, mapped=mapped).denoiser
+    mapped = mapped and base is None  # an adapter is small
+    with without_weights() if mapped else nullcontext():
+        model = _built(folder, description, base)
     weights = read_tensors(path)
     of_decoder = {name: weights.pop(name) for name in list(weights) if name.startswith(DECODER)}
-    model.net.load_state_dict(weights, strict=base is None)
+    if mapped:
+        assign(model.net, weights, path)
+    else:
+        model.net.load_state_dict(weights, strict=base is None)
     if base is None:
         model.decoder.load_weights(
             {name.removeprefix(DECODER): tensor for name, tensor in of_decoder.items()}

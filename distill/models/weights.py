@@ -163,11 +163,17 @@ def read_header(path: Path) -> Header:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a weights file, or of the files of an index, on the CPU. Raises ValueError naming the one that is not
     finite."""
-    files = [file for file in files_of(path) if file.name != INDEX]
-    weights: dict[str, Tensor] = {}
-    for file in files:
-        weights |= safetensors.torch.load_file(file, device="cpu")
+    weights = tensors_of(path)
     check_finite(weights, path)
+    return weights
+
+
+def tensors_of(path: Path) -> dict[str, Tensor]:
+    """The tensors of a weights file, or of the files of an index, as they are. They lie in the files' pages."""
+    weights: dict[str, Tensor] = {}
+    for file in files_of(path):
+        if file.name != INDEX:
+            weights |= safetensors.torch.load_file(file, device="cpu")
     return weights
 
 

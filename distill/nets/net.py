@@ -23,6 +23,8 @@ class Net(Configured, nn.Module):
 
     Attributes:
         origin: where its weights (of an adapted net, its base's) were loaded from; None for others.
+        mapped: the file that its weights lie in, see `models.mapped`; None for weights in memory.
     """
 
     origin: Origin | None = None
+    mapped: Path | None = None

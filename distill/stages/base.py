@@ -155,6 +155,11 @@ class StageContext:
     callbacks: tuple[Mapping[str, Any], ...] = ()
 
     @property
+    def sharded(self) -> bool:
+        """Whether networks are sharded over several processes."""
+        return self.world.size > 1 and self.settings.shard != "none"
+
+    @property
     def device(self) -> torch.device:
         """The device of this process."""
         device = self.settings.device

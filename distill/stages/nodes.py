@@ -82,8 +82,8 @@ def check_stored(stage: Path, steps: Sequence[int]) -> None:
     for number, step in enumerate(steps, 1):
         files = stored.get(str(number))
         folder = node_folder(stage, number)
-        told = isinstance(files, dict) and DESCRIPTION in files
-        for name in files if told else (weights_path(folder).name, DESCRIPTION):
+        names = [*files] if isinstance(files, dict) else []
+        for name in names if DESCRIPTION in names else (weights_path(folder).name, DESCRIPTION):
             file = folder / name
             known = files.get(name) if isinstance(files, dict) else None
             if known is None or not file.is_file() or sha256_file(file) != known:

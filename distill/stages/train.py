@@ -250,12 +250,12 @@ class Train(ModelStage):
         return {"stage": digest_of(lasting_identity(self, content))} if content else {}
 
     def run(self, context: StageContext) -> dict[str, Any]:
-        """Train to `steps`, continuing from the last checkpoint, and save the student (its average where
-        there is one)."""
+        """Train to `steps`, continuing from the last checkpoint, and save the student (its average where there is one)."""
         memory = PeakMemory(context.device)
         source = source_of(self.data, context.inputs)
         folders = {role: context.inputs[role] for role in self._models()}
-        models = load_models(folders, adapters=self._adapts)
+        world, sharded = context.world, context.sharded
+        models = load_models(folders, adapters=self._adapts, mapped=sharded)
         start = self._start(models, context.seed, source)
         student = start.denoiser
         check_decoder(student, source, trained=True)
@@ -267,25 +267,25 @@ class Train(ModelStage):
         method = self._method(student, models, nodes)
         check_fingerprint(method.PAIRS_OF, source, folders)
         optim = build_optim(self.optim, self.steps)
-        method.prepare(optim, seed=context.seed, stream=self.stream, world=context.world)
+        method.prepare(optim, seed=context.seed, stream=self.stream, world=world, sharded=sharded)
         if context.settings.activation_checkpointing:
             recompute_activations(method.frozen | method.networks)
-        trainer, memory_of = context.settings, predicted(method, self.accumulate)
-        foreseen = memory_of.total(context.world.size if trainer.shard == "world" else 1, trainer.reduce_each)
+        trainer, shards = context.settings, world.size if context.settings.shard == "world" else 1
+        foreseen = predicted(method, self.accumulate).total(shards, trainer.reduce_each)
 
         def save(folder: Path) -> None:
             """The student as it is now, as a model folder. Collective."""
             made = method.as_generator()
-            weights, spec = full_state(made.denoiser.net, keep=context.world.main), made.spec
+            weights, spec = full_state(made.denoiser.net, keep=world.main), made.spec
             if isinstance(source, Pairs) and self.teacher is None:  # else the data are not what is learned
                 spec = of_pairs(spec, made.denoiser, source.header)
-            if context.world.main:
+            if world.main:
                 save_model(folder, made.denoiser, spec, weights, file_bytes=trainer.file_bytes)
 
         monitor = None if self._monitor is None else Monitor(self._monitor, context, save, source)
         settings = {"method": self.method, "net": student.net_config(), "steps": self.steps}
         settings |= {"batch_size": self.batch_size, "threads": threads}
-        keep = node_saver(context.folder, method.snapshots(), save, context.world.main)
+        keep = node_saver(context.folder, method.snapshots(), save, world.main)
 
         def facts() -> dict[str, Any]:
             return {

@@ -33,7 +33,10 @@ from distill.methods.sid import SiD
 from distill.methods.teacher_score import TeacherScore
 from distill.methods.tokenizer import Tokenizer
 from distill.models.conditions import Labels
+from distill.models.denoiser import Denoiser
+from distill.models.native import load_models, save_model
 from distill.models.spec import SamplerSpec
+from distill.nets.mlp import MLP
 from distill.process.flow import Flow
 from distill.stages.adapt import adapted
 from distill.world import World
@@ -320,3 +323,41 @@ TOKENS = {
         token_support.TokenDigits,
     ),
 }
+
+
+def anonymous() -> int:
+    """Bytes of this process's memory that is not a file's pages."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.findall(r"RssAnon:\s+(\d+) kB", status)[0])
+
+
+def job_mapped(world: World, folder: Path) -> None:
+    """SiD on networks in files, sharded: memory that a process takes for them, and the weights afterwards."""
+    place = folder / f"mapped-model-{world.size}"
+    torch.manual_seed(5)
+    net = MLP(shape=(2,), width=512, depth=36, features=8, num_classes=8, time_scale=30.0)
+    size = 4 * sum(p.numel() for p in net.parameters())
+    if world.main:
+        save_model(place, Denoiser(net, Flow(), "velocity", (2,)), SamplerSpec(steps=4, any_steps=True))
+    del net
+    world.barrier()
+    before, sharded, taken = anonymous(), world.size > 1, []
+
+    class Placed(L.Callback):
+        def on_fit_start(self, trainer: Any, module: Any) -> None:
+            taken.append(anonymous() - before)
+
+    models = load_models({"init": place, "teacher": place}, adapters=False, mapped=sharded)
+    method = SiD(models["init"].denoiser, models["teacher"].denoiser)
+    method.prepare({"student": optim(ema=0.5), "fake": optim()}, seed=1, world=world, sharded=sharded)
+    taken.append(anonymous() - before)
+    settings = Fit(steps=2, batch_size=8, shard="world")
+    train(method, ring(), settings, folder=folder / f"mapped-{world.size}", config={}, callbacks=[Placed()])
+    shares = world.gather([bytes_ / size for bytes_ in taken])
+    found = {
+        f"{role}.{name}": value
+        for role, network in {"student": method.student, "fake": method.fake, "ema": method.best()}.items()
+        for name, value in full_state(network.net, keep=world.main).items()
+    }
+    if world.main:
+        torch.save({"memory": torch.tensor(shares), "weights": found}, folder / f"mapped-{world.size}.pt")
