@@ -32,18 +32,25 @@ SHARD = ("none", "world", "node")
 UNIT_PARAMETERS = 1_000_000
 
 
-def make_mesh(world: World, shard: str, device: torch.device) -> DeviceMesh | None:
-    """The mesh: (replicate, shard), or (shard) alone where all processes share one copy; None for one process."""
+def width(world: World, shard: str) -> int:
+    """Processes that one copy of a network is sharded over. Raises ValueError for an unknown `shard`."""
     if shard not in SHARD:
         raise ValueError(f"trainer.shard: found {shard!r}, expected one of {list(SHARD)}")
+    return {"none": 1, "world": world.size, "node": world.local_size}[shard]
+
+
+def make_mesh(world: World, shard: str, device: torch.device) -> DeviceMesh | None:
+    """The mesh: (replicate, shard), or (shard) alone where all processes share one copy; None for one process."""
+    shards = width(world, shard)
     if world.size == 1:
         return None
     from torch.distributed.device_mesh import init_device_mesh
 
-    width = {"none": 1, "world": world.size, "node": world.local_size}[shard]
-    if width == world.size:  # in two dimensions every unit would be reduced over groups of one as well
-        return init_device_mesh(device.type, (width,), mesh_dim_names=("shard",))
-    return init_device_mesh(device.type, (world.size // width, width), mesh_dim_names=("replicate", "shard"))
+    if shards == world.size:  # in two dimensions every unit would be reduced over groups of one as well
+        return init_device_mesh(device.type, (shards,), mesh_dim_names=("shard",))
+    return init_device_mesh(
+        device.type, (world.size // shards, shards), mesh_dim_names=("replicate", "shard")
+    )
 
 
 def units(net: nn.Module, least: int = UNIT_PARAMETERS) -> list[nn.Module]:

@@ -20,7 +20,7 @@ from distill.engine.loggers import close, summarize
 from distill.engine.memory import predicted
 from distill.engine.module import DistillModule
 from distill.engine.networks import recompute_activations
-from distill.engine.parallel import full_state
+from distill.engine.parallel import full_state, width
 from distill.engine.stored import Refused
 from distill.models.build import build_net, build_process
 from distill.models.conditions import of_source
@@ -270,8 +270,8 @@ class Train(ModelStage):
         method.prepare(optim, seed=context.seed, stream=self.stream, world=world, sharded=sharded)
         if context.settings.activation_checkpointing:
             recompute_activations(method.frozen | method.networks)
-        trainer, shards = context.settings, world.size if context.settings.shard == "world" else 1
-        foreseen = predicted(method, self.accumulate).total(shards, trainer.reduce_each)
+        trainer = context.settings
+        foreseen = predicted(method, self.accumulate).total(width(world, trainer.shard), trainer.reduce_each)
 
         def save(folder: Path) -> None:
             """The student as it is now, as a model folder. Collective."""

@@ -9,15 +9,18 @@ from typing import Any
 import memory_table
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from hydra.utils import instantiate
 from method_support import mlp, optim, trained
 from test_adapters import loaded
 from tests_support import ROOT, call_verb
 from torch import Tensor, nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from distill.engine.memory import Memory, Row, Size, optimizer_state, predicted
 from distill.engine.module import DistillModule
+from distill.engine.parallel import local, width
 from distill.methods.consistency import Consistency
 from distill.methods.dmd import DMD
 from distill.methods.reflow import Reflow
@@ -27,6 +30,7 @@ from distill.stages.adapt import adapted
 from distill.stages.encode import Encode
 from distill.stages.made import copied
 from distill.stages.pretrained import Pretrained
+from distill.world import World
 
 SHAPES = {"sd15": 859_520_964, "sdxl": 2_567_463_684}
 LORA_64 = {"sd15": 67_252_224, "sdxl": 196_751_360}  # the sizes of the published LCM-LoRAs
@@ -77,6 +81,45 @@ def test_training_keeps_the_predicted_bytes(name: str, tmp_path: Path) -> None:
         rows[role].trained == sum(p.numel() for p in method.trained[role].parameters())
         for role in method.trained
     )
+
+
+@pytest.mark.parametrize(
+    ("size", "rank", "shard"), [(8, 0, "world"), (64, 0, "world"), (64, 63, "world"), (64, 0, "node")]
+)
+@pytest.mark.parametrize("name", ["sid", "dmd on one base"])
+def test_a_process_of_many_keeps_the_predicted_bytes(
+    name: str, size: int, rank: int, shard: str, tmp_path: Path
+) -> None:
+    """One process of a group whose others are pretended: nothing is sent, but its shards are those of a real group. The first
+    process has most; where the last has no rows of a parameter, its optimizer has less than is predicted."""
+    method, world = METHODS[name](tmp_path), World(rank, size, rank % 8, local_size=8)
+    settings = {
+        update.name: optim(ema=0.9 if "student" in update.trains else None) for update in method.updates()
+    }
+    method.prepare(settings, seed=0, world=world, sharded=True)
+    whole, memory = predicted(method).total(), predicted(method).total(width(world, shard))
+    dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
+    try:
+        method.distribute(shard, torch.device("cpu"))
+        method.configure_optimizers()
+        gradients, states = [], list[Tensor]()
+        for optimizer in method.optimizers_by_key.values():
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            for parameter in parameters:
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(sum(local(p.grad).nbytes for p in parameters))
+            optimizer.step()
+            states += [local(value) for state in optimizer.state.values() for value in state.values()]
+    finally:
+        dist.destroy_process_group()
+    networks = [*method.frozen.values(), *method.networks.values()]
+    kept = {"weights": held([local(t) for t in of(*networks)])}
+    kept["averages"] = held([local(t) for t in of(*networks, *method.ema.values())]) - kept["weights"]
+    kept |= {"gradients": max(gradients), "optimizer": sum(value.nbytes for value in states)}
+    for kind, found in kept.items():
+        exact = rank == 0 or kind in ("weights", "averages")
+        assert found == memory[kind] if exact else found <= memory[kind], kind
+        assert memory[kind] < whole[kind]
 
 
 def test_gradients_of_several_micro_batches_are_whole_until_the_last_unless_each_is_reduced() -> None:
