@@ -160,10 +160,12 @@ def prepared(method: DistillModule, **settings: Any) -> DistillModule:
     return method
 
 
-def trained(method: DistillModule, folder: Path, steps: int, classes: int = 0) -> DistillModule:
+def trained(
+    method: DistillModule, folder: Path, steps: int, classes: int = 0, **attached: Any
+) -> DistillModule:
     """The prepared method after `steps` steps in all, from the checkpoint in the folder where there is one."""
     source = Points(ring={"count": 8, "radius": 1.5}, count=64, labelled=classes > 0)
-    train(method, source, Fit(steps=steps, batch_size=16), folder=folder, config={})
+    train(method, source, Fit(steps=steps, batch_size=16), folder=folder, config={}, **attached)
     return method
 
 

@@ -85,6 +85,7 @@ def stage_options(
 def attachments(context: StageContext, settings: dict[str, Any]) -> dict[str, Any]:
     """Loggers, on the main process alone; callbacks and the profiler, on each process its own."""
     from distill.engine.loggers import Jsonl, opened, profiler_named
+    from distill.engine.profiling import Recording
 
     logs, profiler = context.folder / "logs", context.settings.profiler
     found: dict[str, Any] = {"loggers": [], "callbacks": [build(config) for config in context.callbacks]}
@@ -92,6 +93,8 @@ def attachments(context: StageContext, settings: dict[str, Any]) -> dict[str, An
     if context.world.main and not context.settings.fast_dev_run:
         configs = [(config, stage_options(config, logs, settings, context)) for config in context.loggers]
         found["loggers"] = [Jsonl(logs), *(opened(build(config, **given)) for config, given in configs)]
+    if (window := context.settings.profile) is not None:
+        found["callbacks"].append(Recording(window.start, window.steps, logs, context.world.rank))
     if isinstance(profiler, str) and context.world.main:
         found["profiler"] = profiler_named(profiler, logs)
     elif isinstance(profiler, Mapping) and context.world.main:

@@ -30,6 +30,7 @@ TRAINED_FILES = (
     *(f"best/{name}" for name in MODEL_FILES),
     *patterns("best.json", "monitor/evaluations.jsonl"),
     r"monitor/(step|diagnostics)_\d{7,}\.png",
+    r"logs/trace_\d+-\d+_\d+\.json",
     *(rf"nodes/\d{{3,}}/{name}" for name in MODEL_FILES),
     *patterns("nodes.json", "stored.json"),
 )
@@ -50,6 +51,20 @@ def check_types(value: Any, where: str = "") -> None:
 
 
 @dataclass(frozen=True)
+class Window:
+    """Steps of the student that torch's profiler records: `steps` of them after the first `start`."""
+
+    start: int
+    steps: int = 3
+
+    def __post_init__(self) -> None:
+        if self.start < 0 or self.steps < 1:
+            raise ValueError(
+                f"start, steps: found {self.start}, {self.steps}, expected at least 0 and at least 1"
+            )
+
+
+@dataclass(frozen=True)
 class Settings:
     """Options of the group `trainer`: how stages run. They do not enter digests."""
 
@@ -66,6 +81,7 @@ class Settings:
     activation_checkpointing: bool = False
     fast_dev_run: int | bool = 0
     profiler: str | dict[str, Any] | None = None
+    profile: Window | None = None
     workers: int | None = None
     prefetch: int = 2
     timeout: int = SECONDS
