@@ -21,7 +21,7 @@ NARROW, WIDE = (
     0.7,
     1.3,
 )  # spread within a class, in units of the data's, outside of which samples are collapsed or noisy
-UNMOVED = 0.15  # relative change of a distance over a training that has done nothing
+UNMOVED = 0.15  # relative change of distance and spread over a training that has done nothing
 GROWTH, OVER_CLIP = (
     10.0,
     10.0,
@@ -32,7 +32,7 @@ MANY, POOR = (
     8,
     3.0,
 )  # steps in which a teacher should be good; distance of a poor one, in units of that of two real halves
-TOO_LARGE = 1.4  # spread of all values of the first samples, in units of the data's
+TOO_LARGE = 1.6  # spread of all values of the first samples, in units of the data's
 SAME, BEGUN = (
     0.05,
     0.1,
@@ -228,7 +228,8 @@ def _unmoved(look: Look, stage: Trained) -> bool:
     """Whether the samples are as narrow, and as far from the data, as at the first evaluation while training."""
     found, spread, real = stage.values(MONITORED_FD), stage.values("eval/class_std"), look.real("class_std")
     narrow = bool(spread) and real is not None and spread[-1] < NARROW * real
-    return len(found) > 1 and narrow and found[-1] > (1 - UNMOVED) * found[0]
+    still = narrow and spread[-1] < (1 + UNMOVED) * spread[0]
+    return len(found) > 1 and still and found[-1] > (1 - UNMOVED) * found[0]
 
 
 def _number(row: Mapping[str, Any], name: str) -> float:

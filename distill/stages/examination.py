@@ -79,13 +79,10 @@ def _trained(
         for key, value in entry.items():
             if key not in COUNTERS and "_bin" not in key:
                 curves.setdefault(key, []).append((entry["step"] / steps, value))
-    settings = {key: config.get(key) for key in SETTINGS}
-    if isinstance(settings["data"], str):
-        settings["data"] = "pairs"  # of a stage, whatever its name
     curve: dict[str, Curve] = dict(curves)
     return Trained(
         name=name,
-        settings=settings,
+        settings=settings_of(config),
         optim=config["optim"],
         monitor=None if monitor is None else {key: monitor.get(key) for key in MONITOR},
         steps=steps,
@@ -94,6 +91,14 @@ def _trained(
         start_share=_start_share(config["optim"].get(STUDENT), steps, config["batch_size"]),
         data=data,
     )
+
+
+def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`Trained.settings` of the config of a training stage."""
+    found = {key: config.get(key) for key in SETTINGS}
+    if isinstance(found["data"], str):
+        found["data"] = "pairs"  # of a stage, whatever its name
+    return found
 
 
 def _start_share(settings: Mapping[str, Any] | None, steps: int, images: int) -> float | None:
@@ -120,5 +125,5 @@ def _spread(config: Any, notes: list[str]) -> Spread | None:
         return None
     if batch.x0 is None or count < 2:
         return None
-    ranged = len(source.sample_shape) == 3 and getattr(source, "value_range", (-1.0, 1.0)) is not None
+    ranged = getattr(source, "value_range", None) is not None
     return spread_of(batch.x0, batch.cond.values.get("label"), ranged)
