@@ -21,6 +21,7 @@ from distill.typed import parse
 
 SCHEMA = 1
 RULE = "mean +- max(4 s, 0.25 m) over seeds"
+NOT_COMPARED = ("lr", "skipped", "clipped")  # follow from options, or are counted
 DEVIATIONS, SHARE, NEIGHBOURS, SEEDS = 4.0, 0.25, 2, 3
 
 
@@ -152,7 +153,11 @@ def _protocol(measured: Measured) -> dict[str, Any]:
 
 def _stage_band(stages: Sequence[Trained]) -> StageBand:
     first = stages[0]
-    keys = [key for key in first.curves if all(key in stage.curves for stage in stages)]
+    keys = [
+        key
+        for key in first.curves
+        if all(key in stage.curves for stage in stages) and key.rpartition("/")[2] not in NOT_COMPARED
+    ]
     curves = {key: _limits([binned(stage.curves[key]) for stage in stages]) for key in keys}
     monitor = None if first.monitor is None else dict(first.monitor)
     return StageBand(dict(first.settings), dict(first.optim), monitor, curves)

@@ -4,20 +4,33 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from tests_support import call_verb
 
 from distill.data.digits import Digits
+from distill.evaluation.band import derive, differing, read_band, write_band
+from distill.evaluation.examined import Examined, Measured, Trained
+from distill.evaluation.faults import diagnose
+from distill.evaluation.look import Look
+from distill.evaluation.protocol import Protocol
+from distill.evaluation.verdict import compared
+from distill.recipe.compose import CONFIGS, RECIPES, register_recipes
+from distill.recipe.expand import expand
+from distill.stages.examination import settings_of
 
 DATA = Path(__file__).parent / "data" / "doctor"
 GOOD = ("consistency", "dmd", "instaflow")
 # excerpt -> (fault, where it shows) of what the doctor must say first
 FAULTS = {
     "data_range": ("data range wrong", "teacher"),
+    "collapse": ("collapse", "distill"),
     "exploding": ("exploding gradients", "distill"),
     "lagging": ("fake score lagging", "distill"),
     "sampler": ("wrong sampler", "distill"),
@@ -128,3 +141,105 @@ def test_data_that_cannot_be_read_are_a_note(tmp_path):
     assert found["notes"][0].startswith(
         "the data could not be read, so their range is not checked (data: gone: "
     )
+
+
+# --- reference bands
+
+
+def run_of(seed: int, values: list[float], **more: Any) -> Examined:
+    """A run with one curve: a value at the end of each twentieth of its steps."""
+    curve = [((number + 1) / 20, value) for number, value in enumerate(values)]
+    settings = {"method": {"name": "m"}, "steps": 100}
+    stage = Trained(
+        "distill", settings, {"student": {"optimizer": {"lr": 1e-3}}}, None, 100, 1.0, {"student/loss": curve}
+    )
+    return Examined(f"run{seed}", "mine", seed, {"distill": replace(stage, **more)}, measured=MEASURED[seed])
+
+
+PROTOCOL = Protocol("digits64", "c4", 2000, True, "digits", 1797, "31", (1, 8, 8))
+MEASURED = {
+    seed: Measured(
+        PROTOCOL, [{"model": "student", "steps": 1, "fd": fd, "recall": None}], {}, {"student": "distill"}
+    )
+    for seed, fd in enumerate((0.04, 0.05, 0.06, 0.05))
+}
+LEVELS = {0: 1.0, 1: 1.1, 2: 0.9, 3: 1.0}
+
+
+def runs() -> list[Examined]:
+    return [run_of(seed, [LEVELS[seed]] * 20) for seed in range(3)]
+
+
+def test_the_limits_are_those_of_the_rule(tmp_path):
+    band = derive(runs(), {"commit": "abc"})
+    limits = band.stages["distill"].curves["student/loss"]
+    assert limits.low == pytest.approx(
+        [1 - 4 * 0.1] * 20
+    )  # s = 0.1 in each bin, and four of it are more than 0.25
+    assert limits.high == pytest.approx([1 + 4 * 0.1] * 20)
+    assert band.rows == {"student, 1": {"fd": pytest.approx([0.01, 0.09])}}
+    even = derive([replace(run, stages=runs()[0].stages) for run in runs()], {})
+    assert even.stages["distill"].curves["student/loss"].high == pytest.approx([1.25] * 20)
+    write_band(band, tmp_path / "mine.json")
+    assert read_band(tmp_path / "mine.json") == band
+    assert read_band(tmp_path / "none.json") is None
+
+
+def test_a_band_holds_for_its_settings_alone():
+    band, worse = derive(runs(), {}), run_of(3, [9.0] * 20)
+    assert band.limits(worse.stages["distill"], "student/loss") == pytest.approx((0.6, 1.4))
+    assert list(Look(worse, band).above(worse.stages["distill"], "student/loss"))
+    faster = run_of(3, [9.0] * 20, optim={"student": {"optimizer": {"lr": 1e-2}}})
+    assert [found.fault for found in diagnose(faster, band)] == ["learning rate too high"]
+    assert (
+        "its optimizers differ: student.optimizer.lr: found 0.01, reference 0.001"
+        in compared(faster, band)[1]
+    )
+    other = run_of(3, [9.0] * 20, settings={"method": {"name": "m"}, "steps": 200})
+    assert band.limits(other.stages["distill"], "student/loss") is None
+    assert band.limits(replace(worse.stages["distill"], name="reflow"), "student/loss") is None
+    assert diagnose(other, band) == []
+    assert (
+        "the band does not hold for it, its curves are compared with nothing: steps: found 200, reference 100"
+        in (compared(other, band)[1])
+    )
+
+
+def test_half_a_run_is_compared_with_that_half_of_the_band():
+    band = derive([run_of(seed, [LEVELS[seed] / (n + 1) for n in range(20)]) for seed in range(3)], {})
+    early = run_of(3, [1 / (n + 1) for n in range(4)], at=0.2, optim={"student": {"optimizer": {"lr": 1e-2}}})
+    assert diagnose(early, band) == []
+    late = replace(
+        early,
+        stages={"distill": replace(early.stages["distill"], curves={"student/loss": [(1.0, 1.0)]}, at=1.0)},
+    )
+    assert [found.fault for found in diagnose(late, band)] == ["learning rate too high"]
+
+
+def test_runs_that_make_no_band_are_refused():
+    first, second, third = runs()
+    for wrong, message in (
+        ([first, second], r"runs: found the seeds \[0, 1\], expected at least 3"),
+        ([first, second, replace(third, seed=1)], r"found the seeds \[0, 1, 1\]"),
+        ([first, second, replace(third, recipe="other")], "is not a run of the same recipe"),
+        ([first, second, run_of(2, [1.0] * 10, at=0.5)], "run2: distill: is not finished"),
+        ([first, second, replace(third, measured=None)], "run2: has no evaluation"),
+        ([first, second, run_of(2, [1.0] * 20, optim={})], "expected equal settings"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            derive(wrong, {})
+
+
+@pytest.mark.parametrize("path", sorted((RECIPES / "reference").glob("*.json")), ids=lambda path: path.stem)
+def test_a_shipped_band_is_of_the_recipe_as_it_is(path):
+    """A recipe that changes needs new runs: scripts/reference.py."""
+    register_recipes()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        plain = OmegaConf.to_container(compose("config", [f"recipe={path.stem}"]), resolve=True)
+    stages, band = expand(plain), read_band(path)
+    assert (band.recipe, len(band.seeds)) == (path.stem, 3)
+    assert {"teacher", "distill"} <= set(band.stages)
+    assert any(label.startswith("student, ") for label in band.rows)
+    for name, stage in band.stages.items():
+        assert differing(stage.settings, settings_of(stages[name])) == []
+        assert differing(stage.optim, stages[name]["optim"]) == []
