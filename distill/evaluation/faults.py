@@ -158,8 +158,10 @@ def _teacher_worse(look: Look) -> Found:
     row = max(rows, key=lambda each: _number(each, "steps"))
     place = f"{TEACHER}, {row['steps']} steps"
     limits = look.band.row(measured, TEACHER, row["steps"]) if look.band is not None else {}
+    # Guidance alone takes samples away from the data.
+    judged = not limits and _number(row, "steps") >= MANY and row.get("guidance_scale") in (None, 1)
     farthest = POOR * _unit(measured)
-    if not limits and row["steps"] is not None and row["steps"] >= MANY and _number(row, "fd") > farthest:
+    if judged and row.get("guidance_w") is None and _number(row, "fd") > farthest:
         what = f"fd, the limit is {POOR:g} times the distance between two halves of the real images"
         yield place, Evidence(what, _number(row, "fd"), high=farthest)
     for name, worse in (("fd", 1), ("recall", -1), ("class_accuracy", -1)):

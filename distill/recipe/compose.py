@@ -72,7 +72,8 @@ def run_name(given: Any, recipe: str, hydra_config: Any, given_arguments: Sequen
     """Return the name of the run folder: `name`, or `<recipe>` without its folder, or `<recipe>-<profile>` for profiles other
     than "full".
 
-    Runs of a multirun append their overrides (`arguments.slug`).
+    Runs of a multirun append their overrides (`arguments.slug`), and runs that an agent of a W&B sweep starts the id of their
+    run there, so that each has a folder, to which the agent comes back.
 
     Args:
         given: the config's `name`, or None.
@@ -85,6 +86,10 @@ def run_name(given: Any, recipe: str, hydra_config: Any, given_arguments: Sequen
     profile = hydra_config.runtime.choices.get("profile", "full")
     recipe = recipe.rpartition("/")[2]
     name = given if given is not None else recipe if profile == "full" else f"{recipe}-{profile}"
+    run = os.environ.get("WANDB_RUN_ID")
+    # The processes of a run are given its name, which has the id.
+    if "WANDB_SWEEP_ID" in os.environ and run and not name.endswith(f"-{run}"):
+        name = f"{name}-{run}"
     if hydra_config.mode != RunMode.MULTIRUN:
         return name
     over = swept(given_arguments) | {str(key) for key in hydra_config.sweeper.get("params") or {}}

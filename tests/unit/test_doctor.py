@@ -31,6 +31,7 @@ GOOD = ("consistency", "dmd", "instaflow")
 FAULTS = {
     "data_range": ("data range wrong", "teacher"),
     "collapse": ("collapse", "distill"),
+    "ema": ("EMA not caught up", "distill"),
     "exploding": ("exploding gradients", "distill"),
     "lagging": ("fake score lagging", "distill"),
     "sampler": ("wrong sampler", "distill"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,9 +11,10 @@ import teacher_support
 import token_files_support
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.types import RunMode
 from tests_support import ROOT, call_verb
 
-from distill.recipe.compose import CONFIGS, RECIPES, recipes, register_recipes
+from distill.recipe.compose import CONFIGS, RECIPES, recipes, register_recipes, run_name
 from distill.recipe.expand import expand
 from distill.recipe.plan import build_stages, dry_run
 from distill.recipe.schema import read
@@ -143,3 +145,14 @@ def test_a_preset_is_a_recipe_of_the_command_line(folders: Path, tmp_path: Path)
     assert "runs/sid_lsg_sd15: 5 stages" in planned
     assert "steps 19532, batch_size 512" in planned
     assert "recipe=paper/dmd2_sdxl" in call_verb(tmp_path, "train").stderr
+
+
+def test_runs_of_a_wandb_sweep_have_folders_of_their_own(monkeypatch):
+    """Also in the processes of a run, which are given its name; WANDB_RUN_ID alone names no folder."""
+    config = SimpleNamespace(runtime=SimpleNamespace(choices={"profile": "full"}), mode=RunMode.RUN)
+    monkeypatch.setenv("WANDB_RUN_ID", "ab12cd34")
+    assert run_name(None, "paper/sid_edm", config) == "sid_edm"
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
+    assert run_name(None, "paper/sid_edm", config) == "sid_edm-ab12cd34"
+    assert run_name("sid_edm-ab12cd34", "paper/sid_edm", config) == "sid_edm-ab12cd34"
+    assert run_name("mine", "sid", config) == "mine-ab12cd34"
