@@ -215,11 +215,16 @@ def full(value: Tensor) -> Tensor:
     return value.full_tensor() if is_sharded(value) else value
 
 
+def whole(value: Tensor) -> Tensor:
+    """A tensor with all its shards, on the CPU. Collective."""
+    return full(value).detach().to("cpu")
+
+
 def full_state(module: nn.Module, keep: bool = True) -> dict[str, Tensor]:
     """`state_dict` of a module as plain CPU tensors, sharded or not; of an adapted net, the adapter's. One tensor at a time is
-    gathered. Collective; on processes without `keep` nothing is copied, and the result is empty."""
+    gathered, in the order of names. Collective; on processes without `keep` nothing is copied, and the result is empty."""
     state, found = module.state_dict(), {}
-    for name in own_names(module):
+    for name in sorted(own_names(module)):
         value = full(state[name])
         if keep:
             found[name] = value.detach().to("cpu", copy=True)

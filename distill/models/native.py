@@ -7,7 +7,7 @@ weights. The base is searched in the sub-folder `base`, and where the descriptio
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -55,11 +55,12 @@ def save_model(
     *,
     file_bytes: int = FILE_BYTES,
     dtype: str | None = None,
+    whole: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> None:
     """Write a model folder: the weights, then their description; all files atomically.
 
-    weights: the net's own tensors, where they are not those of `model` (a sharded net's whole tensors). file_bytes: see
-    `write_weights`. dtype: the type that the net's parameters are stored in; None: their own.
+    weights: the net's own tensors, where they are not those of `model`. file_bytes, whole: see `write_weights`. dtype: the
+    type that the net's parameters are stored in; None: their own.
 
     Raises ValueError for an adapter of a base that was not loaded from a model folder."""
     base: dict[str, Any] = {}
@@ -80,7 +81,7 @@ def save_model(
         tensors |= {
             name: tensors[name].to(kind) for name, _ in model.net.named_parameters() if name in tensors
         }
-    path = write_weights(folder, tensors, file_bytes)
+    path = write_weights(folder, tensors, file_bytes, whole)
     digest = {"file": path.name, "sha256": weights_digest(path)} | ({} if dtype is None else {"dtype": dtype})
     write_json(folder / DESCRIPTION, describe(model, spec) | {"weights": digest} | base)
     remove_others(path)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -83,9 +83,16 @@ def weights_digest(path: Path) -> str:
     return sha256_file(path)
 
 
-def write_weights(folder: Path, tensors: Mapping[str, Tensor], file_bytes: int = FILE_BYTES) -> Path:
+def write_weights(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    file_bytes: int = FILE_BYTES,
+    whole: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> Path:
     """Write the weights of a model folder: one file, or above `file_bytes` files of at most so many (a larger tensor has one of
-    its own) and their index. Returns the path of the file or the index."""
+    its own) and their index. Returns the path of the file or the index.
+
+    whole: gathers sharded tensors; called once for each in the order of names. Its results are dropped with each file."""
     parts: list[list[str]] = [[]]
     size = 0
     for name in sorted(tensors):
@@ -95,12 +102,12 @@ def write_weights(folder: Path, tensors: Mapping[str, Tensor], file_bytes: int =
         parts[-1].append(name)
         size += tensors[name].nbytes
     if len(parts) == 1:
-        write_safetensors(folder / WEIGHTS, tensors)
+        write_safetensors(folder / WEIGHTS, {name: whole(tensors[name]) for name in parts[0]})
         return folder / WEIGHTS
     weight_map, digests = dict[str, str](), dict[str, str]()
     for number, names in enumerate(parts, 1):
         file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        write_safetensors(folder / file, {name: tensors[name] for name in names})
+        write_safetensors(folder / file, {name: whole(tensors[name]) for name in names})
         weight_map |= dict.fromkeys(names, file)
         digests[file] = sha256_file(folder / file)
     total = sum(tensor.nbytes for tensor in tensors.values())

@@ -20,7 +20,7 @@ from distill.engine.loggers import close, summarize
 from distill.engine.memory import predicted
 from distill.engine.module import DistillModule
 from distill.engine.networks import recompute_activations
-from distill.engine.parallel import full_state, width
+from distill.engine.parallel import full_state, whole, width
 from distill.engine.stored import Refused
 from distill.models.build import build_net, build_process
 from distill.models.conditions import of_source
@@ -251,8 +251,7 @@ class Train(ModelStage):
 
     def run(self, context: StageContext) -> dict[str, Any]:
         """Train to `steps`, continuing from the last checkpoint, and save the student (its average where there is one)."""
-        memory = PeakMemory(context.device)
-        source = source_of(self.data, context.inputs)
+        memory, source = PeakMemory(context.device), source_of(self.data, context.inputs)
         folders = {role: context.inputs[role] for role in self._models()}
         world, sharded = context.world, context.sharded
         models = load_models(folders, adapters=self._adapts, mapped=sharded)
@@ -276,11 +275,12 @@ class Train(ModelStage):
         def save(folder: Path) -> None:
             """The student as it is now, as a model folder. Collective."""
             made = method.as_generator()
-            weights, spec = full_state(made.denoiser.net, keep=world.main), made.spec
             if isinstance(source, Pairs) and self.teacher is None:  # else the data are not what is learned
-                spec = of_pairs(spec, made.denoiser, source.header)
-            if world.main:
-                save_model(folder, made.denoiser, spec, weights, file_bytes=trainer.file_bytes)
+                made = Generator(made.denoiser, of_pairs(made.spec, made.denoiser, source.header))
+            if world.main:  # gathers the tensors in the same order
+                save_model(folder, made.denoiser, made.spec, file_bytes=trainer.file_bytes, whole=whole)
+            else:
+                full_state(made.denoiser.net, keep=False)
 
         monitor = None if self._monitor is None else Monitor(self._monitor, context, save, source)
         settings = {"method": self.method, "net": student.net_config(), "steps": self.steps}

@@ -16,20 +16,22 @@ pytestmark = pytest.mark.slow
 def results(tmp_path_factory) -> Path:
     """The folder where both worlds have done all jobs."""
     folder = tmp_path_factory.mktemp("parts")
-    jobs = [f"parts_worker.{name}" for name in ("parts", "lora", "guidance", "rows", "mmd", "mapped")]
+    jobs = [f"parts_worker.{name}" for name in ("parts", "lora", "guidance", "rows", "mmd")]
     start(folder, 1, *jobs)
     start(folder, 2, *jobs, "parts_worker.nested")
     return folder
 
 
-def test_no_process_holds_a_network_that_is_sharded(results):
-    """Memory of four networks (student, its average, teacher, fake score) that start from files, in units of one: [process,
+def test_no_process_holds_a_network_that_is_sharded(tmp_path):
+    """Memory of five networks (teacher, student, fake score, two averages) that start from files, in units of one: [process,
     once they are built or once they are placed]."""
-    one, two = load(results, "mapped-1"), load(results, "mapped-2")
-    assert bool((one["memory"] > 3).all()), one["memory"]
+    for size in (1, 2):  # by themselves: other jobs leave memory that is used again
+        start(tmp_path, size, "parts_worker.mapped")
+    one, two = load(tmp_path, "mapped-1"), load(tmp_path, "mapped-2")
+    assert bool((one["memory"] > 4.5).all()), one["memory"]
     assert bool((two["memory"][:, 0] < 0.5).all()), two["memory"]
-    assert bool((two["memory"][:, 1] < 3).all()), two["memory"]
-    assert_close(one["weights"], two["weights"], 1e-4)
+    assert bool((two["memory"][:, 1] < 2.8).all()), two["memory"]
+    assert_close(one["weights"], two["weights"], 1e-7)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
