@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from distill.engine import former, stored
 from distill.engine.module import DistillModule
-from distill.engine.parallel import part_to_save
+from distill.engine.parallel import is_sharded, part_to_save
 from distill.engine.progress import Progress
 from distill.engine.stored import PARTS, Folder, Key, Piece, Refused, Stored, not_finite
 from distill.files import await_file, remove, stamp
@@ -43,6 +43,17 @@ def tensors_of(module: DistillModule) -> dict[Key, Tensor]:
     for update, optimizer in module.optimizers_by_key.items():
         for parameter, entries in optimizer.state.items():
             for entry, value in entries.items():
+                if (
+                    is_sharded(parameter)
+                    and isinstance(value, Tensor)
+                    and value.dim()
+                    and not is_sharded(value)
+                ):
+                    raise ValueError(
+                        f"optim.{update}.optimizer: {type(optimizer).__name__} keeps {entry} of a sharded parameter as a plain "
+                        "tensor, of which a checkpoint would hold one process's part alone; expected an optimizer of "
+                        "torch.optim, or one process"
+                    )
                 if isinstance(value, Tensor):
                     found["optimizers", update, names[id(parameter)], entry] = value
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
+from importlib.util import find_spec
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -16,6 +17,9 @@ SCALARS = (int, float, bool, str, None, NoneType, Any)
 CONTAINERS = (list, tuple, dict, Sequence, Mapping)
 
 
+OPTIONAL = ("bitsandbytes", "torchao")  # packages of optimizers, which nothing else needs
+
+
 def resolve(config: Any, where: str) -> Callable[..., Any]:
     """Import the class or function that `config` names. Raises ValueError with the place `where`."""
     if not isinstance(config, Mapping):
@@ -26,6 +30,11 @@ def resolve(config: Any, where: str) -> Callable[..., Any]:
     try:
         found = get_object(target)
     except Exception as error:  # importing a user's module may raise any error
+        package = target.partition(".")[0]
+        if package in OPTIONAL and find_spec(package) is None:
+            raise ValueError(
+                f"{where}._target_: found {target!r}, but the package {package} is not installed: pip install {package}"
+            ) from error
         reason = " ".join(str(error).split())
         raise ValueError(f"{where}._target_: found {target!r}, which cannot be imported: {reason}") from error
     if not callable(found):
