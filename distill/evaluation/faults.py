@@ -133,7 +133,7 @@ def _fake_lagging(look: Look) -> Found:
         if gap is not None and error is not None and stage.at >= BEGUN and gap < SAME * error:
             what = (
                 now(stage, "student/gap")
-                + ": the fake score is still the teacher, so the student is not told where to go"
+                + " (the fake score is still the teacher)"
             )
             yield stage.name, Evidence(what, gap, low=SAME * error)
         for evidence in look.outside(stage, "student/gap", "fake/loss", "diagnostics/gap_1"):

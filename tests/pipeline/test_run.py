@@ -152,3 +152,20 @@ def test_the_full_recipe_passes_its_gates(tmp_path):
     gates = json.loads((tmp_path / "runs" / "instaflow" / "metrics.json").read_text())["gates"]
     assert len(gates) == 9
     assert [gate["name"] for gate in gates if not gate["passed"]] == []
+    assert call_verb(tmp_path, "doctor", "runs/instaflow").returncode == 0
+
+
+@pytest.mark.slow
+def test_the_doctor_names_a_fault_that_is_planted(tmp_path):
+    small = (
+        "teacher.steps=60",
+        "eval.models.teacher.steps=[1]",
+        "eval.grid=[]",
+        "eval.gates=[]",
+        "eval.count=100",
+    )
+    behind = ("stages.distill.optim.student.ema=0.9999", "stages.distill.optim.student.ema_ramp=false")
+    run_verb(tmp_path, "train", "recipe=dmd", "stages.distill.steps=60", *small, *behind)
+    ended = call_verb(tmp_path, "doctor", "runs/dmd", "json=true")
+    assert ended.returncode == 1
+    assert "EMA not caught up" in [finding["fault"] for finding in json.loads(ended.stdout)["findings"]]
