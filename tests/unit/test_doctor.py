@@ -35,6 +35,7 @@ FAULTS = {
     "exploding": ("exploding gradients", "distill"),
     "lagging": ("fake score lagging", "distill"),
     "sampler": ("wrong sampler", "distill"),
+    "teacher": ("teacher worse than its reference", "teacher, 50 steps"),
     "rate_too_high": ("learning rate too high", "distill"),
     "rate_too_low": ("learning rate too low", "distill"),
 }
