@@ -131,10 +131,7 @@ def _fake_lagging(look: Look) -> Found:
     for stage in look.run.stages.values():
         gap, error = stage.recent("student/gap"), stage.recent("student/teacher_error")
         if gap is not None and error is not None and stage.at >= BEGUN and gap < SAME * error:
-            what = (
-                now(stage, "student/gap")
-                + " (the fake score is still the teacher)"
-            )
+            what = now(stage, "student/gap") + " (the fake score is still the teacher)"
             yield stage.name, Evidence(what, gap, low=SAME * error)
         for evidence in look.outside(stage, "student/gap", "fake/loss", "diagnostics/gap_1"):
             yield stage.name, evidence
