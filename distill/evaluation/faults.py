@@ -17,15 +17,11 @@ from distill.evaluation.look import Evidence, Look, now
 TEACHER = "teacher"
 MONITORED_FD = "eval/fd"
 START_SHARE = 0.05  # of the weights at the start that an average may still hold at the end
-NARROW, WIDE = (
-    0.7,
-    1.3,
-)  # spread within a class, in units of the data's, outside of which samples are collapsed or noisy
+# Spread within a class, in units of the data's, outside of which samples are collapsed or noisy.
+NARROW, WIDE = 0.7, 1.3
 UNMOVED = 0.15  # relative change of distance and spread over a training that has done nothing
-GROWTH, OVER_CLIP = (
-    10.0,
-    10.0,
-)  # of gradient norms: in units of those at the start, and of what they are clipped to
+# Of gradient norms: in units of those at the start, and of what they are clipped to.
+GROWTH, OVER_CLIP = 10.0, 10.0
 SKIPPED = 0.01  # share of steps with numbers that are not finite
 CHANGED = 1.5  # factor between two learning rates that differ
 MANY, POOR = (
