@@ -341,6 +341,12 @@ def test_the_type_and_the_variant_of_the_weights_are_kept(tmp_path: Path) -> Non
         for name in ("diffusion_pytorch_model.fp16.safetensors",)
     }
     assert all((tmp_path / "out" / "vae" / name).read_bytes() == content for name, content in wanted.items())
+    (tmp_path / "half").mkdir()
+    halves = Options("diffusers", export_dtype="float16", file_bytes=5_000)
+    assert export(source, tmp_path / "half", halves, "sid").facts["differences"]["images"] <= 1e-3
+    parts = list((tmp_path / "half" / "unet").glob("*.safetensors"))
+    assert len(parts) > 1, "with an index, which diffusers reads"
+    assert {tensor.dtype for part in parts for tensor in load_file(part).values()} == {torch.float16}
     (tmp_path / "lora").mkdir()
     assert (
         max(export(source, tmp_path / "lora", Options("lora"), "sid").facts["differences"].values()) <= 1e-6
