@@ -127,6 +127,54 @@ def test_an_array_and_a_job_that_fails(folder: Path):
     assert "queued again" not in log
 
 
+LONGER = ("profile.steps=4000", "trainer.checkpoint_every=200", "cluster.nodes=1")
+
+
+def test_the_limit_of_time(folder: Path):
+    """The warning comes before it, and the job is queued again until the run is done."""
+    long = (
+        "profile.steps=12000",
+        "stages.reflow.steps=12000",
+        "cluster.nodes=1",
+    )  # a minute and a half of a fast core
+    options = ("cluster.time=00:02:00", "cluster.signal_lead=50", "cluster.max_idle=5")
+    job = submitted(folder, *long, *options, "name=limited")
+    assert ended(job) == "COMPLETED"
+    log = (folder / f"runs/limited/jobs/{job}.log").read_text()
+    assert "stopped by SIGUSR1" in log
+    assert f"job {job}, restart 1, on n" in log
+    assert "runs/limited: done." in log
+
+
+def test_a_partition_of_higher_priority_takes_the_nodes(folder: Path):
+    """The run saves within the time of grace, waits, and continues; its weights are those of a run that was let alone."""
+    whole = submitted(folder, *LONGER, "name=whole")
+    assert ended(whole) == "COMPLETED"
+    job = submitted(folder, *LONGER, "cluster.partition=main", "name=taken")
+    until(has_checkpoint(folder / "runs/taken/reflow/checkpoints"), "no checkpoint")
+    high = ("--partition=high", "--nodes=2", "--exclusive", f"--output={folder}/high.log", "--parsable")
+    other = slurm("sbatch", *high, "--wrap=sleep 5").strip()
+    assert ended(other) == "COMPLETED"
+    assert ended(job) == "COMPLETED"
+    log = (folder / f"runs/taken/jobs/{job}.log").read_text()
+    assert "stopped by SIG" in log
+    assert f"job {job}, restart 1, on n" in log
+    files = [folder / "runs" / name / "export/model.safetensors" for name in ("whole", "taken")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_two_jobs_on_one_run(folder: Path):
+    """The second one, which was queued before the first began, ends with the reason, and the first goes on."""
+    options = ("profile.steps=40000", "stages.reflow.steps=40000", "cluster.nodes=1", "name=one")
+    first, second = (submitted(folder, *options, "cluster.extra=[--hold]") for _ in range(2))
+    slurm("scontrol", "release", first)
+    until(has_checkpoint(folder / "runs/one/reflow/checkpoints"), "no checkpoint")
+    slurm("scontrol", "release", second)
+    assert ended(second) == "FAILED"
+    assert "one/.lock: the run is locked by process" in (folder / f"runs/one/jobs/{second}.log").read_text()
+    assert state(first) == "RUNNING"
+
+
 def test_templates_by_hand(folder: Path):
     """`slurm/train.sbatch`, and an evaluation as a job after it."""
     train, after = (str(ROOT / "slurm" / f"{name}.sbatch") for name in ("train", "afterwards"))
