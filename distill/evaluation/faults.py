@@ -24,15 +24,11 @@ UNMOVED = 0.15  # relative change of distance and spread over a training that ha
 GROWTH, OVER_CLIP = 10.0, 10.0
 SKIPPED = 0.01  # share of steps with numbers that are not finite
 CHANGED = 1.5  # factor between two learning rates that differ
-MANY, POOR = (
-    8,
-    3.0,
-)  # steps in which a teacher should be good; distance of a poor one, in units of that of two real halves
+MANY = 8  # steps in which a teacher should be good
+POOR = 3.0  # distance of a teacher that is not, in units of that of two halves of the real images
 TOO_LARGE = 1.6  # spread of all values of the first samples, in units of the data's
-SAME, BEGUN = (
-    0.05,
-    0.1,
-)  # gap of two scores that are the same, in units of the teacher's error; from this share of steps on
+SAME = 0.05  # gap of two scores that are the same, in units of the teacher's error
+BEGUN = 0.1  # share of the planned steps from which on they should differ
 HALF_WAY = 0.5  # share of the planned steps from which on a student should have left its start
 
 
@@ -150,7 +146,7 @@ def _teacher_worse(look: Look) -> Found:
         return
     row = max(rows, key=lambda each: _number(each, "steps"))
     place = f"{TEACHER}, {row['steps']} steps"
-    limits = look.band.row(measured, TEACHER, row["steps"]) if look.band is not None else {}
+    limits = look.row(measured, row)
     # Guidance alone takes samples away from the data.
     judged = not limits and _number(row, "steps") >= MANY and row.get("guidance_scale") in (None, 1)
     farthest = POOR * _unit(measured)

@@ -92,8 +92,8 @@ class Look:
     def rates(self, stage: Trained) -> tuple[float, float] | None:
         """(found, reference) of the student's learning rate."""
         known = self.band.stages.get(stage.name) if self.band is not None else None
-        found = None if known is None else (_rate(stage.optim), _rate(known.optim))
-        return None if found is None or None in found else found  # type: ignore[return-value]
+        found, reference = _rate(stage.optim), None if known is None else _rate(known.optim)
+        return None if found is None or reference is None else (found, reference)
 
 
 def _rate(optim: Mapping[str, Any]) -> float | None:

@@ -53,7 +53,7 @@ class Unit(Digits):
 def planted(monkeypatch):
     """The user's module that one of the runs read its data from."""
     module = ModuleType("planted")
-    module.Unit = Unit  # type: ignore[attr-defined]
+    vars(module)["Unit"] = Unit
     monkeypatch.setitem(sys.modules, "planted", module)
 
 
@@ -106,6 +106,36 @@ def test_a_planted_fault_is_named_first(tmp_path, planted, name):
     for finding in found["findings"]:
         assert finding["evidence"]
         assert finding["advice"]
+
+
+def student_row(excerpt: dict[str, Any]) -> dict[str, Any]:
+    return next(row for row in excerpt["metrics"]["rows"] if row["model"] == "student")
+
+
+def test_a_student_that_is_measured_otherwise_than_it_was_trained_is_sampled_wrongly(tmp_path):
+    """A row far above what the monitor found of the same student."""
+    excerpt = read("dmd")
+    student_row(excerpt)["fd"] *= 20
+    _, found = verdict(tmp_path, excerpt)
+    (finding,) = [each for each in found["findings"] if each["fault"] == "wrong sampler"]
+    assert finding["place"] == "student, 1 steps"
+    assert "while training" in finding["evidence"][0]["what"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"), [({}, []), ({"class_std": 0.5, "fd": 20}, ["class_std", "fd"])]
+)
+def test_samples_that_were_made_elsewhere_are_compared_with_the_run_s(tmp_path, changes, named):
+    excerpt, other = read("dmd"), read("dmd")["metrics"]
+    other["rows"] = [student_row({"metrics": other})]
+    for name, factor in changes.items():
+        other["rows"][0][name] *= factor
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "metrics.json").write_text(json.dumps(other))
+    status, found = verdict(tmp_path, excerpt, "evaluation=mine")
+    assert status == bool(named)
+    assert [e["what"] for f in found["findings"] for e in f["evidence"]] == named
+    assert {f["fault"] for f in found["findings"]} == ({"wrong sampler"} if named else set())
 
 
 def test_the_text_has_the_numbers_and_what_to_try(tmp_path):
@@ -205,6 +235,20 @@ def test_a_band_holds_for_its_settings_alone():
         "the band does not hold for it, its curves are compared with nothing: steps: found 200, reference 100"
         in (compared(other, band)[1])
     )
+
+
+def test_rows_of_a_teacher_with_other_settings_are_compared_with_nothing():
+    def with_teacher(seed: int, fd: float, **more: Any) -> Examined:
+        run = run_of(seed, [1.0] * 20)
+        teacher = replace(run.stages["distill"], name="teacher", **more)
+        rows = [{"model": "teacher", "steps": 50, "fd": fd, "recall": None}]
+        measured = Measured(PROTOCOL, rows, {}, {"teacher": "teacher"})
+        return replace(run, stages={**run.stages, "teacher": teacher}, measured=measured)
+
+    band = derive([with_teacher(seed, 0.05) for seed in range(3)], {})
+    (finding,) = diagnose(with_teacher(3, 0.5), band)
+    assert (finding.fault, finding.place) == ("teacher worse than its reference", "teacher, 50 steps")
+    assert diagnose(with_teacher(3, 0.5, settings={"steps": 7}), band) == []
 
 
 def test_half_a_run_is_compared_with_that_half_of_the_band():
