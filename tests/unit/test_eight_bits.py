@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +88,8 @@ def test_a_state_that_is_not_sharded_with_its_parameter_is_not_saved() -> None:
         dist.destroy_process_group()
 
 
-@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="the package is installed")
-def test_the_package_is_named_where_it_is_not_installed() -> None:
+def test_the_package_is_named_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     config = yaml.safe_load((ROOT / "configs/optim/adamw8bit.yaml").read_text())
     with pytest.raises(ValueError, match=r"optim.student.optimizer._target_: .*pip install bitsandbytes"):
         check_optim({"student": config}, 10)
